@@ -1,0 +1,99 @@
+"""Accounts: who is charged, and with what.
+
+Owns the way from a process to its account and the counters of each. Decides nothing: limits are policy's.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_UNIT = re.compile(r".\.(?:service|scope|socket|mount|swap|timer|path|target|device|automount)$")
+# Where no service manager made a unit: the container's own cgroup as its runtime names it.
+_CONTAINER = re.compile(r"(?:^|[-_.:])[0-9a-f]{12,}|^pod[0-9a-f_-]{36}")
+_PARENTS = frozenset(("docker", "lxc", "libpod_parent", "machine", "kubepods", "garden", "buildkit"))
+
+
+class Membership(NamedTuple):
+    """Where a process belongs: `account` is a cgroup path, `unit` what an administrator calls it."""
+
+    account: str
+    unit: str
+
+
+def membership(cgroup: str) -> Membership:
+    """The account of a process from its cgroup path: from the root through its first unit that is no slice.
+
+    Deeper components are the tenant's to name (a user's manager, systemd in a container), so they never make an account
+    of their own. For the same reason a unit counts only where everything above it is a slice.
+    """
+    parts = [part for part in cgroup.split("/") if part]
+    depth = 0
+    while depth < len(parts) and parts[depth].endswith(".slice"):
+        depth += 1
+    if depth == len(parts):
+        return Membership("/" + "/".join(parts), parts[-1] if parts else "")
+    unit = parts[depth]
+    if not _UNIT.search(unit):
+        depth = _container_depth(parts, depth)
+        unit = parts[depth]
+    elif unit.startswith("user@"):
+        # A user's containers are one account, but the journal names the unit that the user's manager made for each.
+        unit = next((part for part in parts[depth + 1 :] if _UNIT.search(part)), unit)
+    return Membership("/" + "/".join(parts[: depth + 1]), unit)
+
+
+def _container_depth(parts: list[str], first: int) -> int:
+    for depth in range(first, len(parts)):
+        if _CONTAINER.search(parts[depth]):
+            # A pod's cgroup holds one for each of its containers.
+            return depth + 1 if parts[depth].startswith("pod") and depth + 1 < len(parts) else depth
+    return first + 1 if parts[first] in _PARENTS and first + 1 < len(parts) else first
+
+
+def cgroup_of(pid: int) -> str | None:
+    """The cgroup v2 path of a process (the systemd hierarchy of a host without); None when the process is gone."""
+    try:
+        with open(f"/proc/{pid}/cgroup", "rb", buffering=0) as file:
+            lines = file.readall().decode(errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    paths = {tuple(line.split(":", 2)[:2]): line.split(":", 2)[2] for line in lines if line.count(":") >= 2}
+    unified = paths.get(("0", ""), "")
+    if unified not in ("", "/"):
+        return unified
+    return next((path for (_, name), path in paths.items() if name == "name=systemd"), unified or "/")
+
+
+class Account:
+    """What one account has in use. Changed by the main process alone."""
+
+    __slots__ = ("devices", "in_flight", "name", "shed", "stuck")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.devices = 0
+        self.in_flight = 0
+        self.stuck = 0
+        self.shed = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is charged, so that the account can be forgotten."""
+        return not (self.devices or self.in_flight or self.stuck or self.shed)
+
+
+class Accounts:
+    """All accounts with something in use, by name."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, Account] = {}
+
+    def get(self, name: str) -> Account:
+        """The account of that name."""
+        return self._accounts.setdefault(name, Account(name))
+
+    def forget(self, account: Account) -> None:
+        """Drop an account that has nothing in use."""
+        if account.idle:
+            self._accounts.pop(account.name, None)

@@ -1,0 +1,100 @@
+"""The audit: one event, one structured journal record.
+
+Owns the closed list of events with their MESSAGE_IDs (systemd/loopd.catalog explains each to the administrator) and the
+fields of a record. Never waits: what journald does not take at once is queued, what no longer fits is counted and said.
+"""
+
+from __future__ import annotations
+
+import collections
+import enum
+import sys
+import time
+from typing import NamedTuple, Protocol
+
+from . import sd
+
+ERR, WARNING, NOTICE, INFO = "3", "4", "5", "6"
+
+
+class _Kind(NamedTuple):
+    message_id: str
+    priority: str
+
+
+class Event(_Kind, enum.Enum):
+    """What is recorded. The MESSAGE_ID is for ever; the priority is syslog's."""
+
+    ATTACHED = _Kind("e17225313c4f47a991f13d0e9b7456a8", INFO)
+    DETACHED = _Kind("b3e25ffbf24c48e7a4efdb5ee5a71269", INFO)
+    EXPIRED = _Kind("6f627446202b41ccba539dbefc35b92a", INFO)
+    REFUSED = _Kind("3c0f368802cb4ac2bfc120fce9c6e0db", NOTICE)
+    HELD = _Kind("617a963d4b01435ca2e3e8894efb2b1c", NOTICE)
+    SHED = _Kind("5169384b458e4ce4952db5f9b13e1a7d", WARNING)
+    STUCK = _Kind("43eb208a7d8d4897828523e7cfce1227", WARNING)
+    WARNED = _Kind("dc9aa196d7cf4d08b446fbf6444ced31", WARNING)
+    FAILED = _Kind("e2d1b4c07cf64a5ea1a5f5b7a4f1d0c9", ERR)
+
+
+class Output(Protocol):
+    """Where records go; `send` is False when it cannot take one now."""
+
+    def send(self, fields: dict[str, str]) -> bool: ...
+
+
+class _Lines:
+    """One line a record on standard error, for a daemon that runs where there is no journal."""
+
+    def send(self, fields: dict[str, str]) -> bool:
+        details = " ".join(f"{name}={value!r}" for name, value in fields.items() if name != "MESSAGE")
+        print(f"loopd: {fields['MESSAGE']} [{details}]", file=sys.stderr, flush=True)
+        return True
+
+
+class Audit:
+    """Writes records in order, one for each call of `record`."""
+
+    QUEUE = 4096
+    """Records kept while journald stalls, about 4 MiB."""
+
+    def __init__(self, instance: str = "", output: Output | None = None) -> None:
+        journal = sd.Journal()
+        self._output: Output = output or (journal if journal.present() else _Lines())
+        self._instance = instance
+        self._waiting: collections.deque[dict[str, str]] = collections.deque()
+        self._lost = 0
+
+    def record(self, event: Event, message: str, /, **details: object) -> None:
+        """Record `event`; each detail that is not None becomes the field LOOPD_<NAME>."""
+        fields = {
+            "MESSAGE": message,
+            "MESSAGE_ID": event.value.message_id,
+            "PRIORITY": event.value.priority,
+            "SYSLOG_IDENTIFIER": "loopd",
+            "LOOPD_EVENT": event.name.lower(),
+        }
+        if self._instance:
+            fields["LOOPD_INSTANCE"] = self._instance
+        fields.update({f"LOOPD_{name.upper()}": str(value) for name, value in details.items() if value is not None})
+        if len(self._waiting) >= self.QUEUE:
+            self._lost += 1
+            return
+        self._waiting.append(fields)
+        self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits; True when nothing is left."""
+        while self._waiting:
+            if not self._output.send(self._waiting[0]):
+                return False
+            self._waiting.popleft()
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            self.record(Event.SHED, f"{lost} records were lost while the journal did not take any", count=lost)
+        return True
+
+    def drain(self, seconds: float) -> None:
+        """Write what waits before the process ends, for at most `seconds`."""
+        deadline = time.monotonic() + seconds
+        while not self.flush() and time.monotonic() < deadline:
+            time.sleep(0.01)

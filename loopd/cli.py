@@ -1,0 +1,459 @@
+"""``loopctl``: the command line of the client.
+
+Owns the options, what is printed, and the exit codes; asks through `loopd.client` alone.
+
+Exit codes: 0, done; 1, refused or failed, or a device that is detached but still in use; 2, a wrong command
+line; 130, interrupted. ``loopctl run`` exits as its command did (128 + N where signal N ended it, 127 where
+there is no such command, 126 where it cannot be run), and with 1 where the command succeeded and the device
+is then still in use. What a program reads goes to standard output, all else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
+
+from loopd import __version__, client, wire
+
+SUFFIXES = "KMGTPE"
+_SIZE = re.compile(rf"(0x[0-9a-f]+|0|[1-9][0-9]*)(?:([{SUFFIXES}])(i?b)?)?", re.ASCII | re.IGNORECASE)
+
+
+class _Failure(Exception):
+    """Something of loopctl's own that ends it with exit code 1."""
+
+
+# What is printed --------------------------------------------------------------------------------------------
+
+
+def _clean(text: str) -> str:
+    """`text` on one line and harmless to a terminal: a backing file's name is for anybody to choose."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
+    )
+
+
+def _say(text: str) -> None:
+    if sys.stderr is not None:
+        print(f"loopctl: {_clean(text)}", file=sys.stderr)
+
+
+def _print(text: str) -> None:
+    """To standard output, all the way: a device whose name nobody reads would be left over."""
+    # Python leaves it None where fd 1 was closed at the start, and print() would say nothing.
+    if sys.stdout is None:
+        raise _Failure("standard output is closed")
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = None  # else the flush at exit fails again, with exit code 120
+        raise _Failure(f"standard output: {error.strerror}") from error
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """A reply as JSON has it; what is not known is left out."""
+    return {name: value for name, value in record._asdict().items() if value is not None}
+
+
+def _size(size: int) -> str:
+    """As lsblk prints it: the largest unit with a number of at least 1, one decimal."""
+    value, unit = float(size), "B"
+    for suffix in SUFFIXES:
+        if value < 1024:
+            break
+        value, unit = value / 1024, suffix
+    return f"{value:.1f}".replace(".0", "") + unit
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)}{unit}"
+    return f"{int(seconds)}s"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
+
+
+class _Column(NamedTuple):
+    name: str
+    text: Callable[[wire.LeaseInfo], str]
+    admin: bool = False
+
+
+def _optional(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+COLUMNS = (
+    _Column("NAME", lambda lease: lease.devname),
+    _Column("SIZE", lambda lease: _size(lease.size)),
+    _Column("RO", lambda lease: str(int(lease.read_only))),
+    _Column("DIO", lambda lease: str(int(lease.direct_io))),
+    _Column("SECTOR", lambda lease: str(lease.sector_size)),
+    _Column("AGE", lambda lease: _age(lease.age)),
+    _Column("STATE", lambda lease: lease.state),
+    _Column("LEASE", lambda lease: lease.lease),
+    _Column("ACCOUNT", lambda lease: _optional(lease.account), admin=True),
+    _Column("UID", lambda lease: _optional(lease.uid), admin=True),
+    _Column("PID", lambda lease: _optional(lease.pid), admin=True),
+    _Column("BACK-FILE", lambda lease: lease.backing_file),
+)
+"""Of ``loopctl list``. The file's name, of any length, comes last."""
+
+
+# Values of options ------------------------------------------------------------------------------------------
+
+
+def size(text: str) -> int:
+    """Bytes, as losetup takes them: K = KiB = 1024, KB = 1000 and so on to E, or hexadecimal with 0x."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"not a size: {text!r}; expected bytes, or a number with K, M, G, KiB, MB, ..."
+        )
+    number, suffix, unit = match.groups()
+    value = int(number, 16 if number[:2].lower() == "0x" else 10)
+    if suffix:
+        value *= (1000 if unit and len(unit) == 1 else 1024) ** (SUFFIXES.index(suffix.upper()) + 1)
+    if value > wire.MAX_OFFSET:
+        raise argparse.ArgumentTypeError(f"more than {wire.MAX_OFFSET} bytes: {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= wire.MAX_WAIT:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 to {wire.MAX_WAIT}, not {text!r}")
+    return value
+
+
+def _lifetime(text: str) -> str:
+    if text not in ("container", "detach", "parent") and not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"expected container, detach, parent or the id of a process, not {text!r}"
+        )
+    return text
+
+
+@contextlib.contextmanager
+def _lease(lifetime: str) -> Iterator[client.Lifetime]:
+    """What `client.attach` takes for the value of --lifetime."""
+    if lifetime in ("container", "detach"):
+        yield "container"
+        return
+    parent = os.getppid()
+    pid = parent if lifetime == "parent" else int(lifetime)
+    try:
+        fd = client.pidfd_open(pid)
+    except OverflowError:
+        raise _Failure(f"process {pid}: no such process") from None
+    except OSError as error:
+        raise _Failure(f"process {pid}: {error.strerror}") from error
+    try:
+        # The parent may have ended before, and its id be another's: then this process has a new parent.
+        if lifetime == "parent" and os.getppid() != parent:
+            raise _Failure("the process that called loopctl has ended")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+# The verbs --------------------------------------------------------------------------------------------------
+
+
+def _client(args: argparse.Namespace) -> client.Client:
+    return client.Client(args.socket or (client.ADMIN_SOCKET if args.admin else None), args.timeout)
+
+
+def _attached(args: argparse.Namespace, lifetime: client.Lifetime) -> client.Device:
+    device = _client(args).attach(
+        args.image,
+        args.directory,
+        offset=args.offset,
+        sizelimit=args.sizelimit,
+        sector_size=args.sector_size,
+        read_only=args.read_only,
+        partscan=args.partscan,
+        lock=args.lock,
+        direct_io=args.direct_io,
+        ref=args.ref,
+        lifetime=lifetime,
+    )
+    for warning in device.warnings:
+        _say(f"warning: {warning}")
+    return device
+
+
+def _attach(args: argparse.Namespace) -> int:
+    # Whatever fails before the path is printed detaches again.
+    with _lease(args.lifetime) as lifetime, _attached(args, lifetime) as device:
+        if args.json:
+            fields = {name: getattr(device, name) for name in wire.Attached._fields}
+            _print(json.dumps({"path": device.path, **fields}, indent=2))
+        else:
+            _print(device.path)
+        device.keep()
+    return 0
+
+
+def _command(argv: list[str], environment: dict[str, str]) -> int:
+    """Run a command to its end; its exit status as a shell has it."""
+    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was ignored, the kernel would keep no status
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*forwarded, signal.SIGCHLD))
+    try:
+        try:
+            # Python ignores these two signals, and a command would inherit that.
+            ignored = (signal.SIGPIPE, signal.SIGXFSZ)
+            pid = os.posix_spawnp(argv[0], argv, environment, setsigmask=mask, setsigdef=ignored)
+        except OSError as error:
+            _say(f"{argv[0]}: {error.strerror}")
+            return 127 if isinstance(error, FileNotFoundError) else 126
+        while True:
+            info = signal.sigwaitinfo((*forwarded, signal.SIGCHLD))
+            if info.si_signo == signal.SIGCHLD:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            # One that the kernel sent, as for ^C, has gone to the whole foreground process group, the command
+            # included.
+            elif info.si_code <= 0:
+                os.kill(pid, info.si_signo)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _run(args: argparse.Namespace) -> int:
+    status = 0
+    try:
+        with _attached(args, "device") as device:
+            argv = [argument.replace("{}", device.path) for argument in args.command]
+            status = _command(argv, {**os.environ, "LOOPD_DEVICE": device.path})
+    except client.Error as error:
+        _explain(error)
+        return status or 1
+    return status
+
+
+def _detach(args: argparse.Namespace) -> int:
+    failed = False
+    for device in args.device:
+        try:
+            if not _client(args).detach(device, wait=args.wait, force=args.force):
+                raise client.Busy(f"{device} is detached, but somebody still has it open")
+        except client.Error as error:
+            _explain(error)
+            failed = True
+    return int(failed)
+
+
+def _list(args: argparse.Namespace) -> int:
+    leases = _client(args).list()
+    if args.json:
+        _print(json.dumps({"leases": [_fields(lease) for lease in leases]}, indent=2))
+    elif leases:
+        columns = [column for column in COLUMNS if not column.admin or any(lease.account for lease in leases)]
+        rows = [[_clean(column.text(lease)) for column in columns] for lease in leases]
+        _print(_table([[column.name for column in columns], *rows]))
+    return 0
+
+
+def _hello(args: argparse.Namespace) -> int:
+    greeting = _client(args).hello()
+    if args.json:
+        _print(json.dumps(_fields(greeting), indent=2))
+    else:
+        lines = [
+            f"loopd {greeting.loopd}, protocol {greeting.protocol}",
+            "operations: " + " ".join(greeting.operations),
+        ]
+        lines += [f"{name}: {value}" for name, value in greeting.limits.items()]
+        _print("\n".join(map(_clean, lines)))
+    return 0
+
+
+# The command line -------------------------------------------------------------------------------------------
+
+
+def _image_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("image", metavar="IMAGE", help="the file to bind; opened read-only where it cannot be written")
+    add("-d", "--directory", metavar="DIR", default="/dev", help="where the node is made (default: /dev)")
+    add("-o", "--offset", metavar="BYTES", type=size, default=0, help="start of the device in the image")
+    add(
+        "--sizelimit",
+        metavar="BYTES",
+        type=size,
+        default=0,
+        help="size of the device at most (default: all of the image)",
+    )
+    add(
+        "-b",
+        "--sector-size",
+        metavar="BYTES",
+        type=size,
+        choices=wire.SECTOR_SIZES,
+        default=512,
+        help="logical sector size: 512 (default), 1024, 2048 or 4096",
+    )
+    add("-r", "--read-only", action="store_true", help="a device that cannot be written")
+    add("-P", "--partscan", action="store_true", help="find the partitions and make their nodes")
+    add(
+        "--direct-io",
+        choices=wire.DIRECT_IO,
+        default="auto",
+        help="past the page cache: where possible (auto, the default), else be refused (on), never (off)",
+    )
+    add("--lock", action="store_true", help="keep udev on the host off the device as long as it is attached")
+    add(
+        "--ref",
+        metavar="TEXT",
+        default="",
+        help=f"text to keep with the device, at most {wire.MAX_REF} bytes",
+    )
+
+
+def _attach_options(parser: argparse.ArgumentParser) -> None:
+    _image_options(parser)
+    parser.add_argument(
+        "--lifetime",
+        metavar="container|parent|PID|detach",
+        type=_lifetime,
+        default="container",
+        help="what ends the device, beside `loopctl detach`: the end of PID 1 of this PID namespace "
+        "(container, the default); of the process that called loopctl (parent: mind that $(...) may be one of "
+        "its own); of a process (PID, as $$). detach is another name of container: nothing outlives that",
+    )
+    parser.add_argument("--json", action="store_true", help="print all that is known of the device")
+
+
+def _detach_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("device", metavar="DEVICE", nargs="+", help="the device, as /dev/loop4096 or loop4096")
+    add(
+        "--wait",
+        metavar="SECONDS",
+        type=_seconds,
+        default=client.DETACH_WAIT,
+        help=f"how long to wait until the image is free (default: {client.DETACH_WAIT:g})",
+    )
+    add("--force", action="store_true", help="whoever owns it (with --admin)")
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+class Verb(NamedTuple):
+    help: str
+    perform: Callable[[argparse.Namespace], int]
+    options: Callable[[argparse.ArgumentParser], None]
+
+
+VERBS: dict[str, Verb] = {
+    "attach": Verb("attach an image to a loop device and print its path", _attach, _attach_options),
+    "run": Verb(
+        "attach an image for the length of a command, {} in which is the device", _run, _image_options
+    ),
+    "detach": Verb("detach devices and wait until their images are free", _detach, _detach_options),
+    "list": Verb("show the devices that are held", _list, _json_option),
+    "hello": Verb("show what the daemon is and offers", _hello, _json_option),
+}
+
+
+def _common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    add = parser.add_argument
+    add("--socket", metavar="PATH", help=f"where loopd listens (default: $LOOPD_SOCKET or {client.SOCKET})")
+    add("--admin", action="store_true", help=f"ask as the host's administrator, at {client.ADMIN_SOCKET}")
+    add(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=client.TIMEOUT,
+        help=f"for a request and its answer (default: {client.TIMEOUT:g})",
+    )
+    return parser
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options in front of the verb; what follows it is for `verb_parser`, of which one is built."""
+    verbs = "\n".join(f"  {name:8}{verb.help}" for name, verb in VERBS.items())
+    top = argparse.ArgumentParser(
+        "loopctl",
+        description="Loop devices for containers, from loopd.",
+        epilog=f"verbs:\n{verbs}\n\n`loopctl VERB --help` tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"loopctl {__version__}")
+    _common(top)
+    top.add_argument("verb", metavar="VERB", choices=VERBS, help="what to do, see below")
+    top.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
+    return top
+
+
+def verb_parser(name: str) -> argparse.ArgumentParser:
+    """The options of one verb, and the common ones once more."""
+    verb = VERBS[name]
+    usage = "%(prog)s [options] IMAGE -- COMMAND [ARGUMENT ...]" if name == "run" else None
+    result = argparse.ArgumentParser(
+        f"loopctl {name}", usage, verb.help[0].upper() + verb.help[1:] + ".", allow_abbrev=False
+    )
+    verb.options(result)
+    return _common(result)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args = parser().parse_args(argv)
+    rest = args.rest
+    options = verb_parser(args.verb)
+    if args.verb == "run":
+        # Not left to argparse, which in some versions takes a second "--" out of the command.
+        end = rest.index("--") if "--" in rest else len(rest)
+        rest, args.command = rest[:end], rest[end + 1 :]
+    options.parse_args(rest, args)  # leaves be what was given in front of the verb
+    if args.verb == "run" and not args.command:
+        options.error("expected -- and a command behind the image")
+    if args.verb == "detach" and args.force and not (args.admin or args.socket):
+        options.error("--force needs --admin")
+    return args
+
+
+def _explain(error: client.Error) -> None:
+    _say(error.message)
+    if error.hint:
+        _say(error.hint)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``loopctl`` with `argv`, by default the process's; its exit code. SystemExit(2) for bad usage."""
+    args = _parse(argv)
+    try:
+        return VERBS[args.verb].perform(args)
+    except client.Error as error:
+        _explain(error)
+    except _Failure as error:
+        _say(str(error))
+    except OSError as error:
+        _say(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        return 130
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""The daemon: start, signals, watchdog, idle exit, end.
+
+Prepares everything that the service needs, in the order in which it can fail, and says clearly what is missing. Knows
+nothing of requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import signal
+import socket
+import sys
+import time
+
+from . import __version__, leases, numbers, policy, pool, sd, transport, uevents
+from .audit import Audit, Event
+from .devices import Nodes
+from .loop import LoopControl
+from .numbers import Counter, Numbers
+from .poller import Poller
+from .pool import Pool
+from .service import Listener, Service
+
+STATE_DIRECTORY = "/var/lib/loopd"
+ADMIN = "admin"
+"""FileDescriptorName= of the administrator's socket."""
+SLOT = "slot"
+"""FDNAME= of the slots in the fd store."""
+
+
+class CannotStart(Exception):
+    """What is missing, in words for the administrator."""
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="loopd", description="Give loop devices to containers. Started by systemd with loopd.socket; see loopd(8)."
+    )
+    parser.add_argument("--version", action="version", version=f"loopd {__version__}")
+    parser.add_argument("--idle-timeout", type=float, metavar="SECONDS", help="exit after this long with nothing to hold")
+    parser.add_argument("--instance", default="", metavar="NAME", help="the NAME of loopd@NAME.service, for the journal")
+    parser.add_argument(
+        "--state-directory", metavar="DIR", default=os.environ.get("STATE_DIRECTORY", STATE_DIRECTORY),
+        help="where the number counter is (default: $STATE_DIRECTORY or %(default)s)",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def _listeners(passed: list[tuple[str, int]]) -> list[Listener]:
+    found = []
+    for name, fd in passed:
+        if name == SLOT:
+            continue
+        listener = socket.socket(fileno=fd)
+        if listener.family != socket.AF_UNIX or listener.type != socket.SOCK_DGRAM:
+            raise CannotStart(f"socket {name!r} is no AF_UNIX datagram socket: loopd.socket has ListenDatagram=")
+        transport.prepare(listener)
+        found.append(Listener(listener, name == ADMIN))
+    if not found:
+        raise CannotStart(
+            "no socket was passed: start loopd.socket, or by hand"
+            " systemd-socket-activate --datagram -l /run/loopd/loopd.sock python3 -m loopd"
+        )
+    return found
+
+
+_CONTROL = {
+    errno.ENOENT: "/dev/loop-control is missing: is the loop module there (modprobe loop)?",
+    errno.ENODEV: "/dev/loop-control leads to no device: is the loop module there (modprobe loop)?",
+    errno.ENXIO: "/dev/loop-control leads to no device: is the loop module there (modprobe loop)?",
+    errno.EACCES: "opening /dev/loop-control is not permitted: run as root, or as the service does",
+    errno.EPERM: "opening /dev/loop-control is not permitted: the device cgroup (DeviceAllow=) refuses it",
+}
+
+
+def _control(nodes: Nodes) -> LoopControl:
+    try:
+        control = nodes.open_control()
+    except OSError as error:
+        raise CannotStart(_CONTROL.get(error.errno or 0, f"/dev/loop-control cannot be opened: {error}")) from error
+    try:
+        if not nodes.has_configure(control):
+            raise CannotStart(f"Linux {os.uname().release} has no LOOP_CONFIGURE: loopd needs Linux 5.8 or later")
+    except OSError as error:
+        raise CannotStart(f"no loop device can be opened: {error}") from error
+    return control
+
+
+def _counter(directory: str, audit: Audit) -> Counter:
+    try:
+        os.makedirs(directory, 0o700, exist_ok=True)
+        counter = Counter(os.path.join(directory, "numbers"))
+    except OSError as error:
+        raise CannotStart(f"the number counter cannot be kept in {directory}: {error}") from error
+    if counter.started_from_clock:
+        audit.record(
+            Event.WARNED, f"There was no number counter in {directory}: numbers start from the clock", path=directory
+        )
+    return counter
+
+
+class Daemon:
+    """The running daemon."""
+
+    STOP_TIMEOUT = 5.0
+    """Seconds that the end may take: requests under way, and the nodes of leases that nothing else will keep."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        if os.uname().sysname != "Linux" or sys.version_info < (3, 11):
+            raise CannotStart("loopd needs Linux and Python 3.11 or later")
+        passed = sd.listen_fds()
+        self._notifier = sd.Notifier()
+        self._watchdog = sd.watchdog_interval()
+        self._audit = Audit(options.instance)
+        listeners = _listeners(passed)
+        self._nodes = Nodes()
+        self._control = _control(self._nodes)
+        self._poller = Poller()
+        self._stopping = False
+        self._catch_signals()
+        self._numbers = Numbers(_counter(options.state_directory, self._audit), self._fork_numbers())
+        self._policy = policy.Policy()
+        if options.idle_timeout is not None:
+            self._policy = self._policy._replace(idle_timeout=options.idle_timeout)
+        self._slots = leases.Slots(self._notifier)
+        sockets = [listener.socket for listener in listeners]
+
+        def make_pool(ready):  # type: ignore[no-untyped-def]  # one use, below
+            return Pool(self._poller, sockets, self._control, self._nodes, ready)
+
+        self._service = Service(
+            self._poller, listeners, make_pool, self._numbers, self._slots, self._audit, self._policy
+        )
+        self._uevents = uevents.listen()
+        self._poller.add(self._uevents.fileno(), self._on_uevent)
+
+    def _fork_numbers(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pool.fork([theirs.fileno(), self._control.fileno()], lambda: numbers.work(theirs, self._control))
+        theirs.close()
+        self._poller.add(ours.fileno(), self._on_number)
+        return ours
+
+    def _on_number(self) -> None:
+        try:
+            self._service.on_number()
+        except EOFError:
+            self._poller.remove(self._numbers.channel.fileno())
+            self._numbers.restart(self._fork_numbers())
+
+    def _on_uevent(self) -> None:
+        disks = uevents.receive(self._uevents)
+        if disks is None:
+            self._service.check_held()
+            return
+        for devname in disks:
+            self._service.on_uevent(devname)
+
+    def _catch_signals(self) -> None:
+        read, write = socket.socketpair()
+        read.setblocking(False)
+        write.setblocking(False)
+        self._signals = (read, write)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+        self._poller.add(read.fileno(), self._on_signal)
+
+    def _on_signal(self) -> None:
+        for number in set(self._signals[0].recv(4096)):
+            if number == signal.SIGCHLD:
+                self._reap()
+            elif number in (signal.SIGTERM, signal.SIGINT):
+                self._stopping = True
+
+    def _reap(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+                self._service.reap(pid)
+
+    def _ping(self) -> None:
+        assert self._watchdog is not None
+        self._notifier.send("WATCHDOG=1")
+        self._poller.later(self._watchdog / 2, self._ping)
+
+    def _report(self) -> None:
+        self._notifier.send(f"STATUS={self._service.status}")
+
+    def run(self) -> None:
+        """Serve until a signal or idleness ends it."""
+        self._notifier.send(f"READY=1\nSTATUS={self._service.status}")
+        if not self._notifier.present:
+            print("loopd: runs by hand: leases end with it (no fd store)", file=sys.stderr, flush=True)
+        if self._watchdog is not None:
+            self._ping()
+        self._idle_check()
+        while not self._stopping:
+            self._poller.run_once()
+        self._stop()
+
+    def _idle_check(self) -> None:
+        idle = time.monotonic() - self._service.last_activity
+        timeout = self._policy.idle_timeout
+        if not self._service.busy and idle >= timeout:
+            self._stopping = True
+            return
+        self._report()
+        self._poller.later(max(0.05, timeout - idle) if idle < timeout else min(timeout, 5.0), self._idle_check)
+
+    def _stop(self) -> None:
+        """Finish what is under way; take away what nothing will keep; leave the rest to the fd store."""
+        self._notifier.send("STOPPING=1")
+        self._service.stop()
+        deadline = time.monotonic() + self.STOP_TIMEOUT
+        self._poller.later(self.STOP_TIMEOUT, lambda: None)
+        while self._service.ending and time.monotonic() < deadline:
+            self._poller.run_once()
+        self._audit.drain(1.0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of ``loopd``; the exit status."""
+    options = _options(arguments)
+    try:
+        daemon = Daemon(options)
+    except CannotStart as error:
+        print(f"loopd: {error}", file=sys.stderr)
+        return 1
+    daemon.run()
+    return 0

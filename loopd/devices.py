@@ -1,0 +1,414 @@
+"""Devices: bind a backing file to a number, put nodes for it into a client's directory, take all of it away again.
+
+Runs in helper processes: every call here may wait for a disk. Owns the order of the steps on the device (lock, left-over
+partitions, configure, verify, nodes, unlock) and the meaning of each errno. Knows no accounts, no policy and no leases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from . import rights
+from .files import Backing
+from .loop import Loop, LoopControl, UnexpectedDevice, supports_configure
+from .wire import Attach, Code, Refusal
+
+PRIVATE_NODES = "/run/loopd-nodes"
+"""A directory of the service alone, on a mount without nodev (TemporaryFileSystem= in the unit)."""
+
+LOOP_CONTROL = (10, 237)
+"""MISC_MAJOR and LOOP_CTRL_MINOR of <linux/miscdevice.h>: fixed numbers."""
+
+LOCK_TIMEOUT = 2.0
+"""Seconds to wait for udev, which takes LOCK_SH on a new device for as long as it probes it."""
+
+ATTEMPTS = 64
+"""Numbers that one attach may lose to others (the host's losetup) before it gives up."""
+
+
+class Number(NamedTuple):
+    """The number of a device; `made` when LOOP_CTL_ADD has been done for it."""
+
+    number: int
+    made: bool
+
+
+class Binding(NamedTuple):
+    """One backing file on one device, as the kernel reports it. Sizes in bytes; `diskseq` is its identity (None: < 5.15)."""
+
+    number: int
+    devname: str
+    major: int
+    minor: int
+    diskseq: int | None
+    size: int
+    offset: int
+    sizelimit: int
+    sector_size: int
+    read_only: bool
+    direct_io: bool
+    partscan: bool
+    backing_file: str
+    backing_dev: str
+    backing_inode: int
+    ref: str
+
+
+class Node(NamedTuple):
+    """A node that loopd made: it is removed only while the name still leads to this inode with this device number."""
+
+    name: str
+    major: int
+    minor: int
+    inode: int
+
+
+class Client(NamedTuple):
+    """Whose file system rights are used in a directory."""
+
+    uid: int
+    gid: int
+
+
+class Nodes:
+    """How loopd itself opens a device: through a node of its own in a private directory, else through /dev.
+
+    `/dev/loopN` is root's until udev changes it, and loopd runs as a user of its own.
+    """
+
+    def __init__(self) -> None:
+        self._private: int | None = None
+        with contextlib.suppress(OSError):
+            self._private = os.open(PRIVATE_NODES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    @property
+    def fds(self) -> list[int]:
+        """The directory's fd, where there is one of the service's own."""
+        return [] if self._private is None else [self._private]
+
+    def open_control(self) -> LoopControl:
+        """Open the loop control device; OSError as open(2)."""
+        if self._private is None:
+            return LoopControl()
+        with self._made("loop-control", stat.S_IFCHR, LOOP_CONTROL):
+            return LoopControl(self._private)
+
+    def has_configure(self, control: LoopControl) -> bool:
+        """Whether the kernel has LOOP_CONFIGURE; OSError where no loop device can be opened."""
+        with self._node(control.get_unbound()) as directory:
+            return supports_configure(control, directory)
+
+    @contextlib.contextmanager
+    def _node(self, number: int) -> Iterator[int | None]:
+        if self._private is None:
+            yield None
+            return
+        name = f"loop{number}"
+        with self._made(name, stat.S_IFBLK, device_number(name)):
+            yield self._private
+
+    @contextlib.contextmanager
+    def _made(self, name: str, kind: int, device: tuple[int, int]) -> Iterator[None]:
+        with contextlib.suppress(FileExistsError):
+            os.mknod(name, kind | 0o600, os.makedev(*device), dir_fd=self._private)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._private)
+
+    @contextlib.contextmanager
+    def opened(self, number: int) -> Iterator[tuple[Loop, int]]:
+        """The device, and an fd of a second open file description for its lock; both closed at the end."""
+        with self._node(number) as directory, contextlib.ExitStack() as stack:
+            loop = stack.enter_context(Loop(number, directory))
+            lock = os.open(f"/proc/self/fd/{loop.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(_close, lock)
+            yield loop, lock
+
+
+def reopen(device: int, read_only: bool) -> int:
+    """Another open file description of an open device, the caller's to close."""
+    return os.open(f"/proc/self/fd/{device}", (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def device_number(name: str, disk: str | None = None) -> tuple[int, int]:
+    """Major and minor of a disk, or of partition `name` of `disk`. Never derived from the name: loop.max_part shifts it."""
+    path = f"/sys/block/{name}/dev" if disk is None else f"/sys/block/{disk}/{name}/dev"
+    with open(path, encoding="ascii") as attribute:
+        major, minor = attribute.read().split(":")
+    return int(major), int(minor)
+
+
+def partitions(devname: str) -> dict[str, tuple[int, int]]:
+    """Names and device numbers of the partitions that the kernel has for `devname` now."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(f"/sys/block/{devname}"):
+            if name.startswith(f"{devname}p"):
+                with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                    found[name] = device_number(name, devname)
+    return dict(sorted(found.items(), key=lambda item: int(item[0].rpartition("p")[2])))
+
+
+# Binding ----------------------------------------------------------------------------------------------------------
+
+# Somebody else was faster, or the number went away: the next number is tried.
+_LOST = {
+    errno.EBUSY: "the host's losetup bound the number, or has it open exclusively",
+    errno.ENXIO: "the device is being torn down",
+    errno.ENODEV: "the number was removed",
+    errno.ENOENT: "the number was removed, and its node with it",
+    errno.EEXIST: "LOOP_CTL_ADD: somebody else made the number",
+    errno.EAGAIN: "somebody else holds the lock of the device",
+}
+
+_CONFIGURE = {
+    errno.EINVAL: (Code.BAD_FD, "the kernel does not take this file as a backing file"),
+    errno.EBADF: (Code.BAD_FD, "the kernel does not take this file as a backing file"),
+    errno.EOVERFLOW: (Code.INVALID, "offset and sizelimit lie outside what the kernel can address"),
+    errno.ENOMEM: (Code.NO_DEVICE, "the host has no memory for another device"),
+    errno.EMFILE: (Code.NO_DEVICE, "loopd is at its limit of open files"),
+    errno.ENFILE: (Code.NO_DEVICE, "the host is at its limit of open files"),
+    errno.EPERM: (Code.NO_DEVICE, "the host does not let loopd use its loop devices"),
+    errno.EACCES: (Code.NO_DEVICE, "the host does not let loopd use its loop devices"),
+    errno.ENOSPC: (Code.NO_DEVICE, "the host has no number for another device"),
+}
+
+
+def _lock(fd: int) -> None:
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.005)
+
+
+def delete_partitions(loop: Loop) -> None:
+    """Delete what partitions there are, so that none reads the next file's data; needs CAP_SYS_ADMIN."""
+    for name in partitions(loop.devname):
+        with contextlib.suppress(OSError):
+            loop.delete_partition(int(name.rpartition("p")[2]))
+
+
+class Bound(NamedTuple):
+    """A device that was bound; both fds are the caller's to close, `lock` holds LOCK_EX against udev."""
+
+    binding: Binding
+    device: int
+    lock: int
+
+
+def bind(
+    control: LoopControl, nodes: Nodes, fd: int, request: Attach, backing: Backing, next_number: Callable[[], Number]
+) -> Bound:
+    """Bind the backing file `fd` to the first number of `next_number` that can be had."""
+    reason = ""
+    for _ in range(ATTEMPTS):
+        number, made = next_number()
+        try:
+            if not made:
+                control.add(number)
+            with nodes.opened(number) as (loop, lock):
+                _lock(lock)
+                delete_partitions(loop)
+                _configure(loop, fd, request, backing)
+                # Duplicates survive the context; the lock belongs to the open file description and goes along.
+                return Bound(_verify(loop, number, request, backing), os.dup(loop.fd), os.dup(lock))
+        except UnexpectedDevice as error:
+            reason = str(error)
+        except OSError as error:
+            if error.errno in _LOST:
+                reason = f"{_LOST[error.errno]} ({error})"
+                continue
+            code, meaning = _CONFIGURE.get(error.errno or 0, (Code.IO, "the device could not be bound"))
+            raise Refusal(code, f"{meaning}: {error}") from error
+    raise Refusal(Code.BUSY, f"{ATTEMPTS} numbers were lost to others, the last because: {reason}")
+
+
+def _configure(loop: Loop, fd: int, request: Attach, backing: Backing) -> None:
+    loop.configure(
+        fd,
+        offset=request.offset,
+        sizelimit=request.sizelimit,
+        blocksize=request.sector_size,
+        autoclear=True,
+        partscan=request.partscan,
+        read_only=backing.read_only,
+        direct_io=request.direct_io != "off",
+        ref=request.ref.encode(),
+    )
+
+
+def _verify(loop: Loop, number: int, request: Attach, backing: Backing) -> Binding:
+    """Read back what is in force: the kernel drops direct I/O silently, and early 5.8 ignored sizelimit and partscan."""
+    info = loop.get_status()
+    binding = Binding(
+        number=number,
+        devname=loop.devname,
+        major=os.major(os.fstat(loop.fd).st_rdev),
+        minor=os.minor(os.fstat(loop.fd).st_rdev),
+        diskseq=loop.diskseq(),
+        size=loop.size(),
+        offset=info.lo_offset,
+        sizelimit=info.lo_sizelimit,
+        sector_size=loop.sector_size(),
+        read_only=loop.read_only(),
+        direct_io=info.direct_io,
+        partscan=info.partscan,
+        backing_file=backing.path,
+        backing_dev=backing.dev,
+        backing_inode=backing.inode,
+        ref=request.ref,
+    )
+    asked = (request.offset, request.sizelimit, request.sector_size, backing.read_only, request.partscan)
+    got = (binding.offset, binding.sizelimit, binding.sector_size, binding.read_only, binding.partscan)
+    if asked != got or not info.autoclear:
+        raise Refusal(Code.INTERNAL, f"the kernel bound {got} where {asked} was asked (offset, sizelimit, sector, ro, partscan)")
+    if request.direct_io == "on" and not binding.direct_io:
+        raise Refusal(
+            Code.UNSUPPORTED, "direct_io: the backing file, its offset or the sector size does not allow it; a larger sector may"
+        )
+    return binding
+
+
+# Nodes in a directory ---------------------------------------------------------------------------------------------
+
+_MKNOD = {
+    errno.EEXIST: (Code.EXISTS, "the name is taken in the directory"),
+    errno.EACCES: (Code.NOT_PERMITTED, "the client itself may not create a file in the directory"),
+    errno.EPERM: (Code.NOT_PERMITTED, "the directory does not take device nodes from the client"),
+    errno.EROFS: (Code.NOT_PERMITTED, "the directory is on a read-only mount"),
+    errno.ENOSPC: (Code.IO, "the directory's file system is full"),
+    errno.EDQUOT: (Code.IO, "the client's disk quota in the directory is used up"),
+    errno.ENOENT: (Code.NOT_FOUND, "the directory has been removed"),
+}
+
+_PROVE = {
+    errno.EACCES: "its mount is nodev or belongs to a user namespace: use a directory of the host or another delivery",
+    errno.ENOENT: "it was removed at once",
+    errno.ENXIO: "the device went away",
+}
+
+
+def place(directory: int, client: Client, devname: str, wanted: dict[str, tuple[int, int]]) -> list[Node]:
+    """Make the nodes of `wanted` with the client's own rights, all or none, and prove that the disk's can be opened."""
+    made: list[Node] = []
+    with rights.acting_as(*client):
+        try:
+            for name, (major, minor) in wanted.items():
+                made.append(_make(directory, name, major, minor))
+                if name == devname:
+                    _prove(directory, name, made[-1])
+        except BaseException:
+            for node in made:
+                _remove(directory, node)
+            raise
+    return made
+
+
+def displace(directory: int, client: Client, nodes: list[Node]) -> list[Node]:
+    """Remove nodes with the client's own rights; returns those that could not be removed."""
+    with rights.acting_as(*client):
+        return [node for node in nodes if not _remove(directory, node)]
+
+
+def _make(directory: int, name: str, major: int, minor: int) -> Node:
+    try:
+        os.mknod(name, stat.S_IFBLK | 0o600, os.makedev(major, minor), dir_fd=directory)
+    except OSError as error:
+        code, meaning = _MKNOD.get(error.errno or 0, (Code.IO, "the node could not be made"))
+        raise Refusal(code, f"dir_fd: {meaning}: {name}: {os.strerror(error.errno or 0)}") from error
+    status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    return Node(name, major, minor, status.st_ino)
+
+
+def _is(status: os.stat_result, node: Node) -> bool:
+    return (
+        stat.S_ISBLK(status.st_mode)
+        and status.st_ino == node.inode
+        and status.st_rdev == os.makedev(node.major, node.minor)
+    )
+
+
+def _prove(directory: int, name: str, node: Node) -> None:
+    """Open the node the way the client will.
+
+    O_PATH pins the inode, so that what is opened is what was looked at: the client may swap the name for a FIFO, on which
+    an open blocks, or for a device on which an open has effects.
+    """
+    try:
+        pinned = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            if not _is(os.fstat(pinned), node):
+                raise Refusal(Code.UNDELIVERABLE, f"dir_fd: {name} was replaced as soon as it was made")
+            os.close(os.open(f"/proc/self/fd/{pinned}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        finally:
+            os.close(pinned)
+    except OSError as error:
+        meaning = _PROVE.get(error.errno or 0, "it cannot be opened")
+        raise Refusal(Code.UNDELIVERABLE, f"dir_fd: {name} is there, but {meaning}: {os.strerror(error.errno or 0)}") from error
+
+
+def _remove(directory: int, node: Node) -> bool:
+    try:
+        if not _is(os.stat(node.name, dir_fd=directory, follow_symlinks=False), node):
+            return True  # the client's own, by that name
+        os.unlink(node.name, dir_fd=directory)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def find(directory: int, client: Client, names: dict[str, tuple[int, int]]) -> list[Node]:
+    """The nodes among `names` that are in the directory: what a daemon that died may have made there."""
+    found = []
+    with rights.acting_as(*client):
+        for name, (major, minor) in names.items():
+            with contextlib.suppress(OSError):
+                node = Node(name, major, minor, os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino)
+                if _is(os.stat(name, dir_fd=directory, follow_symlinks=False), node):
+                    found.append(node)
+    return found
+
+
+# Release ----------------------------------------------------------------------------------------------------------
+
+
+def still_bound(binding: Binding) -> bool:
+    """Whether the number still carries this binding, or is being torn down from it."""
+    try:
+        with open(f"/sys/block/{binding.devname}/loop/backing_file", "rb"):
+            pass
+        if binding.diskseq is None:
+            return True
+        with open(f"/sys/block/{binding.devname}/diskseq", encoding="ascii") as attribute:
+            # Clearing raises it by itself before the next bind does (facts of Linux 5.15 and later).
+            return int(attribute.read()) == binding.diskseq
+    except OSError:
+        return False
+
+
+def let_go(loop: Loop) -> None:
+    """Delete the partitions and have the kernel unbind at the last close, whatever the client did to AUTOCLEAR."""
+    delete_partitions(loop)
+    with contextlib.suppress(OSError):  # ENXIO: unbound already
+        loop.clear_fd()

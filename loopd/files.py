@@ -1,0 +1,160 @@
+"""Files: tell what a client's fd is, on which file system it lies, and whether it may be used, without asking that file system.
+
+A file of a FUSE file system whose server never answers blocks fstat, statfs and most else; `statx` with AT_STATX_DONT_SYNC
+and the mount table do not. Only when the file system is one that answers is the file itself asked. Nothing here changes
+anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import stat
+import struct
+from typing import NamedTuple
+
+from .wire import Attach, Code, Refusal
+
+ANSWERING = frozenset(
+    ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "tmpfs", "ramfs", "overlay", "vfat", "devtmpfs")
+)
+"""File systems whose answers depend on the host alone: no user and no network peer can stop one from answering."""
+
+NEVER = frozenset(
+    ("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "efivarfs", "pstore", "bpf")
+    + ("binfmt_misc", "mqueue", "autofs", "devpts", "selinuxfs", "smackfs", "fusectl", "nsfs", "pidfs", "rpc_pipefs")
+)
+"""File systems whose files are not data: a kernel thread with root's rights would write them."""
+
+AT_EMPTY_PATH = 0x1000
+AT_STATX_DONT_SYNC = 0x4000
+STATX_TYPE, STATX_INO, STATX_MNT_ID = 0x1, 0x100, 0x1000  # STATX_MNT_ID: Linux 5.8
+_STATX = struct.Struct("=28xH2xQ88xIIIIQ104x")  # mode, ino, rdev, dev, mount id of struct statx
+F_GET_SEALS = 1034
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Identity(NamedTuple):
+    """What can be known of an fd without asking its file system."""
+
+    mode: int
+    inode: int
+    dev: tuple[int, int]
+    mount: int
+
+
+class FileSystem(NamedTuple):
+    """The mount of a file; `host` says whether a mount of the same file system is in loopd's own mount table."""
+
+    type: str
+    options: str
+    host: bool
+
+
+def identify(fd: int) -> Identity:
+    """Type, inode number, device and mount id of `fd`. Does not block on a file system that never answers."""
+    buffer = ctypes.create_string_buffer(_STATX.size)
+    mask = STATX_TYPE | STATX_INO | STATX_MNT_ID
+    if _libc.statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, mask, buffer) < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    mode, inode, _, _, major, minor, mount = _STATX.unpack(buffer.raw)
+    return Identity(mode, inode, (major, minor), mount)
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as table:
+            return table.readall()
+    except OSError:  # the client is gone, or hidden
+        return b""
+
+
+def file_system(identity: Identity, pid: int) -> FileSystem | None:
+    """The file system of a file that process `pid` holds; None when the mount is in neither mount table."""
+    ours = _read("/proc/self/mountinfo")
+    for table in (_read(f"/proc/{pid}/mountinfo"), ours):
+        start = (b"\n" + table).find(b"\n%d " % identity.mount)
+        if start < 0:
+            continue
+        line = table[start : table.find(b"\n", start)]
+        dev = line.split(b" ", 3)[2]
+        kind, _, options = line.partition(b" - ")[2].split(b" ", 2)
+        host = any(entry.split(b" ", 3)[2] == dev for entry in ours.splitlines())
+        return FileSystem(kind.decode(), options.decode(errors="replace"), host)
+    return None
+
+
+def _is_shmem(fd: int) -> bool:
+    """Whether `fd` is a memfd or a file on tmpfs: only those have seals, and asking does not reach the file system."""
+    try:
+        fcntl.fcntl(fd, F_GET_SEALS)
+    except OSError:  # EINVAL
+        return False
+    return True
+
+
+def _check_file_system(identity: Identity, what: str, pid: int, allowed: frozenset[str]) -> None:
+    found = file_system(identity, pid)
+    if found is None:
+        raise Refusal(
+            Code.NOT_PERMITTED, f"{what}: its mount is neither in the client's mount table nor in the host's, so it is not trusted"
+        )
+    if found.type in NEVER or found.type not in allowed:
+        raise Refusal(Code.NOT_PERMITTED, f"{what}: {found.type} is not among the allowed file systems")
+    if found.type == "overlay" and not found.host:
+        # An overlay that a user made in a namespace of his own may have a layer on FUSE that stops answering.
+        raise Refusal(
+            Code.NOT_PERMITTED, f"{what}: an overlay of a user namespace's making; use a bind-mounted directory of the host"
+        )
+
+
+_TYPES = {stat.S_IFDIR: "a directory", stat.S_IFBLK: "a block device", stat.S_IFCHR: "a character device"}
+_TYPES |= {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a symbolic link"}
+
+
+class Backing(NamedTuple):
+    """A backing file that passed; `dev` and `inode` identify it, `path` is where the client had it when it was opened."""
+
+    read_only: bool
+    size: int
+    dev: str
+    inode: int
+    path: str
+
+
+def check_backing(fd: int, request: Attach, pid: int, allowed: frozenset[str]) -> Backing:
+    """Refuse a backing file that may not become a device; the checks are in the order of what can be asked safely."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_PATH:
+        raise Refusal(Code.BAD_FD, "fd: opened with O_PATH")
+    if flags & os.O_ACCMODE == os.O_WRONLY:
+        # LOOP_CONFIGURE takes it, and the device then reads what the client may not.
+        raise Refusal(Code.BAD_FD, "fd: opened write-only; open it for reading and writing")
+    if flags & os.O_APPEND:
+        raise Refusal(Code.BAD_FD, "fd: opened with O_APPEND, which a loop device would ignore")
+    identity = identify(fd)
+    if not stat.S_ISREG(identity.mode):
+        kind = _TYPES.get(stat.S_IFMT(identity.mode), "no regular file")
+        raise Refusal(Code.BAD_FD, f"fd: {kind}; a backing file is a regular file")
+    if not _is_shmem(fd):
+        _check_file_system(identity, "fd", pid, allowed)
+    size = os.fstat(fd).st_size
+    if request.offset >= size:
+        raise Refusal(Code.INVALID, f"offset: {request.offset} is at or past the end of the file ({size} bytes)")
+    window = min(size - request.offset, request.sizelimit or size)
+    if window < request.sector_size:
+        raise Refusal(Code.INVALID, f"fd: {window} bytes are less than one sector of {request.sector_size}")
+    path = os.readlink(f"/proc/self/fd/{fd}")
+    read_only = request.read_only or flags & os.O_ACCMODE == os.O_RDONLY
+    return Backing(read_only, size, f"{identity.dev[0]}:{identity.dev[1]}", identity.inode, path)
+
+
+def check_directory(fd: int, pid: int, allowed: frozenset[str]) -> None:
+    """Refuse what is no directory, or a directory of a file system that may not answer."""
+    identity = identify(fd)
+    if not stat.S_ISDIR(identity.mode):
+        raise Refusal(Code.BAD_FD, "dir_fd: not a directory")
+    _check_file_system(identity, "dir_fd", pid, allowed)

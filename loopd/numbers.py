@@ -1,0 +1,258 @@
+"""Numbers: which device number the next binding gets, making numbers ahead of need, and removing them after use.
+
+A node is a capability for whatever is bound to its number later, so a number that a client may have kept a node of is not
+handed out again until a quarantine is over. The counter is in the state directory and written before a number is used.
+LOOP_CTL_ADD and LOOP_CTL_REMOVE take from half a millisecond to fifty: a process of its own does them, several at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import marshal
+import os
+import queue
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from . import transport
+from .devices import Number
+from .loop import LoopControl
+
+FIRST = 4096
+LAST = 2**20 - 1
+BLOCK = 64
+BLOCKS = (LAST + 1 - FIRST) // BLOCK
+QUARANTINE = 30 * 86400
+"""Seconds for which a number that was used is not given to another."""
+
+_HEADER = struct.Struct("<8sQ")  # magic, the block that comes next
+_ENTRY = struct.Struct("<Q")  # for each block: when it was last used, seconds since 1970
+_MAGIC = b"loopd\x00n1"
+
+
+class Exhausted(Exception):
+    """Every block is in use or in quarantine."""
+
+
+class Counter:
+    """Hands out blocks of numbers, each once in a quarantine; instances share the file under its lock."""
+
+    def __init__(self, path: str) -> None:
+        """Open or make the file; OSError when that cannot be done. `started_from_clock` tells that it was not there."""
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self.started_from_clock = False
+        with self._locked():
+            data = os.pread(self._fd, _HEADER.size, 0)
+            size = _HEADER.size + BLOCKS * _ENTRY.size
+            if len(data) == _HEADER.size and data.startswith(_MAGIC) and os.fstat(self._fd).st_size == size:
+                return
+            # Lost or new. The clock passes all blocks once in a quarantine, so the start it gives lies beyond what was
+            # used before, as long as fewer than a block is used in the time that it takes for one.
+            self.started_from_clock = True
+            os.ftruncate(self._fd, 0)
+            os.ftruncate(self._fd, size)
+            os.pwrite(self._fd, _HEADER.pack(_MAGIC, int(time.time() / (QUARANTINE / BLOCKS)) % BLOCKS), 0)
+            os.fsync(self._fd)
+
+    @contextlib.contextmanager
+    def _locked(self):  # type: ignore[no-untyped-def]  # a generator of None
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def reserve(self) -> range:
+        """The numbers of one block, on disk as used before this returns; `Exhausted` when there is none."""
+        with self._locked():
+            _, start = _HEADER.unpack(os.pread(self._fd, _HEADER.size, 0))
+            entries = os.pread(self._fd, BLOCKS * _ENTRY.size, _HEADER.size)
+            now = int(time.time())
+            for offset in range(BLOCKS):
+                block = (start + offset) % BLOCKS
+                (used,) = _ENTRY.unpack_from(entries, block * _ENTRY.size)
+                if used == 0 or used + QUARANTINE < now:
+                    os.pwrite(self._fd, _ENTRY.pack(now), _HEADER.size + block * _ENTRY.size)
+                    os.pwrite(self._fd, _HEADER.pack(_MAGIC, (block + 1) % BLOCKS), 0)
+                    os.fdatasync(self._fd)
+                    return range(FIRST + block * BLOCK, FIRST + (block + 1) * BLOCK)
+        raise Exhausted
+
+    def touch(self, number: int) -> None:
+        """The number's use ends now: its quarantine is counted from here."""
+        block = (number - FIRST) // BLOCK
+        if 0 <= block < BLOCKS:
+            os.pwrite(self._fd, _ENTRY.pack(int(time.time())), _HEADER.size + block * _ENTRY.size)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def ours(devname: str) -> bool:
+    """Whether the device is in loopd's range."""
+    return int(devname[4:]) >= FIRST
+
+
+def work(channel: socket.socket, control: LoopControl) -> None:
+    """The process that makes and removes numbers: answers each (operation, number) with (it, number, errno)."""
+    jobs: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+    threads: list[threading.Thread] = []
+    idle = threading.Semaphore(0)
+
+    def serve() -> None:
+        while True:
+            operation, number = jobs.get()
+            error = 0
+            try:
+                _OPERATIONS[operation](control, number)
+            except OSError as failure:
+                error = failure.errno or errno.EIO
+            with contextlib.suppress(OSError):
+                transport.send(channel, marshal.dumps((operation, number, error)))
+            idle.release()
+
+    while payload := channel.recv(64):
+        if not idle.acquire(blocking=False) and len(threads) < THREADS:
+            threads.append(threading.Thread(target=serve, daemon=True))
+            threads[-1].start()
+        jobs.put(marshal.loads(payload))
+    os._exit(0)  # the main process is gone: what is left to remove, the next one finds
+
+
+def _keep_low_free(control: LoopControl, number: int) -> None:
+    """Have a free device below the range, for the host's ``losetup -f`` to find before it finds one of loopd's."""
+    if control.get_unbound() >= FIRST:
+        control.add()
+
+
+_OPERATIONS: dict[str, Callable[[LoopControl, int], object]] = {
+    "add": LoopControl.add,
+    "remove": LoopControl.remove,
+    "low": _keep_low_free,
+}
+
+THREADS = 32
+"""LOOP_CTL_REMOVE waits for an RCU grace period: 32 at once take hardly longer than one."""
+
+AHEAD = 8
+"""Numbers made ahead of need."""
+
+
+class Numbers:
+    """The main process's side: the next number, and what becomes of a used one."""
+
+    def __init__(self, counter: Counter, channel: socket.socket) -> None:
+        self._counter = counter
+        self._channel = channel
+        self._fresh: deque[int] = deque()
+        self._made: deque[int] = deque()
+        self._making = 0
+        self._removing: set[int] = set()
+        self._lingering: set[int] = set()
+
+    @property
+    def channel(self) -> socket.socket:
+        """To the process that makes and removes numbers."""
+        return self._channel
+
+    def restart(self, channel: socket.socket) -> None:
+        """That process ended and there is a new one: have it do what was left."""
+        self._channel.close()
+        self._channel, self._making = channel, 0
+        for number in self._removing:
+            self._send("remove", number)
+
+    @property
+    def removing(self) -> bool:
+        """Whether numbers are being removed that nobody has open."""
+        return bool(self._removing)
+
+    @property
+    def lingering(self) -> bool:
+        """Whether numbers could not be removed because somebody has them open."""
+        return bool(self._lingering)
+
+    @property
+    def busy(self) -> bool:
+        """Whether numbers are being removed."""
+        return bool(self._removing or self._lingering)
+
+    def next(self) -> Number:
+        """A number that nobody had within the quarantine; `Exhausted` when there is none."""
+        made = bool(self._made)
+        number = self._made.popleft() if made else self._take()
+        return Number(number, made)
+
+    def _take(self) -> int:
+        if not self._fresh:
+            self._fresh.extend(self._counter.reserve())
+        return self._fresh.popleft()
+
+    def refill(self) -> None:
+        """Have numbers made ahead of need."""
+        while self._making + len(self._made) < AHEAD:
+            try:
+                number = self._take()
+            except Exhausted:
+                return
+            self._making += 1
+            self._send("add", number)
+
+    def _send(self, operation: str, number: int) -> None:
+        transport.send(self._channel, marshal.dumps((operation, number)))
+
+    def give_back(self, number: Number) -> None:
+        """A number that was not used."""
+        if number.made:
+            self._made.appendleft(number.number)
+        else:
+            self._fresh.appendleft(number.number)
+
+    def retire(self, number: int) -> None:
+        """Remove a number that was used: idle, it could be handed out by LOOP_CTL_GET_FREE to the host."""
+        self._counter.touch(number)
+        self._removing.add(number)
+        self._send("remove", number)
+
+    def receive(self) -> None:
+        """Take one answer of the process."""
+        payload = self._channel.recv(64)
+        if not payload:
+            raise EOFError("the process that makes numbers ended")
+        operation, number, error = marshal.loads(payload)
+        if operation == "add":
+            self._making -= 1
+            if error == 0:
+                self._made.append(number)
+        elif operation == "remove":
+            if number in self._removing and error == errno.EBUSY:
+                self._lingering.add(number)
+            self._removing.discard(number)
+
+    def retry(self) -> None:
+        """Try again what could not be removed because somebody has it open."""
+        lingering, self._lingering = self._lingering, set()
+        for number in lingering:
+            self._removing.add(number)
+            self._send("remove", number)
+
+    def sweep(self, known: set[int]) -> None:
+        """Remove idle devices of the range that a daemon which died had made; a bound or open one stays as it is."""
+        for name in os.listdir("/sys/block"):
+            if name.startswith("loop") and ours(name) and int(name[4:]) not in known:
+                self._send("remove", int(name[4:]))
+
+    def keep_low_free(self) -> None:
+        """Look after the free device that is there for the host."""
+        self._send("low", 0)
+
+    def remove_unused(self) -> None:
+        """Remove what was made ahead of need, before the daemon ends."""
+        while self._made:
+            self.retire(self._made.popleft())

@@ -1,0 +1,29 @@
+"""Policy: what a client may do, and how much.
+
+Owns every limit and its default; a Policy is a frozen value. Decides from facts it is given and looks at nothing itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .files import ANSWERING
+
+
+class Policy(NamedTuple):
+    """What is allowed. Times in seconds."""
+
+    idle_timeout: float = 30.0
+    """After this long with nothing to hold the daemon exits; systemd keeps the socket."""
+    reply_to_address: bool = False
+    """Answer a request without reply_fd at the sender's address, although its network namespace cannot be established."""
+    devices: int = 256
+    """Devices of one account at once."""
+    requests: int = 32
+    """Requests of one account under way at once."""
+    stuck: int = 2
+    """Helper processes that one account may have hanging before its requests are dropped unanswered."""
+    request_timeout: float = 30.0
+    """After this long a helper process that has not finished a request is written off."""
+    file_systems: frozenset[str] = ANSWERING
+    """Types of the file systems on which backing files and directories may lie."""

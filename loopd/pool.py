@@ -1,0 +1,201 @@
+"""The pool: the main process's side of its child processes.
+
+Owns their lives: fork, dispatch, answers, writing off one that does not come back, reaping. Keeps a base of helpers that
+respond, however many hang. What a message means is the task's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, Protocol
+
+from . import helper, rights, transport
+from .devices import Nodes
+from .loop import LoopControl
+from .poller import Poller, Timer
+from .transport import FdSet
+
+
+class Task(Protocol):
+    """What a helper is busy with, told how it goes."""
+
+    def message(self, worker: Worker, message: Any, fds: FdSet) -> None:
+        """The helper says something; what is not stolen from `fds` is closed."""
+
+    def ended(self) -> None:
+        """The helper ended before it was ready again; nothing more will come."""
+
+    def timed_out(self) -> None:
+        """The helper was not ready again in time and is written off; nothing more will come, until `reaped`."""
+
+    def reaped(self) -> None:
+        """The helper that was written off has really ended, and with it every fd that it held."""
+
+
+class Worker:
+    """One helper process."""
+
+    __slots__ = ("channel", "deadline", "pid", "since", "task")
+
+    def __init__(self, pid: int, channel: socket.socket) -> None:
+        self.pid = pid
+        self.channel = channel
+        self.task: Task | None = None
+        self.since = 0.0
+        self.deadline: Timer | None = None
+
+    def send(self, message: Any, fds: Iterable[int] = ()) -> None:
+        """Send the helper a message; that it has ended is noticed where its channel is read."""
+        with contextlib.suppress(OSError):
+            transport.send(self.channel, helper.pack(message), fds)
+
+
+class Pool:
+    """Helper processes: idle ones, busy ones, and those that were written off and have not ended yet."""
+
+    BASE = 4
+    """Helpers that respond, at least: as many requests can be under way without waiting for one another."""
+    MOST = 64
+    """Helpers at once, hanging ones included."""
+    SLOW = 0.005
+    """Seconds after which a busy helper no longer counts as one that responds."""
+
+    def __init__(
+        self, poller: Poller, listeners: list[socket.socket], control: LoopControl, nodes: Nodes, ready: Callable[[], None]
+    ) -> None:
+        self._poller = poller
+        self._arguments = (listeners, control, nodes)
+        self._ready = ready
+        self._idle: list[Worker] = []
+        self._busy: set[Worker] = set()
+        self._lost: dict[int, Task] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether any helper has a task."""
+        return bool(self._busy)
+
+    @property
+    def lost(self) -> int:
+        """How many were written off and are not dead yet."""
+        return len(self._lost)
+
+    def available(self) -> bool:
+        """Whether a helper can take a job now; forks one where few are there that respond."""
+        if not self._idle:
+            horizon = time.monotonic() - self.SLOW
+            responding = sum(worker.since > horizon for worker in self._busy)
+            if responding < self.BASE and len(self._busy) + len(self._lost) < self.MOST:
+                self._spawn()
+        return bool(self._idle)
+
+    def dispatch(self, task: Task, job: Any, fds: Iterable[int], timeout: float) -> None:
+        """Give an available helper a job, which has `timeout` seconds to be done with it."""
+        worker = self._idle.pop()
+        worker.task, worker.since = task, time.monotonic()
+        worker.deadline = self._poller.later(timeout, lambda: self._write_off(worker))
+        self._busy.add(worker)
+        worker.send(job, fds)
+
+    def _spawn(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listeners, control, nodes = self._arguments
+        keep = [theirs.fileno(), control.fileno(), *nodes.fds, *(listener.fileno() for listener in listeners)]
+        pid = fork(keep, lambda: helper.main(theirs, listeners, control, nodes))
+        theirs.close()
+        worker = Worker(pid, ours)
+        self._poller.add(ours.fileno(), lambda: self._readable(worker))
+        self._idle.append(worker)
+
+    def _readable(self, worker: Worker) -> None:
+        try:
+            payload, fds = transport.receive(worker.channel, helper.MAX_MESSAGE, helper.MAX_MESSAGE_FDS)
+        except ConnectionResetError:
+            payload, fds = b"", FdSet()
+        if not payload:
+            task = worker.task
+            self._forget(worker)
+            if task is not None:
+                task.ended()
+            self._ready()
+            return
+        message = helper.unpack(payload)
+        if isinstance(message, helper.Ready):
+            self._rest(worker)
+            self._idle.append(worker)
+            self._ready()
+            return
+        with fds:
+            if worker.task is not None:
+                worker.task.message(worker, message, fds)
+
+    def _rest(self, worker: Worker) -> None:
+        self._busy.discard(worker)
+        worker.task = None
+        if worker.deadline is not None:
+            worker.deadline.cancel()
+
+    def _forget(self, worker: Worker) -> None:
+        self._rest(worker)
+        if worker in self._idle:
+            self._idle.remove(worker)
+        self._poller.remove(worker.channel.fileno())
+        worker.channel.close()
+
+    def _write_off(self, worker: Worker) -> None:
+        task = worker.task
+        self._forget(worker)
+        # In an uninterruptible wait it stays until the file system answers, with the fds of this one request.
+        os.kill(worker.pid, signal.SIGKILL)
+        if task is not None:
+            self._lost[worker.pid] = task
+            task.timed_out()
+        self._ready()
+
+    def reap(self, pid: int) -> None:
+        """Process `pid` has ended."""
+        task = self._lost.pop(pid, None)
+        if task is not None:
+            task.reaped()
+
+
+def fork(keep: list[int], main: Callable[[], None]) -> int:
+    """Run `main` in a child that has no fd but `keep` and standard ones, and is killed when this process ends.
+
+    To be called by a single-threaded process only.
+    """
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    _child(parent, keep, main)
+
+
+def _child(parent: int, keep: list[int], main: Callable[[], None]) -> NoReturn:
+    # Never returns into the frames of the parent, whose objects believe to own fds that are closed here.
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the main process ends its children itself
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        low = 3
+        for fd in sorted({*keep}):
+            os.closerange(low, fd)
+            low = fd + 1
+        os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+        rights.die_with_parent(parent)
+        main()
+    except ProcessLookupError:
+        pass
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)

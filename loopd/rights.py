@@ -1,0 +1,81 @@
+"""Rights: act on a client's directory as that client, and drop what a process does not need.
+
+The one place that changes credentials. Works on the calling thread alone (fsuid, fsgid and capabilities are a thread's), so
+it is for single-threaded helper processes. Nothing here knows what is done under the rights it lends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import struct
+from collections.abc import Iterator
+
+CAP_MKNOD = 27
+PR_SET_PDEATHSIG = 1
+_CAPABILITY_VERSION_3 = 0x20080522
+_HEADER = struct.Struct("=Ii")
+_DATA = struct.Struct("=6I")  # low and high words of effective, permitted and inheritable, interleaved as the kernel has it
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, *arguments: object) -> int:
+    result = int(getattr(_libc, name)(*arguments))
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{name}: {os.strerror(error)}")
+    return result
+
+
+def _capabilities() -> tuple[int, int]:
+    """Permitted and inheritable set of this thread, as bit masks."""
+    data = ctypes.create_string_buffer(_DATA.size)
+    _call("capget", _HEADER.pack(_CAPABILITY_VERSION_3, 0), data)
+    _, p0, i0, _, p1, i1 = _DATA.unpack(data.raw)
+    return p0 | p1 << 32, i0 | i1 << 32
+
+
+def _set_effective(effective: int, permitted: int, inheritable: int) -> None:
+    low = 0xFFFFFFFF
+    sets = (effective, permitted, inheritable)
+    data = _DATA.pack(*(s & low for s in sets), *(s >> 32 for s in sets))
+    _call("capset", _HEADER.pack(_CAPABILITY_VERSION_3, 0), data)
+
+
+def drop_groups() -> None:
+    """Leave all supplementary groups: a helper acts with a client's rights, and the client is not in loopd's groups."""
+    os.setgroups([])
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the parent process ends; ProcessLookupError if it has ended already."""
+    _call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        raise ProcessLookupError("the parent process is gone")
+
+
+@contextlib.contextmanager
+def acting_as(uid: int, gid: int) -> Iterator[None]:
+    """Use the file system as `uid` and `gid` with no capability but CAP_MKNOD; loopd's own rights return afterwards.
+
+    setfsuid(2) and setfsgid(2) do not report failure, so the ids are read back: an id of -1 changes nothing and returns
+    what is in force. Raises PermissionError when the ids could not be taken.
+    """
+    permitted, inheritable = _capabilities()
+    fsuid, fsgid = _libc.setfsuid(-1), _libc.setfsgid(-1)
+    try:
+        _libc.setfsgid(gid)
+        _libc.setfsuid(uid)
+        # After setfsuid: leaving or reaching fsuid 0 makes the kernel change the effective set by itself.
+        _set_effective(permitted & 1 << CAP_MKNOD, permitted, inheritable)
+        if ctypes.c_uint(_libc.setfsuid(-1)).value != uid or ctypes.c_uint(_libc.setfsgid(-1)).value != gid:
+            raise PermissionError(f"the file system rights of {uid}:{gid} cannot be taken")
+        yield
+    finally:
+        _set_effective(permitted, permitted, inheritable)  # first: CAP_SETUID is needed to go back
+        _libc.setfsuid(fsuid)
+        _libc.setfsgid(fsgid)
+        _set_effective(permitted, permitted, inheritable)

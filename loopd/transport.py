@@ -1,0 +1,274 @@
+"""Datagrams and file descriptors: look at the head of the queue, take it with its fds, drop it; own what was received.
+
+A received fd may belong to a file system that never answers, and even `close` on it can block. So `peek` and `drop` never
+install an fd, and `take` is for helper processes only. Nothing here interprets a payload.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import NamedTuple
+
+from . import wire
+
+# Not in Python's socket module; Linux 6.5 and later.
+SO_PASSPIDFD = 76
+SCM_PIDFD = 4
+
+_UCRED = struct.Struct("iII")  # pid, uid, gid: struct ucred
+# Room for the credentials alone: the kernel then installs no fd and sets MSG_CTRUNC.
+_CREDENTIALS_ONLY = socket.CMSG_SPACE(_UCRED.size)
+_EVERYTHING = _CREDENTIALS_ONLY + socket.CMSG_SPACE(4 * wire.MAX_FDS) + socket.CMSG_SPACE(4)
+
+
+class Sender(NamedTuple):
+    """Who sent a datagram, as the kernel attests (SCM_CREDENTIALS), and the address of the sending socket if it has one."""
+
+    pid: int
+    uid: int
+    gid: int
+    address: bytes
+
+
+class Peeked(NamedTuple):
+    """The head of the queue. The payload of a datagram that is too long is cut, and longer than wire.MAX_REQUEST."""
+
+    payload: bytes
+    sender: Sender
+
+
+class FdSet:
+    """File descriptors that are owned here until they are stolen; closed on leaving the context."""
+
+    def __init__(self, fds: Iterable[int] = ()) -> None:
+        self._fds: list[int | None] = list(fds)
+
+    def __enter__(self) -> FdSet:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def __iter__(self) -> Iterator[int]:
+        return (fd for fd in self._fds if fd is not None)
+
+    def borrow(self, index: int) -> int:
+        """The fd at `index`, still owned here; IndexError where there is none."""
+        fd = self._fds[index]
+        if fd is None:
+            raise IndexError(index)
+        return fd
+
+    def steal(self, index: int) -> int:
+        """The fd at `index`, the caller's to close from now on."""
+        fd = self.borrow(index)
+        self._fds[index] = None
+        return fd
+
+    def add(self, fd: int) -> int:
+        """Own `fd` too; returns it."""
+        self._fds.append(fd)
+        return fd
+
+    def close(self) -> None:
+        fds, self._fds = self._fds, []
+        for fd in fds:
+            if fd is not None:
+                with contextlib.suppress(OSError):  # Linux frees the number whatever close(2) returns.
+                    os.close(fd)
+
+
+class Packet(NamedTuple):
+    """A datagram that was taken: `fds` are its SCM_RIGHTS, `pidfd` the sender's (None before Linux 6.5).
+
+    `truncated` when there were more fds than wire.MAX_FDS.
+    """
+
+    payload: bytes
+    sender: Sender
+    fds: FdSet
+    pidfd: int | None
+    truncated: bool
+
+
+def prepare(listener: socket.socket) -> None:
+    """Have the kernel attach credentials to each datagram, and a pidfd where it can (Linux 6.5)."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
+
+
+def _sender(control: list[tuple[int, int, bytes]], address: object) -> Sender:
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(data) == _UCRED.size:
+            name = address if isinstance(address, bytes) else str(address or "").encode(errors="surrogateescape")
+            return Sender(*_UCRED.unpack(data), name)
+    # Sent before `prepare` was called on a socket that was made without PassCredentials=.
+    return Sender(0, 0xFFFFFFFF, 0xFFFFFFFF, b"")
+
+
+def peek(listener: socket.socket) -> Peeked | None:
+    """The head of the queue without taking it, None when the queue is empty. Installs no fd, does not block."""
+    try:
+        payload, control, _, address = listener.recvmsg(
+            wire.MAX_REQUEST + 1, _CREDENTIALS_ONLY, socket.MSG_PEEK | socket.MSG_DONTWAIT
+        )
+    except BlockingIOError:
+        return None
+    return Peeked(payload, _sender(control, address))
+
+
+def drop(listener: socket.socket) -> None:
+    """Discard the head of the queue; the kernel releases its fds without a flush, so this does not block."""
+    with contextlib.suppress(BlockingIOError):
+        listener.recvmsg(0, _CREDENTIALS_ONLY, socket.MSG_DONTWAIT)
+
+
+def _received(control: list[tuple[int, int, bytes]]) -> tuple[list[int], list[int]]:
+    rights, pidfds = array.array("i"), array.array("i")
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind in (socket.SCM_RIGHTS, SCM_PIDFD):
+            (rights if kind == socket.SCM_RIGHTS else pidfds).frombytes(data[: len(data) // 4 * 4])
+    # SCM_PIDFD carries an errno in place of an fd when the sender is gone.
+    return list(rights), [fd for fd in pidfds if fd >= 0]
+
+
+def take(listener: socket.socket) -> Packet | None:
+    """The head of the queue with its fds, None when the queue is empty. Fds beyond wire.MAX_FDS are the kernel's to drop."""
+    try:
+        payload, control, flags, address = listener.recvmsg(
+            wire.MAX_REQUEST + 1, _EVERYTHING, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        )
+    except BlockingIOError:
+        return None
+    rights, pidfds = _received(control)
+    truncated = bool(flags & socket.MSG_CTRUNC) or len(rights) > wire.MAX_FDS
+    return Packet(payload, _sender(control, address), FdSet(rights), pidfds[0] if pidfds else None, truncated)
+
+
+def receive(channel: socket.socket, size: int, fds: int, flags: int = 0) -> tuple[bytes, FdSet]:
+    """One message of one of loopd's own sockets with at most `fds` fds."""
+    payload, control, _, _ = channel.recvmsg(size, socket.CMSG_SPACE(4 * fds), flags | socket.MSG_CMSG_CLOEXEC)
+    rights, _ = _received(control)
+    return payload, FdSet(rights)
+
+
+def send(channel: socket.socket, payload: bytes, fds: Iterable[int] = (), flags: int = 0) -> None:
+    """One message with fds, which stay the caller's."""
+    rights = array.array("i", fds)
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights.tobytes())] if rights else []
+    channel.sendmsg([payload], control, flags | socket.MSG_NOSIGNAL)
+
+
+def is_pidfd(fd: int) -> bool:
+    """Whether `fd` is a pidfd, without asking the file: no file system's path begins so (pid_fs since Linux 6.9)."""
+    return os.readlink(f"/proc/self/fd/{fd}").startswith(("anon_inode:[pidfd]", "pidfd:["))
+
+
+@contextlib.contextmanager
+def borrowed(fd: int) -> Iterator[socket.socket]:
+    """An AF_UNIX socket's fd as an object, while it stays its owner's to close."""
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
+    try:
+        yield channel
+    finally:
+        channel.detach()
+
+
+def _unix_type(fd: int) -> int | None:
+    """The type of an AF_UNIX socket, None for what is none."""
+    # readlink asks the kernel's path code alone, whatever file system the file is of.
+    if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:["):
+        return None
+    with borrowed(fd) as channel:
+        if channel.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) != socket.AF_UNIX:
+            return None
+        return channel.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+
+
+def check_reply_socket(fd: int, sender: Sender) -> None:
+    """Refuse what is not the sender's own end of an unnamed SEQPACKET socketpair.
+
+    Both names must be empty: a connection to somebody's server would pass the check of the uid, and carry a reply with
+    loopd's credentials there. SO_PEERCRED of a socketpair is who made it.
+    """
+    kind = _unix_type(fd)
+    if kind != socket.SOCK_SEQPACKET:
+        raise wire.Refusal(wire.Code.BAD_FD, "reply_fd is no AF_UNIX SOCK_SEQPACKET socket")
+    with borrowed(fd) as peer:
+        if peer.getsockname() or _peer_name(peer):
+            raise wire.Refusal(wire.Code.BAD_FD, "reply_fd is no unnamed socketpair")
+        _, uid, _ = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    if uid != sender.uid:
+        raise wire.Refusal(wire.Code.NOT_PERMITTED, "reply_fd was made by another uid than the sender's")
+
+
+def _peer_name(peer: socket.socket) -> object:
+    try:
+        return peer.getpeername()
+    except OSError:  # ENOTCONN: never connected, or listening
+        return "none"
+
+
+def check_lease(fd: int) -> str:
+    """Refuse what is neither a pidfd nor a connected AF_UNIX socket; else say which."""
+    if is_pidfd(fd):
+        return "pidfd"
+    kind = _unix_type(fd)
+    if kind is None:
+        raise wire.Refusal(wire.Code.BAD_FD, "lease_fd is neither a pidfd nor an AF_UNIX socket")
+    with borrowed(fd) as peer:
+        # A datagram pair gives no hang-up when the other end is closed.
+        if kind == socket.SOCK_DGRAM or _peer_name(peer) == "none":
+            raise wire.Refusal(wire.Code.BAD_FD, "lease_fd is no connected SOCK_SEQPACKET or SOCK_STREAM socket")
+    return "socket"
+
+
+def seal_lease(fd: int) -> None:
+    """End loopd's direction of a lease socket.
+
+    If a client sends both ends of one pair as two leases, neither would ever hang up. After this the other end reads EOF,
+    so as a lease it is over at once; the client's holding it is noticed as before.
+    """
+    with borrowed(fd) as peer, contextlib.suppress(OSError):  # ENOTCONN: closed at the other end, which the poll shows
+        peer.shutdown(socket.SHUT_WR)
+
+
+SIOCGSKNS = 0x894C  # <linux/sockios.h>, Linux 4.10: the socket's network namespace as an fd; needs CAP_NET_ADMIN
+
+
+def shares_network(listener: socket.socket, pid: int) -> bool:
+    """Whether process `pid` is provably in the listener's network namespace. False where that cannot be established."""
+    try:
+        namespace = fcntl.ioctl(listener, SIOCGSKNS)
+    except OSError:
+        return False
+    try:
+        ours, theirs = os.fstat(namespace), os.stat(f"/proc/{pid}/ns/net")
+    except OSError:
+        return False
+    finally:
+        os.close(namespace)
+    return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
+
+
+def reply(fd: int, payload: bytes, fds: Iterable[int] = ()) -> bool:
+    """Send a reply without waiting; False when it cannot be delivered."""
+    try:
+        with borrowed(fd) as channel:
+            send(channel, payload, fds, socket.MSG_DONTWAIT)
+    except OSError:  # EPIPE, ECONNRESET: hung up; EAGAIN: does not read
+        return False
+    return True
+
+

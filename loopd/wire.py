@@ -1,0 +1,410 @@
+"""The wire: messages, codes and refusals, and their strict encoding as JSON.
+
+Owns what may be said over the socket: every field of every request, its type, its default and its limits; the closed list
+of codes; the shape of the replies. Pure data: no I/O, no file descriptors (a request names them by index), nothing of the
+package imported. Shared by daemon and client, so it keeps to Python 3.8 and the standard library.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from typing import Any, Callable, NamedTuple, NoReturn, Union
+
+VERSION = 1
+"""Version of the protocol, in the reply to ``hello``. A field that is added does not raise it, a change of meaning does."""
+
+MAX_REQUEST = 8192
+"""Bytes of one request datagram."""
+MAX_REPLY = 65536
+"""Bytes of one reply datagram; a longer list is continued (see `List.after`)."""
+MAX_FDS = 8
+"""File descriptors in one request."""
+MAX_OFFSET = 2**63 - 1
+"""Largest offset and sizelimit in bytes: the kernel keeps both as a signed 64-bit number (else EOVERFLOW)."""
+MAX_ID = 64
+"""Characters of a request's ``id``."""
+MAX_REF = 63
+"""Bytes of ``ref``: the kernel's ``lo_file_name`` holds 64 with its terminating NUL."""
+MAX_WAIT = 3600
+"""Seconds that ``detach`` may be asked to wait."""
+SECTOR_SIZES = (512, 1024, 2048, 4096)
+"""Logical sector sizes in bytes that every supported kernel accepts on every page size."""
+DIRECT_IO = ("auto", "on", "off")
+DELIVERIES = ("node", "fd", "mount")
+
+
+class Code(str, enum.Enum):
+    """Why a request was refused. The list is closed: a client may dispatch on it."""
+
+    MALFORMED = "malformed"
+    UNSUPPORTED = "unsupported"
+    BAD_FD = "bad-fd"
+    INVALID = "invalid"
+    NOT_PERMITTED = "not-permitted"
+    QUOTA = "quota"
+    EXISTS = "exists"
+    NOT_FOUND = "not-found"
+    BUSY = "busy"
+    TIMEOUT = "timeout"
+    UNDELIVERABLE = "undeliverable"
+    NO_DEVICE = "no-device"
+    IO = "io"
+    INTERNAL = "internal"
+
+
+class Refusal(Exception):
+    """A request that is answered with a code. Everything else that is raised is a bug."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.code.value}: {self.message}"
+
+
+# Requests ---------------------------------------------------------------------------------------------------------
+
+
+class Attach(NamedTuple):
+    """Bind a backing file to a loop device. Indices count the datagram's SCM_RIGHTS fds from 0; sizes are bytes."""
+
+    fd: int
+    dir_fd: int | None = None
+    reply_fd: int | None = None
+    lease_fd: int | None = None
+    id: str | None = None
+    offset: int = 0
+    sizelimit: int = 0
+    sector_size: int = 512
+    read_only: bool = False
+    partscan: bool = False
+    lock: bool = False
+    direct_io: str = "auto"
+    ref: str = ""
+    deliver: tuple[str, ...] = ("node",)
+
+
+class Detach(NamedTuple):
+    """End a lease. `wait`: seconds that the reply may take to say ``released``; `force` is the administrator's."""
+
+    devname: str
+    reply_fd: int | None = None
+    id: str | None = None
+    wait: float = 0
+    force: bool = False
+
+
+class Leases(NamedTuple):
+    """``list``: the owner's leases, all of them on the admin socket; `after` continues behind an earlier reply's last."""
+
+    reply_fd: int | None = None
+    id: str | None = None
+    after: str = ""
+
+
+class Hello(NamedTuple):
+    """The daemon's version, operations and limits."""
+
+    reply_fd: int | None = None
+    id: str | None = None
+
+
+Request = Union[Attach, Detach, Leases, Hello]
+
+OPERATIONS: dict[str, type[Request]] = {"attach": Attach, "detach": Detach, "list": Leases, "hello": Hello}
+
+
+class Envelope(NamedTuple):
+    """What is known of a request even when the rest of it is refused: where the answer goes and what it echoes."""
+
+    op: str = ""
+    reply_fd: int | None = None
+    id: str | None = None
+
+
+# Decoding. A validator returns the value or raises ValueError with what is expected; `bool` is an `int` to Python and is
+# told apart by `type() is`.
+
+
+def _index(value: Any) -> int:
+    if type(value) is int and 0 <= value < MAX_FDS:
+        return value
+    raise ValueError(f"the index of an fd of the datagram, 0 to {MAX_FDS - 1}")
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is bool:
+        return value
+    raise ValueError("true or false")
+
+
+def _size(value: Any) -> int:
+    if type(value) is int and 0 <= value <= MAX_OFFSET:
+        return value
+    raise ValueError(f"a number of bytes, 0 to {MAX_OFFSET}")
+
+
+def _sector_size(value: Any) -> int:
+    if type(value) is int and value in SECTOR_SIZES:
+        return value
+    raise ValueError(f"one of {', '.join(map(str, SECTOR_SIZES))}")
+
+
+def _seconds(value: Any) -> float:
+    if type(value) in (int, float) and 0 <= value <= MAX_WAIT:
+        return float(value)
+    raise ValueError(f"a number of seconds, 0 to {MAX_WAIT}")
+
+
+def _text(limit: int, measure: Callable[[str], int], unit: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        # A control character would forge lines where a name is printed; a lone surrogate cannot be encoded.
+        if type(value) is str and value.isprintable() and measure(value) <= limit:
+            return value
+        raise ValueError(f"a string of at most {limit} printable {unit}")
+
+    return check
+
+
+def _devname(value: Any) -> str:
+    if type(value) is str and value.startswith("loop") and value[4:].isdecimal() and value.isascii() and len(value) <= 11:
+        return value
+    raise ValueError('the name of a device, as "loop4096"')
+
+
+def _direct_io(value: Any) -> str:
+    if type(value) is str and value in DIRECT_IO:
+        return value
+    raise ValueError(f"one of {', '.join(DIRECT_IO)}")
+
+
+def _deliver(value: Any) -> tuple[str, ...]:
+    if type(value) is list and value and all(type(v) is str and v in DELIVERIES for v in value):
+        return tuple(dict.fromkeys(value))
+    raise ValueError(f"a list of {', '.join(DELIVERIES)}")
+
+
+_encoded = lambda text: len(text.encode())  # noqa: E731  # a measure of `_text`, beside its use
+
+VALIDATORS: dict[str, Callable[[Any], Any]] = {
+    "fd": _index,
+    "dir_fd": _index,
+    "reply_fd": _index,
+    "lease_fd": _index,
+    "id": _text(MAX_ID, len, "characters"),
+    "offset": _size,
+    "sizelimit": _size,
+    "sector_size": _sector_size,
+    "read_only": _flag,
+    "partscan": _flag,
+    "lock": _flag,
+    "direct_io": _direct_io,
+    "ref": _text(MAX_REF, _encoded, "bytes of UTF-8"),
+    "deliver": _deliver,
+    "devname": _devname,
+    "wait": _seconds,
+    "force": _flag,
+    "after": _text(MAX_ID, len, "characters"),
+}
+"""Every field of every request, by name: a name means the same in each operation."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key stands twice")
+    return fields
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _object(payload: bytes) -> dict[str, Any]:
+    try:
+        value = _decoder.decode(payload.decode())
+    # RecursionError: nested arrays. ValueError: bad JSON, bad UTF-8, and an integer of more digits than Python converts.
+    except (ValueError, RecursionError) as error:
+        raise Refusal(Code.MALFORMED, f"the request is no JSON object: {error}") from None
+    if type(value) is not dict:
+        raise Refusal(Code.MALFORMED, "the request is no JSON object")
+    return value
+
+
+def _check(name: str, value: Any) -> Any:
+    try:
+        return VALIDATORS[name](value)
+    except ValueError as error:
+        raise Refusal(Code.MALFORMED, f"{name}: expected {error}") from None
+
+
+def _request(fields: dict[str, Any]) -> Request:
+    op = fields.get("op", "attach")
+    kind = OPERATIONS.get(op) if type(op) is str else None
+    if kind is None:
+        raise Refusal(Code.UNSUPPORTED, f"op: expected one of {', '.join(OPERATIONS)}")
+    values = {}
+    for name, value in fields.items():
+        if name == "op":
+            continue
+        if name not in kind._fields:
+            raise Refusal(Code.MALFORMED, f"{op} has no field of the name {name[:MAX_ID]!r}")
+        values[name] = _check(name, value)
+    try:
+        request = kind(**values)
+    except TypeError:
+        missing = [name for name in kind._fields if name not in kind._field_defaults and name not in values]
+        raise Refusal(Code.MALFORMED, f"{op} needs {', '.join(missing)}") from None
+    if isinstance(request, Attach) and "node" in request.deliver and request.dir_fd is None:
+        raise Refusal(Code.MALFORMED, 'dir_fd: expected with "node" in deliver')
+    return request
+
+
+def decode(payload: bytes) -> tuple[Envelope, Request | Refusal]:
+    """One request datagram as a value, or why it is none; never raises. How many fds came with it is not known here."""
+    if len(payload) > MAX_REQUEST:
+        return Envelope(), Refusal(Code.MALFORMED, f"the request has more than {MAX_REQUEST} bytes")
+    try:
+        fields = _object(payload)
+    except Refusal as refusal:
+        return Envelope(), refusal
+    known: dict[str, Any] = {}
+    for name in ("reply_fd", "id"):
+        try:
+            known[name] = _check(name, fields[name])
+        except (KeyError, Refusal):
+            continue
+    op = fields.get("op", "attach")
+    envelope = Envelope(op if type(op) is str and op in OPERATIONS else "", **known)
+    try:
+        return envelope, _request(fields)
+    except Refusal as refusal:
+        return envelope, refusal
+
+
+# Replies ----------------------------------------------------------------------------------------------------------
+
+
+class Attached(NamedTuple):
+    """Reply to ``attach``. Sizes in bytes; `diskseq` is None before Linux 5.15; flags are what the kernel has in force."""
+
+    devname: str
+    diskseq: int | None
+    major: int
+    minor: int
+    size: int
+    sector_size: int
+    read_only: bool
+    direct_io: bool
+    partitions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Detached(NamedTuple):
+    """Reply to ``detach``: ``released``, or ``busy`` while somebody has the device open: it goes at the last close."""
+
+    state: str
+
+
+class LeaseInfo(NamedTuple):
+    """One row of the reply to ``list``. Times in seconds, sizes in bytes; who owns it is told on the admin socket only."""
+
+    devname: str
+    diskseq: int | None
+    major: int
+    minor: int
+    size: int
+    offset: int
+    sizelimit: int
+    sector_size: int
+    read_only: bool
+    direct_io: bool
+    partscan: bool
+    backing_file: str
+    backing_dev: str
+    backing_inode: int
+    ref: str
+    state: str
+    lease: str
+    age: float
+    partitions: tuple[str, ...] = ()
+    account: str | None = None
+    uid: int | None = None
+    pid: int | None = None
+    unit: str | None = None
+    openers: tuple[str, ...] | None = None
+
+
+class LeaseList(NamedTuple):
+    """Reply to ``list``; `more` when the reply was full and another request with `after` gives the rest."""
+
+    leases: tuple[LeaseInfo, ...]
+    more: bool = False
+
+
+class Greeting(NamedTuple):
+    """Reply to ``hello``: versions, the operations of this socket, and limits in bytes, numbers and seconds."""
+
+    loopd: str
+    protocol: int
+    operations: tuple[str, ...]
+    limits: dict[str, int]
+
+
+Reply = Union[Attached, Detached, LeaseList, Greeting]
+
+
+def _jsonable(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        return {name: _jsonable(item) for name, item in zip(value._fields, value) if item is not None}
+    if isinstance(value, tuple):
+        return [_jsonable(item) for item in value]
+    return value
+
+
+_encoder = json.JSONEncoder(separators=(",", ":"))
+
+
+def encode_request(request: Request) -> bytes:
+    """The datagram of a request; fields at their default are left out."""
+    (op,) = (name for name, kind in OPERATIONS.items() if kind is type(request))
+    fields: dict[str, Any] = {"op": op}
+    for name, value in zip(request._fields, request):
+        if name not in request._field_defaults or request._field_defaults[name] != value:
+            fields[name] = value
+    return _encoder.encode(fields).encode()
+
+
+def encode_reply(reply: Reply | Refusal, id: str | None = None) -> bytes:
+    """The datagram of a reply or refusal, echoing the request's `id`."""
+    if isinstance(reply, Refusal):
+        fields: dict[str, Any] = {"error": {"code": reply.code.value, "message": reply.message}}
+    else:
+        fields = _jsonable(reply)
+    if id is not None:
+        fields["id"] = id
+    return _encoder.encode(fields).encode()
+
+
+def decode_reply(payload: bytes) -> dict[str, Any]:
+    """The fields of a reply; raises the `Refusal` that it is, ValueError for one that is neither.
+
+    Lenient where `decode` is strict: a newer daemon may say more than this module knows, with codes of its own.
+    """
+    fields = json.loads(payload.decode())
+    if not isinstance(fields, dict):
+        raise ValueError("the reply is no JSON object")
+    error = fields.get("error")
+    if error is None:
+        return fields
+    try:
+        code = Code(error["code"])
+    except ValueError:
+        code = Code.INTERNAL
+    raise Refusal(code, str(error["message"]))
