@@ -34,9 +34,7 @@ class _Failure(Exception):
 
 def _clean(text: str) -> str:
     """`text` on one line and harmless to a terminal: a backing file's name is for anybody to choose."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def _say(text: str) -> None:
@@ -80,9 +78,7 @@ def _age(seconds: float) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 class _Column(NamedTuple):
@@ -142,10 +138,9 @@ def _seconds(text: str) -> float:
 
 
 def _lifetime(text: str) -> str:
-    if text not in ("container", "detach", "parent") and not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(
-            f"expected container, detach, parent or the id of a process, not {text!r}"
-        )
+    number = text.isascii() and text.isdecimal() and int(text) < 2**31  # what pid_t holds
+    if text not in ("container", "detach", "parent") and not number:
+        raise argparse.ArgumentTypeError(f"expected container, detach, parent or the id of a process, not {text!r}")
     return text
 
 
@@ -159,8 +154,6 @@ def _lease(lifetime: str) -> Iterator[client.Lifetime]:
     pid = parent if lifetime == "parent" else int(lifetime)
     try:
         fd = client.pidfd_open(pid)
-    except OverflowError:
-        raise _Failure(f"process {pid}: no such process") from None
     except OSError as error:
         raise _Failure(f"process {pid}: {error.strerror}") from error
     try:
@@ -366,9 +359,7 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "attach": Verb("attach an image to a loop device and print its path", _attach, _attach_options),
-    "run": Verb(
-        "attach an image for the length of a command, {} in which is the device", _run, _image_options
-    ),
+    "run": Verb("attach an image for the length of a command, {} in which is the device", _run, _image_options),
     "detach": Verb("detach devices and wait until their images are free", _detach, _detach_options),
     "list": Verb("show the devices that are held", _list, _json_option),
     "hello": Verb("show what the daemon is and offers", _hello, _json_option),

@@ -300,9 +300,7 @@ _Record = TypeVar("_Record", Attached, Detached, LeaseInfo, Greeting)
 def _record(kind: type[_Record], fields: dict[str, Any]) -> _Record:
     """A reply as a value. A field that is not known here is a newer daemon's and is left out."""
     values: dict[str, Any] = dict.fromkeys(name for name in kind._fields if name not in kind._field_defaults)
-    values.update(
-        (name, tuple(value) if isinstance(value, list) else value) for name, value in fields.items()
-    )
+    values.update((name, tuple(value) if isinstance(value, list) else value) for name, value in fields.items())
     record = kind(**{name: values[name] for name in kind._fields if name in values})
     for name in kind._fields:
         if getattr(record, name) is None and name not in kind._field_defaults and name != "diskseq":
@@ -399,9 +397,7 @@ class Device:
     def keep(self) -> None:
         """Leave the device attached behind the ``with`` block: its lifetime, or a detach, ends it."""
         if self._lifetime == "device":
-            raise ValueError(
-                'a device of the lifetime "device" cannot be kept: attach with lifetime="container"'
-            )
+            raise ValueError('a device of the lifetime "device" cannot be kept: attach with lifetime="container"')
         self._kept = True
         self.close()
 
@@ -440,9 +436,7 @@ def pidfd_open(pid: int) -> int:
         import ctypes  # noqa: PLC0415  # costs all who do not need it
 
         libc = ctypes.CDLL(None, use_errno=True)
-        fd = int(
-            libc.syscall(ctypes.c_long(434), ctypes.c_int(pid), ctypes.c_uint(0))
-        )  # 434 on all but Alpha
+        fd = int(libc.syscall(ctypes.c_long(434), ctypes.c_int(pid), ctypes.c_uint(0)))  # 434 on all but Alpha
         if fd < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return fd
@@ -514,9 +508,7 @@ def _inaccessible(dir_fd: int, path: str, attached: Attached, errno_: int) -> De
     access = "r" if attached.read_only else "rw"
     if errno_ == errno.EPERM:
         rule = f"--device-cgroup-rule 'b {attached.major}:* {access}'"
-        return because(
-            "device cgroup", "the device cgroup of this container denies it", f"podman or docker run {rule}"
-        )
+        return because("device cgroup", "the device cgroup of this container denies it", f"podman or docker run {rule}")
     if errno_ != errno.EACCES:
         return because("device", os.strerror(errno_), "`loopctl list` shows whether it is still attached")
     if os.fstatvfs(dir_fd).f_flag & os.ST_NODEV:
@@ -674,9 +666,7 @@ class Client:
         with ExitStack() as stack:
             return _parsed(Greeting, self._ask(stack, wire.Hello()).fields)
 
-    def _ask(
-        self, stack: ExitStack, request: wire.Request, fds: Sequence[int] = (), wait: float = 0.0
-    ) -> _Answer:
+    def _ask(self, stack: ExitStack, request: wire.Request, fds: Sequence[int] = (), wait: float = 0.0) -> _Answer:
         """Send `request` with `fds` (borrowed) and a socket for the reply; `stack` owns what comes back."""
         deadline = time.monotonic() + self.timeout + wait
         channel, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
@@ -776,9 +766,7 @@ def attach(
     )
 
 
-def detach(
-    device: StrPath, *, wait: float = 0.0, socket: StrPath | None = None, timeout: float = TIMEOUT
-) -> bool:
+def detach(device: StrPath, *, wait: float = 0.0, socket: StrPath | None = None, timeout: float = TIMEOUT) -> bool:
     """`Client.detach`: True when the image is free, False while somebody has the device open."""
     return Client(socket, timeout).detach(device, wait=wait)
 

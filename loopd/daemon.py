@@ -40,8 +40,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         prog="loopd", description="Give loop devices to containers. Started by systemd with loopd.socket; see loopd(8)."
     )
     parser.add_argument("--version", action="version", version=f"loopd {__version__}")
-    parser.add_argument("--idle-timeout", type=float, metavar="SECONDS", help="exit after this long with nothing to hold")
-    parser.add_argument("--instance", default="", metavar="NAME", help="the NAME of loopd@NAME.service, for the journal")
+    parser.add_argument(
+        "--idle-timeout", type=float, metavar="SECONDS", help="exit after this long with nothing to hold"
+    )
+    parser.add_argument(
+        "--instance", default="", metavar="NAME", help="the NAME of loopd@NAME.service, for the journal"
+    )
     parser.add_argument(
         "--state-directory", metavar="DIR", default=os.environ.get("STATE_DIRECTORY", STATE_DIRECTORY),
         help="where the number counter is (default: $STATE_DIRECTORY or %(default)s)",
@@ -134,8 +138,12 @@ class Daemon:
         self._service = Service(
             self._poller, listeners, make_pool, self._numbers, self._slots, self._audit, self._policy
         )
+        for name, fd in passed:
+            if name == SLOT:
+                self._service.recover(socket.socket(fileno=fd))
         self._uevents = uevents.listen()
         self._poller.add(self._uevents.fileno(), self._on_uevent)
+        self._service.start()
 
     def _fork_numbers(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

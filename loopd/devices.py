@@ -280,10 +280,13 @@ def _verify(loop: Loop, number: int, request: Attach, backing: Backing) -> Bindi
     asked = (request.offset, request.sizelimit, request.sector_size, backing.read_only, request.partscan)
     got = (binding.offset, binding.sizelimit, binding.sector_size, binding.read_only, binding.partscan)
     if asked != got or not info.autoclear:
-        raise Refusal(Code.INTERNAL, f"the kernel bound {got} where {asked} was asked (offset, sizelimit, sector, ro, partscan)")
+        raise Refusal(
+            Code.INTERNAL, f"the kernel bound {got} where {asked} was asked (offset, sizelimit, sector, ro, partscan)"
+        )
     if request.direct_io == "on" and not binding.direct_io:
         raise Refusal(
-            Code.UNSUPPORTED, "direct_io: the backing file, its offset or the sector size does not allow it; a larger sector may"
+            Code.UNSUPPORTED,
+            "direct_io: the backing file, its offset or the sector size does not allow it; a larger sector may",
         )
     return binding
 
@@ -363,7 +366,9 @@ def _prove(directory: int, name: str, node: Node) -> None:
             os.close(pinned)
     except OSError as error:
         meaning = _PROVE.get(error.errno or 0, "it cannot be opened")
-        raise Refusal(Code.UNDELIVERABLE, f"dir_fd: {name} is there, but {meaning}: {os.strerror(error.errno or 0)}") from error
+        raise Refusal(
+            Code.UNDELIVERABLE, f"dir_fd: {name} is there, but {meaning}: {os.strerror(error.errno or 0)}"
+        ) from error
 
 
 def _remove(directory: int, node: Node) -> bool:

@@ -100,14 +100,16 @@ def _check_file_system(identity: Identity, what: str, pid: int, allowed: frozens
     found = file_system(identity, pid)
     if found is None:
         raise Refusal(
-            Code.NOT_PERMITTED, f"{what}: its mount is neither in the client's mount table nor in the host's, so it is not trusted"
+            Code.NOT_PERMITTED,
+            f"{what}: its mount is neither in the client's mount table nor in the host's, so it is not trusted",
         )
     if found.type in NEVER or found.type not in allowed:
         raise Refusal(Code.NOT_PERMITTED, f"{what}: {found.type} is not among the allowed file systems")
     if found.type == "overlay" and not found.host:
         # An overlay that a user made in a namespace of his own may have a layer on FUSE that stops answering.
         raise Refusal(
-            Code.NOT_PERMITTED, f"{what}: an overlay of a user namespace's making; use a bind-mounted directory of the host"
+            Code.NOT_PERMITTED,
+            f"{what}: an overlay of a user namespace's making; use a bind-mounted directory of the host",
         )
 
 

@@ -46,16 +46,30 @@ class Take(NamedTuple):
     lease: int | None
     attach: Attach | None
     terms: Terms | None
-    record: str
+    holder: dict[str, Any]
     store: bool
 
 
 class Release(NamedTuple):
-    """Take a lease's nodes, partitions and binding away. Fds: the device, and the directory if there are nodes."""
+    """Take a lease's nodes, partitions and binding away. Fds: the device, and the directory if it has one.
+
+    Without `nodes` it is not known which there are.
+    """
 
     binding: Binding
     client: Client
-    nodes: tuple[Node, ...]
+    nodes: tuple[Node, ...] | None
+
+
+class Restore(NamedTuple):
+    """Find the nodes of a lease that outlived the daemon. Fds: the directory.
+
+    `complete`: the client still waits for the answer to its attach, so make what is missing.
+    """
+
+    binding: Binding
+    client: Client
+    complete: bool
 
 
 class UseNumber(NamedTuple):
@@ -101,11 +115,20 @@ class Released(NamedTuple):
     left: tuple[Node, ...]
 
 
+class Restored(NamedTuple):
+    """The nodes that are there."""
+
+    refusal: tuple[str, str] | None
+    nodes: tuple[Node, ...]
+
+
 class Ready(NamedTuple):
     """Every fd is closed: the helper takes the next job."""
 
 
-MESSAGES: tuple[type[Any], ...] = (Take, Release, UseNumber, Taken, NumberPlease, Done, Released, Ready)
+MESSAGES: tuple[type[Any], ...] = (
+    Take, Release, Restore, UseNumber, Taken, NumberPlease, Done, Released, Restored, Ready,
+)  # fmt: skip
 _TAGS = {kind: tag for tag, kind in enumerate(MESSAGES)}
 MAX_MESSAGE = 2 * wire.MAX_REQUEST + 65536
 MAX_MESSAGE_FDS = 8
@@ -129,9 +152,14 @@ def unpack(payload: bytes) -> Any:
         values[5] = values[5] and Attach(*values[5])
         values[6] = values[6] and Terms(values[6][0], Number(*values[6][1]))
     elif kind is Release:
-        values = [Binding(*values[0]), Client(*values[1]), tuple(Node(*node) for node in values[2])]
+        nodes = values[2] and tuple(Node(*node) for node in values[2])
+        values = [Binding(*values[0]), Client(*values[1]), nodes]
     elif kind is UseNumber:
         values = [values[0] and Number(*values[0])]
+    elif kind is Restore:
+        values = [Binding(*values[0]), Client(*values[1]), values[2]]
+    elif kind is Restored:
+        values[1] = tuple(Node(*node) for node in values[1])
     elif kind is Done:
         values[2] = values[2] and Binding(*values[2])
         values[3] = tuple(Node(*node) for node in values[3])
@@ -151,7 +179,7 @@ class _Vetted(NamedTuple):
 
 
 def _verdict(refusal: Refusal | None) -> tuple[str, str] | None:
-    return refusal and (refusal.code.value, refusal.message)
+    return None if refusal is None else (refusal.code.value, refusal.message)
 
 
 # The process ------------------------------------------------------------------------------------------------------
@@ -160,7 +188,9 @@ def _verdict(refusal: Refusal | None) -> tuple[str, str] | None:
 class Helper:
     """The loop of a helper process."""
 
-    def __init__(self, channel: socket.socket, listeners: list[socket.socket], control: LoopControl, nodes: Nodes) -> None:
+    def __init__(
+        self, channel: socket.socket, listeners: list[socket.socket], control: LoopControl, nodes: Nodes
+    ) -> None:
         self._channel = channel
         self._listeners = listeners
         self._control = control
@@ -177,8 +207,10 @@ class Helper:
                 job = unpack(payload)
                 if isinstance(job, Take):
                     self._take(job, fds)
-                else:
+                elif isinstance(job, Release):
                     self._release(job, fds)
+                else:
+                    self._restore(job, fds)
             self._send(Ready())
 
     def _send(self, message: Any, fds: tuple[int, ...] = ()) -> None:
@@ -201,10 +233,9 @@ class Helper:
                 self._attach(job, job.attach, job.terms, packet, vetted, own)
             except Refusal as refusal:
                 self._send(Done(_verdict(refusal), self._number))
-            except Exception as bug:
-                # The one boundary for bugs on this side: the main process records it and answers `internal`.
-                refusal = Refusal(Code.INTERNAL, "".join(traceback.format_exception(bug))[-4000:])
-                self._send(Done(_verdict(refusal), self._number))
+            except Exception as bug:  # noqa: BLE001  # the one boundary for bugs on this side
+                text = "".join(traceback.format_exception(bug))[-4000:]
+                self._send(Done((Code.INTERNAL.value, text), self._number))
 
     def _vet_sockets(self, job: Take, packet: Packet) -> _Vetted:
         """Check what the main process answers on and watches. None of it can block."""
@@ -247,9 +278,7 @@ class Helper:
                 refusal = Refusal(Code.BAD_FD, f"reply_fd: {error.strerror}")
         return None, refusal
 
-    def _attach(
-        self, job: Take, request: Attach, terms: Terms, packet: Packet, vetted: _Vetted, own: FdSet
-    ) -> None:
+    def _attach(self, job: Take, request: Attach, terms: Terms, packet: Packet, vetted: _Vetted, own: FdSet) -> None:
         pid = packet.sender.pid
         fd = borrow(packet.fds, request.fd, "fd")
         backing = files.check_backing(fd, request, pid, terms.file_systems)
@@ -263,14 +292,13 @@ class Helper:
             if job.store:
                 keeper = vetted.pidfd if vetted.lease == "sender" else vetted.lease_fd
                 kept = {"device": bound.device, "directory": directory, "lock": lock, "lease": keeper}
-                records.write(own.borrow(0), job.record, vetted.lease, bound.binding, kept | {"reply": vetted.reply})
+                records.write(own.borrow(0), job.holder, vetted.lease, bound.binding, kept | {"reply": vetted.reply})
                 undo.callback(records.clear, own.borrow(0))
             nodes: list[Node] = []
-            name = bound.binding.devname
             if directory is not None:
-                wanted = {name: (bound.binding.major, bound.binding.minor)}
-                wanted |= devices.partitions(name) if request.partscan else {}
-                nodes = devices.place(directory, Client(packet.sender.uid, packet.sender.gid), name, wanted)
+                wanted = _wanted(bound.binding, partitions=request.partscan)
+                client_rights = Client(packet.sender.uid, packet.sender.gid)
+                nodes = devices.place(directory, client_rights, bound.binding.devname, wanted)
             client = None
             if "fd" in request.deliver:
                 client = held.add(devices.reopen(bound.device, bound.binding.read_only))
@@ -303,13 +331,37 @@ class Helper:
 
     def _release(self, job: Release, fds: FdSet) -> None:
         left: list[Node] = []
-        if job.nodes:
+        if len(fds) > 1:
+            nodes = self._find(fds.borrow(1), job) if job.nodes is None else list(job.nodes)
             with contextlib.suppress(OSError):
-                left = devices.displace(fds.borrow(1), job.client, list(job.nodes))
+                left = devices.displace(fds.borrow(1), job.client, nodes)
         with Loop.from_fd(fds.steal(0)) as loop:
             devices.let_go(loop)
         fds.close()
         self._send(Released(tuple(left)))
+
+    def _find(self, directory: int, job: Release | Restore) -> list[Node]:
+        return devices.find(directory, job.client, _wanted(job.binding, partitions=True))
+
+    def _restore(self, job: Restore, fds: FdSet) -> None:
+        directory = fds.borrow(0)
+        nodes = self._find(directory, job)
+        refusal = None
+        if job.complete:
+            there = {node.name for node in nodes}
+            wanted = _wanted(job.binding, partitions=job.binding.partscan)
+            missing = {name: device for name, device in wanted.items() if name not in there}
+            try:
+                nodes += devices.place(directory, job.client, job.binding.devname, missing)
+            except Refusal as error:
+                refusal = error
+        self._send(Restored(_verdict(refusal), tuple(nodes)))
+
+
+def _wanted(binding: Binding, *, partitions: bool) -> dict[str, tuple[int, int]]:
+    """The nodes that a binding has, by name."""
+    disk = {binding.devname: (binding.major, binding.minor)}
+    return disk | devices.partitions(binding.devname) if partitions else disk
 
 
 def _ended(pidfd: int) -> bool:

@@ -7,16 +7,16 @@ Changes no device: taking one away is a helper's job.
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import records, sd
 from .accounts import Account
 from .devices import Binding, Node
-from .transport import FdSet
 
 
 class Owner(NamedTuple):
@@ -42,30 +42,36 @@ class Holder(NamedTuple):
         return Owner(self.account, self.uid)
 
 
+class State(enum.Enum):
+    """Where a lease stands. HELD: loopd has let go of the device, and somebody else still has it open."""
+
+    BOUND = "bound"
+    RELEASING = "releasing"
+    HELD = "held"
+    RELEASED = "released"
+
+
 class Lease:
     """One binding and what belongs to it. The fds are owned here; `lease` says what the keeper fd is."""
 
-    __slots__ = (
-        "account", "binding", "device", "directory", "holder", "keeper", "lease", "lock", "nodes", "reason", "slot", "state",
-        "waiting",
-    )  # fmt: skip
+    FDS = ("device", "directory", "lock", "keeper")
 
-    def __init__(
-        self, binding: Binding, holder: Holder, account: Account, lease: str, fds: dict[str, int], nodes: tuple[Node, ...]
-    ) -> None:
+    __slots__ = (*FDS, "account", "binding", "holder", "lease", "nodes", "reason", "slot", "state", "waiting")
+
+    def __init__(self, binding: Binding, holder: Holder, account: Account, lease: str, fds: dict[str, int]) -> None:
         self.binding = binding
         self.holder = holder
         self.account = account
         self.lease = lease
-        self.device = fds["device"]
-        self.keeper = fds["keeper"]
+        self.device = fds.get("device")
         self.directory = fds.get("directory")
         self.lock = fds.get("lock")
-        self.nodes = nodes
+        self.keeper = fds.get("keeper")
+        self.nodes: tuple[Node, ...] | None = None
         self.slot: socket.socket | None = None
-        self.state = "bound"
+        self.state = State.BOUND
         self.reason = ""
-        self.waiting: list[Callable[[str], None]] = []
+        self.waiting: list[Callable[[State], None]] = []
 
     @property
     def age(self) -> float:
@@ -74,7 +80,7 @@ class Lease:
 
     def close(self) -> None:
         """Close every fd: the device is unbound if nobody else has it open."""
-        for name in ("device", "directory", "lock", "keeper"):
+        for name in self.FDS:
             fd = getattr(self, name)
             if fd is not None:
                 setattr(self, name, None)
@@ -83,34 +89,54 @@ class Lease:
 
 
 class Slots:
-    """Free places in the service manager's fd store; without one there are none and leases die with the daemon."""
+    """Places for leases in the service manager's fd store. Without one there are none, and leases end with the daemon."""
 
     BATCH = 64
     LOW = 16
+    MOST = 8192
+    """FileDescriptorStoreMax= of the unit: beyond it the service manager closes what is sent, and only warns."""
 
     def __init__(self, notifier: sd.Notifier) -> None:
         self._notifier = notifier
         self._free: list[socket.socket] = []
+        self._count = 0
+
+    @property
+    def present(self) -> bool:
+        """Whether there is a service manager to keep them."""
+        return self._notifier.present
+
+    @property
+    def in_use(self) -> float:
+        """How much of the fd store is taken, 0 to 1."""
+        return (self._count - len(self._free)) / self.MOST
 
     def top_up(self) -> None:
         """Have some free slots ahead of need."""
-        if not self._notifier.present or len(self._free) >= self.LOW:
+        if not self.present or len(self._free) >= self.LOW or self._count + self.BATCH > self.MOST:
             return
         made = [records.make_slot() for _ in range(self.BATCH)]
         if self._notifier.send("FDSTORE=1\nFDNAME=slot\nFDPOLL=0", [slot.fileno() for slot in made]):
             self._free += made
+            self._count += len(made)
         else:
             for slot in made:
                 slot.close()
 
     def take(self) -> socket.socket | None:
         """A free slot for one lease."""
+        if not self._free:
+            self.top_up()
         return self._free.pop() if self._free else None
 
     def give_back(self, slot: socket.socket) -> None:
         """A slot whose lease is over: emptied, free for the next."""
         records.clear(slot.fileno())
         self._free.append(slot)
+
+    def known(self) -> None:
+        """One more slot came back from the store."""
+        self._count += 1
 
 
 class Leases:
@@ -133,6 +159,10 @@ class Leases:
         self._leases[lease.binding.devname] = lease
         lease.account.devices += 1
 
+    def replace(self, lease: Lease) -> None:
+        """Put a lease in the place of another record of the same device."""
+        self._leases[lease.binding.devname] = lease
+
     def drop(self, lease: Lease) -> None:
         """Forget a lease whose device is gone."""
         del self._leases[lease.binding.devname]
@@ -144,17 +174,24 @@ class Leases:
         return iter(sorted(mine, key=lambda lease: lease.binding.number))
 
 
-def stored(fd: int, accounts: Callable[[str], Account]) -> tuple[Lease, int | None] | None:
-    """The lease that a slot of the fd store holds and its reply socket; None for an empty slot. ValueError: newer record."""
-    found = records.read(fd)
+def stored(slot: socket.socket, account: Callable[[str], Account]) -> tuple[Lease, int | None] | None:
+    """The lease that a slot holds, and its reply socket if that does not keep it; None for an empty slot.
+
+    Raises ValueError for a record of a newer version.
+    """
+    found = records.read(slot.fileno())
     if found is None:
         return None
-    fds: dict[str, Any] = {name: found.fds.steal(index) for index, name in enumerate(found.names)}
-    FdSet().close()
-    holder = Holder(**found.client)
-    keeper = fds.pop("lease", None)
+    fds = dict(found.fds)
     reply = fds.pop("reply", None)
-    if keeper is None:
+    keeper = fds.pop("lease", None)
+    if found.lease == "reply":
         keeper, reply = reply, None
-    lease = Lease(found.binding, holder, accounts(holder.account), found.lease, {**fds, "keeper": keeper}, ())
+    if keeper is not None:
+        fds["keeper"] = keeper
+    holder = Holder(**{name: value for name, value in found.holder.items() if name in Holder._fields})
+    lease = Lease(found.binding, holder, account(holder.account), found.lease, fds)
+    lease.slot = slot
+    if found.releasing:
+        lease.state = State.HELD
     return lease, reply

@@ -17,6 +17,8 @@ What differs from it, on purpose:
   An object that is dropped unclosed keeps its device open, and a device with autoclear keeps its file, until
   the process ends.
 * Use of a closed object is a RuntimeError.
+* `Loop.set_status` takes 0 for a value, and refuses a change that the kernel would silently ignore.
+* `Loop.mknod` always makes a node; it never bind-mounts the one in /dev.
 
 A *number* is the N of ``loopN``. It is called ``minor`` here because callers know it by that name, but the
 device's minor number differs from it wherever ``loop.max_part`` is not 0. `Loop.rdev` is the true device
@@ -133,10 +135,11 @@ def _ioctl(fd: int, request: Request, arg: int | bytes = 0) -> int | bytes:
     try:
         return fcntl.ioctl(fd, request, arg)
     except OSError as error:
+        # The constructor picks the class that belongs to the errno, as PermissionError does to EACCES.
         raise OSError(error.errno, f"{request.name}: {error.strerror}") from None
 
 
-class UnexpectedDevice(Exception):  # noqa: N818 - callers know it by this name
+class UnexpectedDevice(Exception):
     """What was opened is not the loop device it should be.
 
     `expected_minor` is the number that was asked for (-1 for any loop device), `rdev` and `mode` are what
@@ -432,7 +435,7 @@ class Loop:
 
     # -- binding --
 
-    def configure(  # noqa: PLR0917 - callers pass these by position
+    def configure(
         self,
         fd: int,
         offset: int | None = None,
@@ -516,7 +519,7 @@ class Loop:
 
         On return the device is unbound, or bound to another file by somebody else, or (Linux 6.11 and later,
         where a device is never unbound while it is open) nobody but this Loop has it open, nobody else can
-        open it, and every request on it fails. In that last case the kernel lets go of the file in `close`,
+        open it, and requests that reach it fail. In that last case the kernel lets go of the file in `close`,
         and not before: `backing_file` still names it. So close the Loop before the file's file system is
         unmounted.
 
@@ -914,10 +917,8 @@ def _open_found(number: int, dir_fd: int | None, node_deadline: float) -> Loop:
         raise
 
 
-def _take(
-    lo: Loop, config: bytes, setup: Callable[[Loop], object] | None, lock_deadline: float | None
-) -> None:
-    """Set up, lock if there is a deadline for it, and bind; close `lo` on any failure."""
+def _take(lo: Loop, config: bytes, setup: Callable[[Loop], object] | None, lock_deadline: float | None) -> None:
+    """Set up, lock if there is a deadline for that, and bind; close `lo` on any failure."""
     try:
         if callable(setup):
             setup(lo)
@@ -954,13 +955,8 @@ def _lock(lo: Loop, deadline: float) -> None:
 
 
 def _is_bound(lo: Loop) -> bool:
-    try:
-        lo.get_status()
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        return False
-    return True
+    # Not by get_status: that asks the file system of a stranger's file, which may never answer.
+    return backing_file(lo.minor) is not None
 
 
 def _pause(attempt: int) -> float:

@@ -68,7 +68,12 @@ class Pool:
     """Seconds after which a busy helper no longer counts as one that responds."""
 
     def __init__(
-        self, poller: Poller, listeners: list[socket.socket], control: LoopControl, nodes: Nodes, ready: Callable[[], None]
+        self,
+        poller: Poller,
+        listeners: list[socket.socket],
+        control: LoopControl,
+        nodes: Nodes,
+        ready: Callable[[], None],
     ) -> None:
         self._poller = poller
         self._arguments = (listeners, control, nodes)

@@ -23,13 +23,16 @@ FDS = ("device", "directory", "lock", "lease", "reply")
 
 
 class Stored(NamedTuple):
-    """What a slot holds: the main process's part of the record, what keeps the lease, the binding, the fds and their names."""
+    """What a slot holds. `holder` is the main process's part of the record, `lease` what keeps the lease.
 
-    client: dict[str, Any]
+    `releasing`: the device has been let go of, and what is left to do is to notice its last close.
+    """
+
+    holder: dict[str, Any]
     lease: str
     binding: Binding
-    names: tuple[str, ...]
-    fds: FdSet
+    releasing: bool
+    fds: dict[str, int]
 
 
 def make_slot() -> socket.socket:
@@ -40,32 +43,43 @@ def make_slot() -> socket.socket:
     return slot
 
 
-def write(slot: int, client: str, lease: str, binding: Binding, fds: dict[str, int | None]) -> None:
-    """Book a lease: the record and its fds into the empty slot, by one sendmsg."""
-    names = [name for name in FDS if fds.get(name) is not None]
-    record = {"version": VERSION, "client": json.loads(client), "lease": lease, "binding": binding._asdict(), "fds": names}
+def write(slot: int, holder: dict[str, Any], lease: str, binding: Binding, fds: dict[str, int | None]) -> None:
+    """Book a lease: the record and its fds into the empty slot, by one sendmsg. Without a device fd it is `releasing`."""
+    present = [(name, fd) for name in FDS if (fd := fds.get(name)) is not None]
+    record = {
+        "version": VERSION,
+        "holder": holder,
+        "lease": lease,
+        "binding": binding._asdict(),
+        "releasing": fds.get("device") is None,
+        "fds": [name for name, _ in present],
+    }
     with transport.borrowed(slot) as channel:
-        transport.send(
-            channel, json.dumps(record).encode(), [fd for name in FDS if (fd := fds.get(name)) is not None], socket.MSG_DONTWAIT
-        )
+        transport.send(channel, json.dumps(record).encode(), [fd for _, fd in present], socket.MSG_DONTWAIT)
 
 
 def read(slot: int) -> Stored | None:
-    """What the slot holds, which stays there; None when it is empty. ValueError: a record of a newer version."""
+    """What the slot holds, which stays there; the fds are the caller's. None when it is empty.
+
+    Raises ValueError for a record of a newer version, which is to be left as it is.
+    """
     with transport.borrowed(slot) as channel:
         try:
             payload, fds = transport.receive(channel, MAX_RECORD, len(FDS), socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
-    record = json.loads(payload)
-    if record["version"] > VERSION:
-        fds.close()
-        raise ValueError(f"record of version {record['version']}")
-    return Stored(record["client"], record["lease"], Binding(**record["binding"]), tuple(record["fds"]), fds)
+    with fds:
+        record = json.loads(payload)
+        if record["version"] > VERSION:
+            raise ValueError(f"record of version {record['version']}")
+        # A field that a later edition of this version adds is not known here, and not needed.
+        known = {name: value for name, value in record["binding"].items() if name in Binding._fields}
+        named = {name: fds.steal(index) for index, name in enumerate(record["fds"])}
+        return Stored(record["holder"], record["lease"], Binding(**known), record["releasing"], named)
 
 
 def clear(slot: int) -> None:
     """Empty the slot; its fds are closed by the kernel."""
     with transport.borrowed(slot) as channel, contextlib.suppress(BlockingIOError):
-        # No room for fds: the kernel drops them.
-        channel.recv(0, socket.MSG_DONTWAIT)
+        # No room for fds: the kernel drops them. (Python makes no system call for a buffer of 0 bytes.)
+        channel.recv(1, socket.MSG_DONTWAIT)

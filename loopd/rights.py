@@ -17,7 +17,9 @@ CAP_MKNOD = 27
 PR_SET_PDEATHSIG = 1
 _CAPABILITY_VERSION_3 = 0x20080522
 _HEADER = struct.Struct("=Ii")
-_DATA = struct.Struct("=6I")  # low and high words of effective, permitted and inheritable, interleaved as the kernel has it
+_DATA = struct.Struct(
+    "=6I"
+)  # low and high words of effective, permitted and inheritable, interleaved as the kernel has it
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

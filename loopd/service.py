@@ -9,25 +9,26 @@ disk, a client or the kernel happens in a helper.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import __version__, accounts, devices, helper, transport, wire
+from . import __version__, accounts, devices, helper, leases, records, transport, wire
 from .accounts import Account, Accounts, Membership
 from .audit import Audit, Event
 from .devices import Client
-from .leases import Holder, Lease, Leases, Owner, Slots
+from .leases import Holder, Lease, Leases, Owner, Slots, State
 from .numbers import Exhausted, Numbers, ours
 from .policy import Policy
 from .poller import HUNG_UP, ONCE, Poller
 from .pool import Pool, Worker
 from .transport import FdSet, Sender
-from .wire import Attach, Code, Detach, Envelope, Hello, Leases as ListLeases, Refusal, Reply, Request
+from .wire import Attach, Code, Detach, Envelope, Hello, Refusal, Reply, Request
+from .wire import Leases as ListLeases
 
 
 class Listener(NamedTuple):
@@ -57,6 +58,7 @@ class Exchange:
         self.stuck = False
         self.slot: socket.socket | None = None
         self.number: int | None = None
+        self.holder: Holder | None = None
         self.lease = ""
         self.fds = FdSet()
         self.pidfd: int | None = None
@@ -112,8 +114,34 @@ class Removal:
 
     def _done(self) -> None:
         """The helper has let go of the device, or hangs with its own copy of it."""
-        if self._lease.state == "releasing":
+        if self._lease.state is State.RELEASING:
             self._service.on_removed(self._lease)
+
+
+class Restoration:
+    """A lease of an earlier daemon whose nodes a helper looks up; a `pool.Task`."""
+
+    def __init__(self, service: Service, lease: Lease, reply: int | None) -> None:
+        self._service = service
+        self._lease = lease
+        self._reply = reply
+
+    def message(self, worker: Worker, message: Any, fds: FdSet) -> None:
+        self._lease.nodes = message.nodes
+        self._answer(message.refusal and Refusal(Code(message.refusal[0]), message.refusal[1]))
+
+    def ended(self) -> None:
+        self._answer(Refusal(Code.INTERNAL, "the helper process of this request ended"))
+
+    def timed_out(self) -> None:
+        self._answer(Refusal(Code.TIMEOUT, "the request was not done in time: do its files answer?"))
+
+    def reaped(self) -> None:
+        pass
+
+    def _answer(self, refusal: Refusal | None) -> None:
+        reply, self._reply = self._reply, None
+        self._service.on_restored(self._lease, reply, refusal)
 
 
 class Service:
@@ -141,18 +169,16 @@ class Service:
         self.policy = policy
         self._accounts = Accounts()
         self._leases = Leases()
-        self._removals: list[Lease] = []
+        self._pending: deque[Callable[[], None]] = deque()
         self._held: dict[str, Lease] = {}
+        self._kept: list[socket.socket] = []
+        self._replies: dict[str, int | None] = {}
         self._waiting: set[int] = set()
         self._taking: set[int] = set()
         self._exchanges = 0
         self._stopping = False
         self._watching = False
         self.last_activity = time.monotonic()
-        numbers.sweep({lease.binding.number for lease in self._leases})
-        numbers.keep_low_free()
-        for index, listener in enumerate(listeners):
-            poller.add(listener.socket.fileno(), lambda index=index: self._serve(index), ONCE)  # type: ignore[misc]
 
     @property
     def busy(self) -> bool:
@@ -179,7 +205,68 @@ class Service:
         self._numbers.remove_unused()
 
     def _transient(self) -> list[Lease]:
-        return [lease for lease in self._leases if lease.slot is None and lease.state != "held"]
+        return [lease for lease in self._leases if lease.slot is None and lease.state is not State.HELD]
+
+    def start(self) -> None:
+        """Go on with what was recovered, tidy up after a daemon that died, and take requests."""
+        self._resume()
+        self._numbers.sweep({lease.binding.number for lease in self._leases})
+        self._numbers.keep_low_free()
+        for index, listener in enumerate(self._listeners):
+            self._poller.add(listener.socket.fileno(), lambda index=index: self._serve(index), ONCE)  # type: ignore[misc]
+
+    def recover(self, slot: socket.socket) -> None:
+        """Carry on what an earlier daemon left in a slot of the fd store."""
+        self._slots.known()
+        try:
+            found = leases.stored(slot, self._accounts.get)
+        except (ValueError, KeyError, TypeError) as error:
+            # Most likely a newer loopd's, before a downgrade: it stays in the store, and its device bound.
+            self._kept.append(slot)
+            self._audit.record(Event.WARNED, f"A lease in the fd store cannot be read and is kept as it is: {error}")
+            return
+        if found is None:
+            self._slots.give_back(slot)
+            return
+        lease, reply = found
+        twin = self._leases.get(lease.binding.devname)
+        if twin is not None:
+            # The daemon ended between the two records of a release: the one that still has the device goes on.
+            lease, twin = (lease, twin) if lease.state is State.BOUND else (twin, lease)
+            assert twin.slot is not None
+            self._slots.give_back(twin.slot)
+            self._leases.replace(lease)
+        else:
+            self._leases.add(lease)
+        self._replies[lease.binding.devname] = reply or self._replies.get(lease.binding.devname)
+
+    def _resume(self) -> None:
+        """Go on with every lease that was recovered."""
+        for lease in list(self._leases):
+            reply = self._replies.pop(lease.binding.devname, None)
+            if lease.state is State.HELD:
+                self._after_close(lease)
+                continue
+            self.watch(lease)
+            self._when_available(lambda lease=lease, reply=reply: self._restore(lease, reply))  # type: ignore[misc]
+
+    def _restore(self, lease: Lease, reply: int | None) -> None:
+        if lease.directory is None:
+            self.on_restored(lease, reply, None)
+            return
+        # A client that closed its end of the reply socket has the answer, or wants it no more.
+        complete = reply is not None and not transport.hung_up(reply)
+        job = helper.Restore(lease.binding, Client(lease.holder.uid, lease.holder.gid), complete)
+        self._pool.dispatch(Restoration(self, lease, reply), job, [lease.directory], self.policy.request_timeout)
+
+    def on_restored(self, lease: Lease, reply: int | None, refusal: Refusal | None) -> None:
+        """The nodes of a recovered lease are known; its client may still wait for the answer."""
+        if reply is not None:
+            nodes = [node.name for node in lease.nodes or ()]
+            transport.reply(reply, wire.encode_reply(refusal or _attached(lease, nodes), lease.holder.id))
+            os.close(reply)
+        if refusal is not None:
+            self.release(lease, "undeliverable")
 
     def on_number(self) -> None:
         """The process that makes and removes numbers answers; EOFError when it has ended."""
@@ -215,8 +302,8 @@ class Service:
         waiting, self._waiting = self._waiting, set()
         for index in waiting:
             self._serve(index)
-        while self._removals and self._pool.available():
-            self._remove(self._removals.pop())
+        while self._pending and self._pool.available():
+            self._pending.popleft()()
 
     def _admit(self, index: int, payload: bytes, sender: Sender) -> None:
         envelope, request = wire.decode(payload)
@@ -224,7 +311,9 @@ class Service:
         if cgroup is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
             transport.drop(self._listeners[index].socket)
-            self._audit.record(Event.REFUSED, "A datagram of an unknown sender was dropped", pid=sender.pid, uid=sender.uid)
+            self._audit.record(
+                Event.REFUSED, "A datagram of an unknown sender was dropped", pid=sender.pid, uid=sender.uid
+            )
             return
         member = accounts.membership(cgroup)
         account = self._accounts.get(member.account)
@@ -233,7 +322,7 @@ class Service:
             self._shed(account, member, sender)
             return
         exchange = Exchange(self, index, sender, member, account, envelope, request)
-        job = helper.Take(index, payload, sender, self._reply_index(exchange), None, None, None, "", False)
+        job = helper.Take(index, payload, sender, self._reply_index(exchange), None, None, None, {}, False)
         fds: tuple[int, ...] = ()
         if isinstance(request, Attach):
             try:
@@ -250,7 +339,9 @@ class Service:
             return helper.SEARCH
         return exchange.envelope.reply_fd
 
-    def _admit_attach(self, exchange: Exchange, request: Attach, job: helper.Take) -> tuple[helper.Take, tuple[int, ...]]:
+    def _admit_attach(
+        self, exchange: Exchange, request: Attach, job: helper.Take
+    ) -> tuple[helper.Take, tuple[int, ...]]:
         if "mount" in request.deliver:
             raise Refusal(Code.UNSUPPORTED, "deliver: mount is not available here")
         account = exchange.account
@@ -261,13 +352,15 @@ class Service:
         except Exhausted:
             raise Refusal(Code.NO_DEVICE, "every device number is in use or in quarantine") from None
         sender, member = exchange.sender, exchange.member
-        holder = Holder(member.account, member.unit, sender.pid, sender.uid, sender.gid, time.time(), request.id)
+        exchange.holder = Holder(
+            member.account, member.unit, sender.pid, sender.uid, sender.gid, time.time(), request.id
+        )
         exchange.slot, exchange.number = self._slots.take(), number.number
         job = job._replace(
             lease=request.lease_fd,
             attach=request,
             terms=helper.Terms(self.policy.file_systems, number),
-            record=json.dumps(holder._asdict()),
+            holder=exchange.holder._asdict(),
             store=exchange.slot is not None,
         )
         return job, () if exchange.slot is None else (exchange.slot.fileno(),)
@@ -340,21 +433,31 @@ class Service:
 
     def _book(self, exchange: Exchange, message: helper.Done, own: dict[str, int]) -> Lease:
         assert message.binding is not None
-        source = {"pidfd": exchange.lease_fd, "socket": exchange.lease_fd, "reply": exchange.reply_fd, "sender": exchange.pidfd}
+        source = {
+            "pidfd": exchange.lease_fd,
+            "socket": exchange.lease_fd,
+            "reply": exchange.reply_fd,
+            "sender": exchange.pidfd,
+        }
         keeper = source[exchange.lease]
         assert keeper is not None
         own["keeper"] = os.dup(keeper)
-        sender, member = exchange.sender, exchange.member
-        holder = Holder(member.account, member.unit, sender.pid, sender.uid, sender.gid, time.time(), exchange.envelope.id)
-        lease = Lease(message.binding, holder, exchange.account, exchange.lease, own, message.nodes)
+        assert exchange.holder is not None
+        lease = Lease(message.binding, exchange.holder, exchange.account, exchange.lease, own)
+        lease.nodes = message.nodes
         lease.slot, exchange.slot = exchange.slot, None
         exchange.number = None
         self.adopt(lease)
         return lease
 
     def adopt(self, lease: Lease) -> None:
-        """Take a lease into the books and watch what keeps it."""
+        """Take a new lease into the books."""
         self._leases.add(lease)
+        self.watch(lease)
+
+    def watch(self, lease: Lease) -> None:
+        """End the lease when what keeps it ends."""
+        assert lease.keeper is not None
         self._poller.add(lease.keeper, lambda: self.release(lease, "expired"), HUNG_UP)
 
     def on_helper_ended(self, exchange: Exchange) -> None:
@@ -370,7 +473,10 @@ class Service:
         exchange.account.stuck += 1
         exchange.stuck = True
         self._record(
-            Event.STUCK, exchange, "A helper process hangs in a request and was written off; its account is charged", Code.TIMEOUT
+            Event.STUCK,
+            exchange,
+            "A helper process hangs in a request and was written off; its account is charged",
+            Code.TIMEOUT,
         )
         if not exchange.finished:
             self.answer(exchange, Refusal(Code.TIMEOUT, "the request was not done in time: do its files answer?"))
@@ -385,11 +491,23 @@ class Service:
     def _give_up(self, exchange: Exchange) -> None:
         """What an attach was given and did not use: its slot is free again; its number may have had a node, so it goes."""
         if exchange.slot is not None:
-            self._slots.give_back(exchange.slot)
+            self._abandon(exchange.slot)
             exchange.slot = None
         if exchange.number is not None:
             self._numbers.retire(exchange.number)
             exchange.number = None
+
+    def _abandon(self, slot: socket.socket) -> None:
+        """A helper that ended may have booked the lease and made nodes: take them away as at any release."""
+        found = leases.stored(slot, self._accounts.get)
+        if found is None:
+            self._slots.give_back(slot)
+            return
+        lease, reply = found
+        if reply is not None:
+            os.close(reply)
+        self._leases.add(lease)
+        self.release(lease, "failed")
 
     def _release_head(self, exchange: Exchange) -> None:
         if not exchange.taken:
@@ -427,16 +545,16 @@ class Service:
             raise Refusal(Code.NOT_FOUND, f"no device {request.devname} of yours")
         deadline = time.monotonic() + request.wait
 
-        def told(state: str) -> None:
-            if state == "released":
+        def told(state: State) -> None:
+            if state is State.RELEASED:
                 self.answer(exchange, wire.Detached("released"))
             elif not exchange.finished:
                 remaining = max(0.0, deadline - time.monotonic())
                 self._poller.later(remaining, lambda: None if exchange.finished else self._still_busy(exchange))
 
         lease.waiting.append(told)
-        if lease.state == "held":
-            told("busy")
+        if lease.state is State.HELD:
+            told(State.HELD)
         else:
             self.release(lease, "detached")
 
@@ -453,32 +571,42 @@ class Service:
 
     def release(self, lease: Lease, reason: str) -> None:
         """End a lease: a helper removes the nodes and partitions, then the last fd is closed."""
-        if lease.state != "bound":
+        if lease.state is not State.BOUND:
             return
-        lease.state, lease.reason = "releasing", reason
-        self._poller.remove(lease.keeper)
+        lease.state, lease.reason = State.RELEASING, reason
+        if lease.keeper is not None:
+            self._poller.remove(lease.keeper)
+        self._when_available(lambda: self._remove(lease))
+
+    def _when_available(self, dispatch: Callable[[], None]) -> None:
         if self._pool.available():
-            self._remove(lease)
+            dispatch()
         else:
-            self._removals.append(lease)
+            self._pending.append(dispatch)
             self._poller.later(Pool.SLOW, self._serve_waiting)
 
     def _remove(self, lease: Lease) -> None:
         client = Client(lease.holder.uid, lease.holder.gid)
         job = helper.Release(lease.binding, client, lease.nodes)
-        fds = (lease.device,) if lease.directory is None else (lease.device, lease.directory)
+        fds = [fd for fd in (lease.device, lease.directory) if fd is not None]
         self._pool.dispatch(Removal(self, lease), job, fds, self.policy.request_timeout)
 
     def on_removed(self, lease: Lease) -> None:
         """Nodes and partitions are gone; loopd's own fds go now, and the kernel unbinds at the last close."""
+        after = self._slots.take() if lease.slot is not None else None
+        if after is not None:
+            # Written before the device's fds go: at no moment is the binding in no record.
+            records.write(after.fileno(), lease.holder._asdict(), lease.lease, lease.binding, {})
         lease.close()
-        lease.state = "held"
         if lease.slot is not None:
             self._slots.give_back(lease.slot)
-            lease.slot = None
+        lease.slot = after
+        self._after_close(lease)
+
+    def _after_close(self, lease: Lease) -> None:
         if devices.still_bound(lease.binding):
             self._held[lease.binding.devname] = lease
-            self._tell(lease, "busy")
+            self._tell(lease, State.HELD)
             self._record_lease(Event.HELD, lease, "is still open elsewhere and goes at its last close")
             self._watch_held()
         else:
@@ -513,14 +641,18 @@ class Service:
     def _gone(self, lease: Lease) -> None:
         self._held.pop(lease.binding.devname, None)
         self._leases.drop(lease)
+        if lease.slot is not None:
+            self._slots.give_back(lease.slot)
+            lease.slot = None
         self._numbers.retire(lease.binding.number)
         event, text = (Event.EXPIRED, "expired") if lease.reason == "expired" else (Event.DETACHED, "was detached")
         self._record_lease(event, lease, text)
-        self._tell(lease, "released")
+        self._tell(lease, State.RELEASED)
         self._accounts.forget(lease.account)
         self.last_activity = time.monotonic()
 
-    def _tell(self, lease: Lease, state: str) -> None:
+    def _tell(self, lease: Lease, state: State) -> None:
+        lease.state = state
         for told in lease.waiting:
             told(state)
 
@@ -623,10 +755,10 @@ def _info(lease: Lease, admin: bool) -> wire.LeaseInfo:
     del shared["number"]
     return wire.LeaseInfo(
         **shared,
-        state=lease.state,
+        state=lease.state.value,
         lease=lease.lease,
         age=round(lease.age, 3),
-        partitions=tuple(node.name for node in lease.nodes if node.name != binding.devname),
+        partitions=tuple(node.name for node in lease.nodes or () if node.name != binding.devname),
         account=holder.account if admin else None,
         uid=holder.uid if admin else None,
         pid=holder.pid if admin else None,

@@ -10,6 +10,7 @@ import array
 import contextlib
 import fcntl
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterable, Iterator
@@ -112,7 +113,8 @@ def _sender(control: list[tuple[int, int, bytes]], address: object) -> Sender:
     for level, kind, data in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(data) == _UCRED.size:
             name = address if isinstance(address, bytes) else str(address or "").encode(errors="surrogateescape")
-            return Sender(*_UCRED.unpack(data), name)
+            pid, uid, gid = _UCRED.unpack(data)
+            return Sender(pid, uid, gid, name)
     # Sent before `prepare` was called on a socket that was made without PassCredentials=.
     return Sender(0, 0xFFFFFFFF, 0xFFFFFFFF, b"")
 
@@ -131,7 +133,7 @@ def peek(listener: socket.socket) -> Peeked | None:
 def drop(listener: socket.socket) -> None:
     """Discard the head of the queue; the kernel releases its fds without a flush, so this does not block."""
     with contextlib.suppress(BlockingIOError):
-        listener.recvmsg(0, _CREDENTIALS_ONLY, socket.MSG_DONTWAIT)
+        listener.recvmsg(1, _CREDENTIALS_ONLY, socket.MSG_DONTWAIT)
 
 
 def _received(control: list[tuple[int, int, bytes]]) -> tuple[list[int], list[int]]:
@@ -262,6 +264,13 @@ def shares_network(listener: socket.socket, pid: int) -> bool:
     return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
 
 
+def hung_up(fd: int) -> bool:
+    """Whether the other end of a socket is closed."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
+
+
 def reply(fd: int, payload: bytes, fds: Iterable[int] = ()) -> bool:
     """Send a reply without waiting; False when it cannot be delivered."""
     try:
@@ -270,5 +279,3 @@ def reply(fd: int, payload: bytes, fds: Iterable[int] = ()) -> bool:
     except OSError:  # EPIPE, ECONNRESET: hung up; EAGAIN: does not read
         return False
     return True
-
-

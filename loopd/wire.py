@@ -170,7 +170,13 @@ def _text(limit: int, measure: Callable[[str], int], unit: str) -> Callable[[Any
 
 
 def _devname(value: Any) -> str:
-    if type(value) is str and value.startswith("loop") and value[4:].isdecimal() and value.isascii() and len(value) <= 11:
+    if (
+        type(value) is str
+        and value.startswith("loop")
+        and value[4:].isdecimal()
+        and value.isascii()
+        and len(value) <= 11
+    ):
         return value
     raise ValueError('the name of a device, as "loop4096"')
 

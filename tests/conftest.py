@@ -296,5 +296,3 @@ def directory(devices: Path) -> Iterator[int]:
 def exists(devname: str) -> bool:
     """Whether the device exists."""
     return Path(f"/sys/block/{devname}").exists()
-
-

@@ -41,7 +41,7 @@ def test_hang_up_ends_the_lease(daemon: Daemon, image: int, directory: int, devi
     eventually(lambda: not list(devices.iterdir()), "the node is gone", 1)
     eventually(lambda: not bound_to(tmp_path), "the file is free", 1)
     eventually(lambda: not exists(name), "the number is gone")
-    assert [record["LOOPD_DEVICE"] for record in daemon.records("expired")] == [name]
+    eventually(lambda: [r["LOOPD_DEVICE"] for r in daemon.records("expired")] == [name], "the record is written")
 
 
 def test_detach_ends_it_at_once(daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path) -> None:
@@ -105,4 +105,5 @@ def test_the_seeds_own_request(daemon: Daemon, image: int, directory: int, devic
         client.sendmsg([b'{"fd": 0, "dir_fd": 1}'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         reply = json.loads(client.recv(4096))
     assert (devices / reply["devname"]).is_block_device()
-    assert daemon.records("attached")[0]["LOOPD_LEASE"] == "sender"
+    record = eventually(lambda: daemon.records("attached"), "the record is written")[0]
+    assert record["LOOPD_LEASE"] == "sender"

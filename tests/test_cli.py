@@ -1,0 +1,475 @@
+"""``loopctl`` as a process, against a scripted peer: what it prints, its exit codes, what becomes of its signals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from scripted import DEADLINE, Loop, Peer, Request, loop, no_fd_is_left, released
+from test_client import LEASE, REPLY, ROOT
+
+from loopd import cli, wire
+
+__all__ = ["loop", "no_fd_is_left"]  # fixtures
+
+IN_USE = "is detached, but somebody still has it open"
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Ctl:
+    """Runs ``loopctl`` with the socket and a directory of the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sock = folder / "loopd.sock"
+        self.dev = folder / "dev"
+        self.dev.mkdir()
+        self.image = folder / "disk.img"
+        self.image.write_bytes(bytes(4096))
+
+    def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOOPD_SOCKET": str(self.sock)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        argv = [sys.executable, "-m", "loopd.cli", *map(str, arguments)]
+        return subprocess.Popen(argv, env=environment, text=True, **pipes)
+
+    def __call__(self, *arguments: object, **options: Any) -> Result:
+        with self.start(*arguments, **options) as process:
+            try:
+                out, err = process.communicate(timeout=DEADLINE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        return Result(process.returncode, out, err)
+
+
+@pytest.fixture
+def ctl(tmp_path: Path) -> Ctl:
+    return Ctl(tmp_path)
+
+
+def busy(request: Request) -> None:
+    request.reply({"state": "busy"})
+
+
+# attach -----------------------------------------------------------------------------------------------------
+
+
+def test_attach_prints_the_path_and_keeps_the_device(ctl: Ctl, loop: Loop) -> None:
+    def step(request: Request) -> None:
+        assert request.fdinfo("lease_fd") == "1"
+        loop.deliver(request)
+
+    loop.reply["warnings"] = ["no direct I/O:\n\x1b[2Jtmpfs"]
+    with Peer(ctl.sock, step):
+        result = ctl("attach", loop.image, "-d", ctl.dev)
+    assert result.out == f"{ctl.dev / loop.reply['devname']}\n"
+    assert result.err == "loopctl: warning: no direct I/O:\\n\\x1b[2Jtmpfs\n"
+    assert result.code == 0
+
+
+def test_attach_in_json(ctl: Ctl, loop: Loop) -> None:
+    with Peer(ctl.sock, loop.deliver):
+        result = ctl("attach", loop.image, "-d", ctl.dev, "--json")
+    path = str(ctl.dev / loop.reply["devname"])
+    assert json.loads(result.out) == {"path": path, **loop.reply, "partitions": [], "warnings": []}
+
+
+def test_every_option_reaches_the_wire(ctl: Ctl) -> None:
+    expected: dict[str, object] = {
+        "offset": 1 << 20,
+        "sizelimit": 2_000_000,
+        "sector_size": 4096,
+        "read_only": True,
+        "partscan": True,
+        "lock": True,
+        "direct_io": "off",
+        "ref": "mine",
+    }
+
+    def step(request: Request) -> None:
+        assert {name: request.fields[name] for name in expected} == expected
+        request.refuse("quota", "8 devices are held, as many as may be")
+
+    with Peer(ctl.sock, step, step):
+        short = ["-d", ctl.dev, "-o", "1M", "--sizelimit", "2MB", "-b", "4K", "-r", "-P"]
+        result = ctl("attach", *short, "--direct-io", "off", "--lock", "--ref", "mine", ctl.image)
+        assert result.code == 1
+        assert result.out == ""
+        first, second = result.err.splitlines()
+        assert first == "loopctl: 8 devices are held, as many as may be"
+        assert "loopctl detach" in second
+
+        long = [f"--directory={ctl.dev}", "--offset=1MiB", "--sizelimit=2000000", "--sector-size=4096"]
+        flags = ["--read-only", "--partscan", "--direct-io=off", "--lock", "--ref=mine"]
+        assert ctl("run", ctl.image, *long, *flags, "--", "true").code == 1
+
+
+@pytest.mark.parametrize("lifetime", ["container", "detach", "parent", "pid"])
+def test_the_lifetimes(ctl: Ctl, loop: Loop, lifetime: str) -> None:
+    expected = {"container": 1, "detach": 1, "parent": os.getpid(), "pid": os.getppid()}[lifetime]
+
+    def step(request: Request) -> None:
+        assert request.fdinfo("lease_fd") == str(expected)
+        loop.deliver(request)
+
+    with Peer(ctl.sock, step):
+        value = expected if lifetime == "pid" else lifetime
+        result = ctl("attach", loop.image, "-d", ctl.dev, "--lifetime", value)
+    assert result.code == 0
+
+
+def test_a_process_that_is_not_there(ctl: Ctl) -> None:
+    pid = 2**22 + 1  # more than pid_max can be
+    result = ctl("attach", ctl.image, "-d", ctl.dev, "--lifetime", pid)
+    assert result == (1, "", f"loopctl: process {pid}: No such process\n")
+
+
+@pytest.mark.parametrize("stdout", ["full", "closed"])
+def test_a_device_whose_path_cannot_be_printed_is_detached(ctl: Ctl, loop: Loop, stdout: str) -> None:
+    with Peer(ctl.sock, loop.deliver, released) as peer, open("/dev/full", "w") as full:
+        options: dict[str, Any] = {"stdout": full}
+        if stdout == "closed":
+            options = {"stdout": None, "preexec_fn": lambda: os.close(1)}
+        result = ctl("attach", loop.image, "-d", ctl.dev, **options)
+    assert result.code == 1
+    assert "standard output" in result.err
+    assert len(result.err.splitlines()) == 1
+    assert peer.requests[1].fields["op"] == "detach"
+    assert loop.image.read_bytes().startswith(b"loopd\0")  # where fd 1 is closed, the image may be it
+
+
+def test_a_node_that_cannot_be_opened_is_explained(ctl: Ctl) -> None:
+    with Peer(ctl.sock, lambda request: request.reply(REPLY), released):
+        result = ctl("attach", ctl.image, "-d", ctl.dev)
+    assert result.code == 1
+    first, second = result.err.splitlines()
+    assert first == f"loopctl: {ctl.dev}/loop4096 cannot be opened: No such file or directory"
+    assert second == "loopctl: `loopctl list` shows whether it is still attached"
+
+
+def test_files_that_are_missing_are_named(ctl: Ctl) -> None:
+    assert ctl("attach", "/missing.img") == (1, "", "loopctl: /missing.img: No such file or directory\n")
+    result = ctl("attach", ctl.image, "-d", "/missing")
+    assert result == (1, "", "loopctl: /missing: No such file or directory\n")
+    result = ctl("--socket", "/missing.sock", "list")
+    assert result.code == 1
+    first, second = result.err.splitlines()
+    assert first == "loopctl: cannot ask loopd at /missing.sock: No such file or directory"
+    assert "loopd.socket" in second
+
+
+# run --------------------------------------------------------------------------------------------------------
+
+
+def test_run_puts_the_device_into_the_command(ctl: Ctl, loop: Loop) -> None:
+    def detached(request: Request) -> None:
+        assert request.fields["wait"] > 0
+        released(request)
+
+    path = str(ctl.dev / loop.reply["devname"])
+    report = "ls /proc/self/fd | wc -l; grep SigIgn: /proc/self/status"
+    script = f'printf "%s\\n" "$LOOPD_DEVICE" "$@"; head -c 5 "$1"; {report}; exit 7'
+    with Peer(ctl.sock, loop.deliver, detached) as peer:
+        result = ctl("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", script, "--", "{}", "of={},{}", "--", "-r")
+        assert "lease_fd" not in peer.requests[0].fields
+    assert result.out.split("\n")[:5] == [path, path, f"of={path},{path}", "--", "-r"]
+    assert result.out.split("\n")[5] == "loopd4"  # no fd of loopctl's: 0, 1, 2, and that of ls
+    ignored = int(result.out.split()[-1], 16)
+    assert not ignored & (1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1)  # which Python ignores
+    assert result.code == 7
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [(["true"], 0), (["false"], 1), (["sh", "-c", "kill -9 $$"], 137), (["/missing"], 127), (["/etc"], 126)],
+)
+def test_run_exits_as_the_command(ctl: Ctl, loop: Loop, command: list[str], code: int) -> None:
+    with Peer(ctl.sock, loop.deliver, released):
+        assert ctl("run", loop.image, "-d", ctl.dev, "--", *command).code == code
+
+
+def test_run_says_when_the_device_is_left_in_use(ctl: Ctl, loop: Loop) -> None:
+    with Peer(ctl.sock, loop.deliver, busy, loop.deliver, busy):
+        result = ctl("run", loop.image, "-d", ctl.dev, "--", "true")
+        assert result.code == 1
+        assert IN_USE in result.err
+        (ctl.dev / loop.reply["devname"]).unlink()
+        result = ctl("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", "exit 3")
+        assert result.code == 3
+        assert IN_USE in result.err
+
+
+COUNTS = """
+import os, signal, sys
+seen = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    assert signal.getsignal(number) is not signal.SIG_IGN
+    signal.signal(number, lambda number, _: seen.append(number))
+assert signal.getsignal(signal.SIGCHLD) == signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL
+assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+os.write(1, b"ready\\n")
+while not seen:
+    signal.pause()
+import time
+time.sleep(0.3)
+os.write(1, b"%d times %d\\n" % (len(seen), seen[0]))
+sys.exit(9)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_run_forwards_a_signal(ctl: Ctl, loop: Loop, number: signal.Signals) -> None:
+    with Peer(ctl.sock, loop.deliver, released):
+        process = ctl.start("run", loop.image, "-d", ctl.dev, "--", sys.executable, "-c", COUNTS)
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            out, err = process.communicate(timeout=DEADLINE)
+    assert (out, err) == (f"1 times {number.value}\n", "")
+    assert process.returncode == 9
+
+
+def test_a_ctrl_c_at_the_terminal_reaches_the_command_once(ctl: Ctl, loop: Loop) -> None:
+    """The terminal sends it to loopctl and to the command: forwarded, it would come twice."""
+    leader, terminal = pty.openpty()
+    try:
+        with Peer(ctl.sock, loop.deliver, released):
+            # A session of its own, whose terminal is the first that it opens.
+            claim = (
+                "import os, sys; os.setsid(); os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"
+            )
+            argv = [sys.executable, "-c", claim, sys.executable, "-m", "loopd.cli", "run", loop.image]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOOPD_SOCKET": str(ctl.sock)}
+            process = subprocess.Popen(
+                [*map(str, argv), "-d", str(ctl.dev), "--", sys.executable, "-c", COUNTS],
+                env=environment,
+                stdin=terminal,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            with process:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "ready\n"
+                os.write(leader, b"\x03")
+                out, _ = process.communicate(timeout=DEADLINE)
+    finally:
+        os.close(leader)
+        os.close(terminal)
+    assert out == f"1 times {signal.SIGINT.value}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_attaching_hangs_up(ctl: Ctl, number: signal.Signals) -> None:
+    with Peer(ctl.sock, lambda request: None) as peer:
+        with ctl.start("run", ctl.image, "-d", ctl.dev, "--", "true") as process:
+            deadline = time.monotonic() + DEADLINE
+            while not peer.requests and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=DEADLINE)
+        assert peer.hung_up()
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert err == ""
+
+
+def test_the_device_ends_with_loopctl(ctl: Ctl, loop: Loop) -> None:
+    with Peer(ctl.sock, loop.deliver) as peer:
+        with ctl.start("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", "echo $$; exec sleep 30") as process:
+            assert process.stdout is not None
+            command = int(process.stdout.readline())
+            try:
+                assert not peer.hung_up()
+                process.kill()
+                process.wait()
+                assert peer.hung_up()  # while the command lives
+                os.kill(command, 0)
+            finally:
+                os.kill(command, signal.SIGKILL)
+
+
+# detach, list, hello ----------------------------------------------------------------------------------------
+
+
+def test_detach_is_silent_and_goes_on_after_a_failure(ctl: Ctl) -> None:
+    names = []
+
+    def step(request: Request) -> None:
+        names.append((request.fields["devname"], request.fields["wait"]))
+        (released, busy, lambda r: r.refuse("not-found", "no lease loop3"), released)[len(names) - 1](request)
+
+    with Peer(ctl.sock, step, step, step, step):
+        assert ctl("detach", "/dev/loop1") == (0, "", "")
+        result = ctl("detach", "--wait", "2", "loop2", "loop3", "/dev/loopd/loop4")
+    assert names == [("loop1", 10), ("loop2", 2), ("loop3", 2), ("loop4", 2)]
+    assert (result.code, result.out) == (1, "")
+    assert result.err.splitlines() == [
+        f"loopctl: loop2 {IN_USE}",
+        "loopctl: unmount its file systems and end what has it open",
+        "loopctl: no lease loop3",
+        "loopctl: `loopctl list` shows the devices that are held",
+    ]
+
+
+def test_detach_by_force(ctl: Ctl) -> None:
+    def step(request: Request) -> None:
+        assert request.fields["force"] is True
+        released(request)
+
+    with Peer(ctl.sock, step):
+        assert ctl("--socket", ctl.sock, "detach", "--force", "loop1").code == 0
+    assert ctl("detach", "--force", "loop1").code == 2
+
+
+def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
+    row = dict(LEASE, size=3 << 29, read_only=True, age=93784.0, lease="pidfd of 1", backing_file="/a\n\x1b[31mloop")
+    mine = {"leases": [LEASE, dict(row, devname="loop10000")]}
+    all_of_them = {"leases": [dict(LEASE, account="loopd.socket /a.scope", uid=1000, pid=7)]}
+    pages = iter([mine, all_of_them, {"leases": []}])
+    with Peer(ctl.sock, *[lambda request: request.reply(next(pages))] * 3):
+        result = ctl("list")
+        assert result.out.splitlines() == [
+            "NAME       SIZE  RO  DIO  SECTOR  AGE  STATE     LEASE       BACK-FILE",
+            "loop4096   4K    0   0    512     3s   attached  pidfd 1     /disk.img",
+            "loop10000  1.5G  1   0    512     1d   attached  pidfd of 1  /a\\n\\x1b[31mloop",
+        ]
+        header, line = ctl("list").out.splitlines()
+        assert header.split()[8:11] == ["ACCOUNT", "UID", "PID"]
+        assert line.split()[-3:] == ["1000", "7", "/disk.img"]
+        assert ctl("list") == (0, "", "")
+
+
+def test_list_in_json(ctl: Ctl) -> None:
+    with Peer(ctl.sock, lambda request: request.reply({"leases": [LEASE]})):
+        result = ctl("list", "--json")
+    assert json.loads(result.out) == {"leases": [{**LEASE, "partitions": []}]}
+
+
+def test_list_into_a_pipe_that_is_closed(ctl: Ctl) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        with Peer(ctl.sock, lambda request: request.reply({"leases": [LEASE]})):
+            result = ctl("list", stdout=writer)
+        assert (result.code, result.err) == (1, "loopctl: standard output: Broken pipe\n")
+    finally:
+        os.close(writer)
+
+
+def test_hello(ctl: Ctl) -> None:
+    greeting = {"loopd": "0.1.0", "protocol": 1, "operations": ["attach", "list"], "limits": {"max_fds": 8}}
+    with Peer(ctl.sock, *[lambda request: request.reply(greeting)] * 2):
+        assert ctl("hello").out == "loopd 0.1.0, protocol 1\noperations: attach list\nmax_fds: 8\n"
+        assert json.loads(ctl("hello", "--json").out) == greeting
+
+
+# The command line -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("socket", ["--socket {} list", "list --socket {}", "list --socket={}"])
+def test_the_common_options_stand_before_or_behind_the_verb(ctl: Ctl, socket: str) -> None:
+    other = ctl.sock.with_name("other.sock")
+    with Peer(other, lambda request: request.reply({"leases": []})):
+        assert ctl(*socket.format(other).split()) == (0, "", "")
+
+
+def test_the_timeout(ctl: Ctl) -> None:
+    start = time.monotonic()
+    with Peer(ctl.sock, lambda request: None):
+        result = ctl("--timeout", "0.2", "list")
+    assert result.code == 1
+    assert "within 0.2 s" in result.err
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "unknown",
+        "attach",
+        "attach a b",
+        "attach a --offset 1.5K",
+        "attach a --offset -1",
+        "attach a --sizelimit 8E",
+        "attach a --sector-size 513",
+        "attach a --direct-io maybe",
+        "attach a --lifetime forever",
+        "attach a --lifetime 2147483648",
+        "attach a --part",
+        "run a",
+        "run a --",
+        "run -- true",
+        "detach",
+        "detach loop1 --wait 1h",
+        "list loop1",
+        "--timeout nan list",
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(line.split())
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "usage: loopctl" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0),
+        ("512", 512),
+        ("0x200", 512),
+        ("1k", 1024),
+        ("1K", 1024),
+        ("1KiB", 1024),
+        ("1KB", 1000),
+        ("3M", 3 << 20),
+        ("3MB", 3_000_000),
+        ("2GiB", 2 << 30),
+        ("1T", 1 << 40),
+        ("1P", 1 << 50),
+        ("7E", 7 << 60),
+    ],
+)
+def test_sizes_are_losetups(text: str, value: int) -> None:
+    assert cli.size(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "K", "1 K", "1KK", "1iB", "1B", "+1", "010", "1e3", "\u0661", str(wire.MAX_OFFSET + 1)]
+)
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.size(text)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help_and_is_in_the_overview(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ([verb, "--help"], ["--help"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(line)
+        assert caught.value.code == 0
+        assert verb in capsys.readouterr().out
+
+
+def test_the_version(ctl: Ctl) -> None:
+    result = ctl("--version")
+    assert result.out.startswith("loopctl ")
+    assert result.code == 0

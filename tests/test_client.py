@@ -1,0 +1,686 @@
+"""The client library against a scripted peer: its bytes and fds, its errors, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted import Loop, Peer, Request, loop, no_fd_is_left, released
+
+import loopd
+from loopd import client, wire
+
+__all__ = ["loop", "no_fd_is_left"]  # fixtures
+
+ROOT = Path(client.__file__).parents[1]
+REPLY: dict[str, Any] = {
+    "devname": "loop4096",
+    "diskseq": 7,
+    "major": 7,
+    "minor": 4096,
+    "size": 4096,
+    "sector_size": 512,
+    "read_only": False,
+    "direct_io": False,
+}
+
+
+def answer(request: Request) -> None:
+    request.reply(REPLY)
+
+
+def hold(request: Request) -> None:
+    """Answers nothing, and keeps the channel."""
+
+
+def drop(request: Request) -> None:
+    """What becomes of a datagram that is thrown away: nobody has its fds any more."""
+    request.channel.close()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(4096))
+    return path
+
+
+@pytest.fixture
+def sock(tmp_path: Path) -> Path:
+    return tmp_path / "loopd.sock"
+
+
+# The request ------------------------------------------------------------------------------------------------
+
+
+def test_the_bytes_and_fds_of_an_attach(image: Path, sock: Path, tmp_path: Path) -> None:
+    def step(request: Request) -> None:
+        assert request.payload == b'{"op":"attach","fd":0,"dir_fd":1,"reply_fd":2}'
+        backing, directory, channel = request.fds
+        assert os.path.samestat(os.fstat(backing), image.stat())
+        assert os.path.samestat(os.fstat(directory), tmp_path.stat())
+        status = int(Path(f"/proc/self/fdinfo/{backing}").read_text().split("flags:\t")[1].split()[0], 8)
+        assert status & os.O_ACCMODE == os.O_RDWR
+        assert not status & (os.O_APPEND | os.O_NONBLOCK | os.O_PATH)
+        with socket.socket(fileno=os.dup(channel)) as reply:
+            assert reply.type == socket.SOCK_SEQPACKET
+            assert reply.getsockname() == reply.getpeername() == ""
+        request.reply(REPLY)
+
+    with Peer(sock, step):
+        loopd.attach(image, tmp_path, open_device=False, socket=sock).close()
+
+
+def test_every_argument_reaches_the_wire(image: Path, sock: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "offset": 512,
+        "sizelimit": 1024,
+        "sector_size": 4096,
+        "read_only": True,
+        "partscan": True,
+        "lock": True,
+        "direct_io": "on",
+        "ref": "gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n",
+    }
+
+    def step(request: Request) -> None:
+        assert {name: request.fields[name] for name in values} == values
+        _, decoded = wire.decode(request.payload)
+        assert isinstance(decoded, wire.Attach)
+        assert decoded.deliver == ("node", "fd")
+        request.refuse("invalid")
+
+    with Peer(sock, step), pytest.raises(loopd.Invalid):
+        loopd.attach(image, tmp_path, deliver=["node", "fd"], socket=sock, **values)
+
+
+def test_a_request_for_an_fd_alone_has_no_directory(image: Path, sock: Path) -> None:
+    def step(request: Request) -> None:
+        assert "dir_fd" not in request.fields
+        request.refuse("unsupported")
+
+    with Peer(sock, step), pytest.raises(loopd.Unsupported):
+        loopd.attach(image, "/nonexistent", deliver=["fd"], socket=sock)
+
+
+def test_credentials_are_attached_even_where_the_listener_did_not_ask_for_them(sock: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(sock))
+        with pytest.raises(loopd.Timeout):
+            loopd.hello(socket=sock, timeout=0.05)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # too late for what is queued
+        _, ancillary, _, _ = listener.recvmsg(8192, socket.CMSG_SPACE(12))
+        ((level, kind, content),) = ancillary
+        assert (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS)
+        pid, uid, gid = memoryview(content).cast("i")
+        assert (pid, uid, gid) == (os.getpid(), os.getuid(), os.getgid())
+
+
+def test_an_image_or_directory_that_is_an_fd_is_used_and_stays_open(image: Path, sock: Path, tmp_path: Path) -> None:
+    fd, dir_fd = os.open(image, os.O_RDONLY), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with Peer(sock, answer) as peer:
+            device = loopd.attach(fd, dir_fd, open_device=False, socket=sock)
+            device.close()
+        assert device.path == str(tmp_path / "loop4096")
+        assert "read_only" not in peer.requests[0].fields
+        os.fstat(fd)
+        os.fstat(dir_fd)
+    finally:
+        os.close(fd)
+        os.close(dir_fd)
+
+
+def test_a_path_in_a_relative_directory_is_absolute(
+    image: Path, sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dev").mkdir()
+    with Peer(sock, answer):
+        device = loopd.attach(image.name, "dev", open_device=False, socket=sock)
+        device.close()
+    assert os.fspath(device) == str(tmp_path / "dev" / "loop4096")
+
+
+def test_an_image_that_cannot_be_written_is_opened_read_only(sock: Path) -> None:
+    """A process that is not root, for root may write everything."""
+    code = """
+import os, sys
+import loopd.client  # now: another user may not reach the interpreter's own modules
+os.setgid(65534), os.setuid(65534)
+loopd.attach(sys.argv[1], "/", open_device=False, socket=sys.argv[2]).close()
+"""
+
+    def step(request: Request) -> None:
+        flags = Path(f"/proc/self/fdinfo/{request.fds[0]}").read_text().split("flags:\t")[1].split()[0]
+        assert int(flags, 8) & os.O_ACCMODE == os.O_RDONLY
+        request.reply(REPLY)
+
+    folder = reachable()
+    try:
+        (folder / "disk.img").write_bytes(bytes(512))
+        (folder / "disk.img").chmod(0o444)
+        with Peer(folder / "sock", step):
+            assert python(code, folder / "disk.img", folder / "sock") == ""
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_fifo_does_not_block_and_a_missing_image_is_not_made(sock: Path, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with Peer(sock, lambda request: request.refuse("bad-fd")), pytest.raises(loopd.BadFd):
+        loopd.attach(fifo, tmp_path, read_only=True, socket=sock)
+    with pytest.raises(FileNotFoundError):
+        loopd.attach(tmp_path / "missing", tmp_path, socket=sock)
+    assert not (tmp_path / "missing").exists()
+
+
+# The lifetime -----------------------------------------------------------------------------------------------
+
+
+def test_the_lifetime_device_ends_at_close_and_not_before(image: Path, sock: Path, tmp_path: Path) -> None:
+    with Peer(sock, answer) as peer:
+        device = loopd.attach(image, tmp_path, open_device=False, socket=sock)
+        assert "lease_fd" not in peer.requests[0].fields
+        child = subprocess.Popen(["sleep", "30"], close_fds=False)
+        try:
+            assert not peer.hung_up()
+            device.close()
+            assert peer.hung_up()  # the child has no copy
+        finally:
+            child.kill()
+            child.wait()
+        with pytest.raises(ValueError, match="container"):
+            device.keep()
+
+
+@pytest.mark.parametrize(("lifetime", "pid"), [("process", os.getpid()), ("container", 1)])
+def test_a_lifetime_is_a_pidfd(image: Path, sock: Path, tmp_path: Path, lifetime: client.Lifetime, pid: int) -> None:
+    def step(request: Request) -> None:
+        assert request.fdinfo("lease_fd") == str(pid)
+        request.reply(REPLY)
+
+    with Peer(sock, step):
+        loopd.attach(image, tmp_path, lifetime=lifetime, open_device=False, socket=sock).close()
+
+
+def test_a_lifetime_that_is_an_fd_stays_the_callers(image: Path, sock: Path, tmp_path: Path) -> None:
+    child = subprocess.Popen(["sleep", "30"])
+    fd = loopd.pidfd_open(child.pid)
+    try:
+        assert not os.get_inheritable(fd)
+
+        def step(request: Request) -> None:
+            assert request.fdinfo("lease_fd") == str(child.pid)
+            request.reply(REPLY)
+
+        with Peer(sock, step):
+            loopd.attach(image, tmp_path, lifetime=fd, open_device=False, socket=sock).close()
+        os.fstat(fd)
+    finally:
+        os.close(fd)
+        child.kill()
+        child.wait()
+    with pytest.raises(ProcessLookupError):
+        loopd.pidfd_open(child.pid)
+
+
+def test_an_unknown_lifetime_is_an_error_at_once(image: Path, sock: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="forever"):
+        loopd.attach(image, tmp_path, lifetime="forever", socket=sock)  # type: ignore[arg-type]
+
+
+# The device -------------------------------------------------------------------------------------------------
+
+
+def test_the_device_is_opened_used_and_detached(loop: Loop, sock: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "dev"
+    directory.mkdir()
+
+    def detached(request: Request) -> None:
+        assert request.fields == {"op": "detach", "devname": loop.reply["devname"], "reply_fd": 0, "wait": 10.0}
+        assert not opened_by_this_process(loop.number)
+        assert not peer.hung_up()  # released at once and by request, not by the hang-up
+        request.reply({"state": "released"})
+
+    loop.reply.update(partitions=["p1"], warnings=["mind the gap"], of_the_future={"x": 1})
+    with Peer(sock, loop.deliver, detached) as peer:
+        with loopd.attach(loop.image, directory, socket=sock) as device:
+            assert os.pread(device.fd, 5, 0) == b"loopd"
+            os.pwrite(device.fd, b"LOOPD", 0)
+            os.fsync(device.fd)
+            assert not os.get_inheritable(device.fd)
+            assert device.path == os.fspath(device) == str(directory / device.devname)
+            assert (device.diskseq, device.size, device.sector_size) == (7, 1 << 20, 512)
+            assert (device.partitions, device.warnings) == (("p1",), ("mind the gap",))
+            assert device.path in repr(device)
+        assert peer.hung_up()
+        assert device.detach()  # of itself: it asks nobody twice
+        with pytest.raises(ValueError, match="closed"):
+            _ = device.fd
+    assert loop.image.read_bytes().startswith(b"LOOPD")
+
+
+def test_a_read_only_device_is_opened_read_only(loop: Loop, sock: Path, tmp_path: Path) -> None:
+    loop.reply["read_only"] = True
+    with Peer(sock, loop.deliver, released), loopd.attach(loop.image, tmp_path, socket=sock) as device:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.pwrite(device.fd, b"x", 0)
+        assert device.read_only
+
+
+def test_an_fd_that_was_delivered_is_the_device_and_the_surplus_is_closed(loop: Loop, sock: Path, image: Path) -> None:
+    def step(request: Request) -> None:
+        with open(loop.path, "r+b", buffering=0) as file:
+            request.reply(loop.reply, [file.fileno(), 0, 0])
+
+    before = set(os.listdir("/proc/self/fd"))
+    with Peer(sock, step, released) as peer:
+        with loopd.attach(image, deliver=["fd"], socket=sock) as device:
+            assert os.pread(device.fd, 5, 0) == b"loopd"
+            assert not os.get_inheritable(device.fd)
+            assert device.path == f"/proc/self/fd/{device.fd}"
+            # The listener and the channel of the peer, the channel of the client, and the device.
+            assert len(os.listdir("/proc/self/fd")) == len(before) + 4
+        assert peer.requests[1].fields["devname"] == loop.reply["devname"]
+
+
+def test_an_fd_that_was_asked_for_and_did_not_come_is_an_error_and_detached(sock: Path, image: Path) -> None:
+    with Peer(sock, answer, released), pytest.raises(loopd.BadReply, match="without the open device"):
+        loopd.attach(image, deliver=["fd"], socket=sock)
+
+
+def test_more_fds_than_a_reply_may_have_are_not_kept(sock: Path) -> None:
+    def step(request: Request) -> None:
+        request.reply({"loopd": "1", "protocol": 1, "operations": [], "limits": {}}, [0] * 100)
+
+    with Peer(sock, step):
+        assert loopd.hello(socket=sock).loopd == "1"
+
+
+def test_an_end_of_with_that_leaves_the_device_in_use_says_so(image: Path, sock: Path, tmp_path: Path) -> None:
+    steps = [answer, lambda request: request.reply({"state": "busy"})] * 2
+    with Peer(sock, *steps) as peer:
+        with pytest.raises(loopd.Busy, match="loop4096"):
+            with loopd.attach(image, tmp_path, open_device=False, socket=sock):
+                pass
+        assert peer.hung_up(0)
+        with pytest.raises(ZeroDivisionError):  # which matters more
+            with loopd.attach(image, tmp_path, open_device=False, socket=sock):
+                _ = 1 / 0
+        assert peer.hung_up(2)
+
+
+def test_a_device_that_is_gone_counts_as_released(image: Path, sock: Path, tmp_path: Path) -> None:
+    with Peer(sock, answer, lambda request: request.refuse("not-found")):
+        with loopd.attach(image, tmp_path, open_device=False, socket=sock):
+            pass
+
+
+def test_a_detach_without_an_answer_hangs_up(image: Path, sock: Path, tmp_path: Path) -> None:
+    with Peer(sock, answer, drop, answer, drop) as peer:
+        with pytest.raises(loopd.Dropped):
+            with loopd.attach(image, tmp_path, open_device=False, socket=sock):
+                pass
+        assert peer.hung_up(0)
+        with pytest.raises(ZeroDivisionError):
+            with loopd.attach(image, tmp_path, open_device=False, socket=sock):
+                _ = 1 / 0
+        assert peer.hung_up(2)
+
+
+def test_a_device_that_is_kept_is_not_detached(image: Path, sock: Path, tmp_path: Path) -> None:
+    with Peer(sock, answer, released):  # a detach at the end of the block would use the second step up
+        with loopd.attach(image, tmp_path, lifetime="container", open_device=False, socket=sock) as device:
+            device.keep()
+        assert loopd.detach(device, wait=1, socket=sock)
+
+
+# What refuses a node ----------------------------------------------------------------------------------------
+
+
+def test_a_node_that_is_another_device_is_refused(loop: Loop, sock: Path, tmp_path: Path) -> None:
+    loop.reply["minor"] += 1
+    with Peer(sock, loop.deliver, released) as peer, pytest.raises(loopd.DeviceInaccessible) as caught:
+        loopd.attach(loop.image, tmp_path, socket=sock)
+    assert (caught.value.layer, caught.value.errno) == ("device", 0)
+    assert peer.requests[1].fields["op"] == "detach"
+
+
+def test_a_node_that_is_missing_is_named(image: Path, sock: Path, tmp_path: Path) -> None:
+    with Peer(sock, answer, released), pytest.raises(loopd.DeviceInaccessible, match="No such file") as caught:
+        loopd.attach(image, tmp_path, socket=sock)
+    assert caught.value.layer == "device"
+
+
+def test_a_symlink_of_the_nodes_name_is_not_followed(loop: Loop, sock: Path, tmp_path: Path) -> None:
+    (tmp_path / loop.reply["devname"]).symlink_to(loop.path)
+    with Peer(sock, lambda request: request.reply(loop.reply), released):
+        with pytest.raises(loopd.DeviceInaccessible):
+            loopd.attach(loop.image, tmp_path, socket=sock)
+
+
+ATTACH = """
+import os, sys
+import loopd.client
+def attach(directory, image, sock):
+    try:
+        with loopd.attach(image, directory, socket=sock) as device:
+            print("opened", end="")
+    except loopd.DeviceInaccessible as error:
+        print(error.layer, "|", error, end="")
+"""
+
+
+def refusing_layer(loop: Loop, prepare: str, *, wrap: str = 'exec "$@"') -> str:
+    """What a process says that attaches in the directory $DIR; `wrap` is a shell's line around it."""
+    folder = reachable()
+    try:
+        (folder / "dev").mkdir()
+        (folder / "dev").chmod(0o777)
+        code = f"{ATTACH}\nimage = os.open(sys.argv[1], os.O_RDWR)\n{prepare}\nattach(sys.argv[2], image, sys.argv[3])"
+        with Peer(folder / "sock", loop.deliver, released):
+            return python(code, loop.image, folder / "dev", folder / "sock", wrap=wrap, DIR=str(folder / "dev"))
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_node_that_opens(loop: Loop) -> None:
+    assert refusing_layer(loop, "") == "opened"
+
+
+def test_nodev_is_named(loop: Loop) -> None:
+    wrap = 'exec unshare -m sh -c \'mount -t tmpfs -o nodev none "$DIR" && exec "$@"\' sh "$@"'
+    layer, _, text = refusing_layer(loop, "", wrap=wrap).partition(" | ")
+    assert layer == "nodev"
+    assert ":dev" in text
+
+
+def test_a_user_namespace_is_named(loop: Loop) -> None:
+    wrap = 'exec unshare -Urm sh -c \'mount -t tmpfs none "$DIR" && exec "$@"\' sh "$@"'
+    layer, _, text = refusing_layer(loop, "", wrap=wrap).partition(" | ")
+    assert layer == "user namespace"
+    assert "bind-mounted from the host" in text
+
+
+def test_a_permission_is_named(loop: Loop) -> None:
+    layer, _, text = refusing_layer(loop, "os.setgid(65534), os.setuid(65534)").partition(" | ")
+    assert layer == "permission"
+    assert "uid 0's, mode 0600" in text
+
+
+def test_a_device_cgroup_is_named(loop: Loop) -> None:
+    """With cgroup v1, where it is a file to write to; under v2 it is a BPF program, which podman's tests show."""
+    cgroup = Path(f"/sys/fs/cgroup/devices/loopd-test-{os.getpid()}")
+    if not (cgroup.parent / "devices.deny").exists():
+        pytest.skip("there is no device controller of cgroup v1")
+    cgroup.mkdir()
+    try:
+        (cgroup / "devices.deny").write_text("b 7:* w")
+        layer, _, text = refusing_layer(loop, f"open('{cgroup}/cgroup.procs', 'w').write(str(os.getpid()))").partition(
+            " | "
+        )
+    finally:
+        cgroup.rmdir()
+    assert layer == "device cgroup"
+    assert "--device-cgroup-rule 'b 7:* rw'" in text
+
+
+# Errors -----------------------------------------------------------------------------------------------------
+
+
+def test_each_code_has_an_error_of_its_own() -> None:
+    assert set(loopd.ERRORS) == set(loopd.Code)
+    assert len(set(loopd.ERRORS.values())) == len(loopd.ERRORS)
+    assert all(kind.code is code for code, kind in loopd.ERRORS.items())
+
+
+@pytest.mark.parametrize("code", loopd.Code)
+def test_a_refusal_raises_the_error_of_its_code(code: loopd.Code, sock: Path) -> None:
+    with Peer(sock, lambda request: request.refuse(code.value, "because")):
+        with pytest.raises(loopd.ERRORS[code], match="because") as caught:
+            loopd.hello(socket=sock)
+    assert caught.value.code is code
+    assert caught.value.message == "because"
+
+
+def test_a_code_of_the_future_is_an_error_too(sock: Path) -> None:
+    with Peer(sock, lambda request: request.refuse("out-of-tea")), pytest.raises(loopd.Internal):
+        loopd.hello(socket=sock)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"no JSON",
+        b"\xff",
+        b"[]",
+        b"[" * 5000,
+        b"null",
+        b'{"error": "text"}',
+        b'{"error": {"code": "io"}}',
+        b"{}",
+        b'{"leases": {}}',
+        b'{"leases": [1]}',
+        b'{"leases": [{}]}',
+        json.dumps({"leases": [dict(REPLY, devname="../../etc/passwd")]}).encode(),
+        json.dumps({"leases": [dict(REPLY, devname=None)]}).encode(),
+        b" " * (wire.MAX_REPLY + 1),
+    ],
+)
+def test_a_reply_without_sense_is_named_so(payload: bytes, sock: Path) -> None:
+    with Peer(sock, lambda request: request.reply(payload)), pytest.raises(loopd.BadReply):
+        loopd.list(socket=sock)
+
+
+def test_an_end_without_a_reply_is_no_timeout(sock: Path) -> None:
+    start = time.monotonic()
+    with Peer(sock, drop), pytest.raises(loopd.Dropped, match="journalctl"):
+        loopd.hello(socket=sock)
+    assert time.monotonic() - start < 5
+
+
+def test_no_answer_ends_at_the_deadline(sock: Path) -> None:
+    start = time.monotonic()
+    with Peer(sock, hold), pytest.raises(loopd.Timeout, match=r"within 0\.3 s"):
+        loopd.hello(socket=sock, timeout=0.3)
+    assert 0.3 <= time.monotonic() - start < 3
+
+
+def test_a_detach_may_take_its_wait_beyond_the_timeout(sock: Path) -> None:
+    def step(request: Request) -> None:
+        assert request.fields["wait"] == 5
+        time.sleep(0.4)
+        released(request)
+
+    with Peer(sock, step):
+        assert loopd.detach("/dev/loop4096", wait=5, socket=sock, timeout=0.1)
+
+
+def test_a_full_queue_ends_at_the_deadline_without_spinning(sock: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(sock))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
+            filler.setblocking(False)
+            with suppress(BlockingIOError):
+                while True:
+                    filler.sendto(b"{}", str(sock))
+        start, spent = time.monotonic(), time.process_time()
+        with pytest.raises(loopd.Timeout, match="queue"):
+            loopd.hello(socket=sock, timeout=0.5)
+        assert 0.5 <= time.monotonic() - start < 3
+        assert time.process_time() - spent < 0.25
+
+
+def test_a_request_waits_until_the_daemon_comes(sock: Path) -> None:
+    peer = Peer(sock, lambda r: r.reply({"loopd": "1", "protocol": 1, "operations": ["hello"], "limits": {}}))
+    starter = threading.Timer(0.3, peer.__enter__)
+    starter.start()
+    try:
+        assert loopd.hello(socket=sock).operations == ("hello",)
+    finally:
+        starter.join()
+        peer.__exit__(None, None, None)
+
+
+def test_what_to_do_where_there_is_no_daemon(sock: Path, tmp_path: Path) -> None:
+    with pytest.raises(loopd.Unavailable, match=r"enable --now loopd\.socket.*/run/loopd"):
+        loopd.hello(socket=tmp_path / "none")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(sock))
+    with pytest.raises(loopd.Unavailable, match=r"restart loopd\.socket"):
+        loopd.hello(socket=sock)
+    with pytest.raises(loopd.Unavailable, match="too long"):
+        loopd.hello(socket="/" + "x" * 200)
+
+
+def test_what_to_do_where_the_socket_is_not_for_this_user() -> None:
+    code = """
+import os, sys
+import loopd.client  # now: another user may not reach the interpreter's own modules
+os.setgid(65534), os.setuid(65534)
+try:
+    loopd.hello(socket=sys.argv[1])
+except loopd.Unavailable as error:
+    print(error.hint, end="")
+"""
+    folder = reachable()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+            listener.bind(str(folder / "sock"))
+            (folder / "sock").chmod(0o660)
+            assert "group loopd" in python(code, folder / "sock")
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_bad_fd_is_the_callers_error(sock: Path, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(sock))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            loopd.attach(1 << 20, tmp_path, socket=sock)
+
+
+def test_a_request_that_is_too_long_is_not_sent(image: Path, tmp_path: Path, sock: Path) -> None:
+    with pytest.raises(loopd.Malformed, match="8192"):
+        loopd.attach(image, tmp_path, ref="x" * 10000, socket=sock)
+
+
+# List, hello, names -----------------------------------------------------------------------------------------
+
+
+LEASE: dict[str, Any] = {
+    **REPLY,
+    "offset": 0,
+    "sizelimit": 0,
+    "partscan": False,
+    "backing_file": "/disk.img",
+    "backing_dev": "8:1",
+    "backing_inode": 12,
+    "ref": "",
+    "state": "attached",
+    "lease": "pidfd 1",
+    "age": 3.5,
+}
+
+
+def test_a_long_list_is_continued(sock: Path) -> None:
+    def page(name: str, more: bool) -> dict[str, Any]:
+        return {"leases": [dict(LEASE, devname=name, tomorrow=1)], "more": more}
+
+    def first(request: Request) -> None:
+        assert request.fields == {"op": "list", "reply_fd": 0}
+        request.reply(page("loop4096", more=True))
+
+    def second(request: Request) -> None:
+        assert request.fields["after"] == "loop4096"
+        request.reply(page("loop4097", more=False))
+
+    def endless(request: Request) -> None:
+        request.reply({"leases": [], "more": True})
+
+    with Peer(sock, first, second, endless):
+        leases = loopd.list(socket=sock)
+        assert [lease.devname for lease in leases] == ["loop4096", "loop4097"]
+        assert (leases[0].age, leases[0].uid) == (3.5, None)
+        assert loopd.list(socket=sock) == ()
+
+
+def test_what_is_not_known_before_linux_5_15_may_be_missing(image: Path, sock: Path, tmp_path: Path) -> None:
+    old = {name: value for name, value in REPLY.items() if name != "diskseq"}
+    with Peer(sock, lambda request: request.reply(old)):
+        device = loopd.attach(image, tmp_path, open_device=False, socket=sock)
+        device.close()
+    assert device.diskseq is None
+
+
+def test_force_and_a_name_with_its_directory(sock: Path) -> None:
+    def step(request: Request) -> None:
+        assert request.fields == {"op": "detach", "devname": "loop4096", "force": True, "reply_fd": 0}
+        request.reply({"state": "busy"})
+
+    with Peer(sock, step):
+        assert not loopd.Client(sock).detach("/dev/loopd/loop4096", force=True)
+
+
+def test_the_socket_comes_from_the_environment(sock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOPD_SOCKET", str(sock))
+    assert loopd.Client().socket == str(sock)
+    assert loopd.Client("/other").socket == "/other"
+    monkeypatch.setenv("LOOPD_SOCKET", "")
+    assert loopd.Client().socket == "/run/loopd/loopd.sock"
+
+
+def test_the_package_costs_nothing_until_it_is_used() -> None:
+    code = "import sys, loopd; print({'json', 'socket', 'typing', 'loopd.client'} & set(sys.modules), end='')"
+    assert python(code, flags=["-S"]) == "set()"
+
+
+def test_every_name_of_the_package_is_there() -> None:
+    for name in loopd.__all__:
+        assert getattr(loopd, name) is not None
+        assert name in dir(loopd)
+    with pytest.raises(AttributeError, match=r"loopd.*absent"):
+        _ = loopd.absent
+    assert loopd.list is client.leases
+
+
+# Tools ------------------------------------------------------------------------------------------------------
+
+
+def reachable() -> Path:
+    """A folder that every user reaches, which pytest's are not."""
+    folder = Path(tempfile.mkdtemp(prefix="loopd-test-", dir="/tmp"))
+    folder.chmod(0o755)
+    return folder
+
+
+def python(code: str, *arguments: Path, flags: list[str] = [], wrap: str = 'exec "$@"', **environment: str) -> str:  # noqa: B006
+    """What a Python process of its own prints."""
+    argv = ["sh", "-c", wrap, "sh", sys.executable, *flags, "-c", code, *map(str, arguments)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    return subprocess.run(argv, env=env, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout
+
+
+def opened_by_this_process(number: int) -> bool:
+    def is_it(fd: str) -> bool:
+        try:
+            status = os.stat(f"/proc/self/fd/{fd}")
+        except OSError:
+            return False
+        return stat.S_ISBLK(status.st_mode) and status.st_rdev == number
+
+    return any(map(is_it, os.listdir("/proc/self/fd")))

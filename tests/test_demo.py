@@ -1,0 +1,42 @@
+"""`make demo` does what it says, and says so when it does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).parent / "demo.py"
+
+
+def demo(*before: str) -> subprocess.CompletedProcess[str]:
+    if os.geteuid() != 0:
+        pytest.skip("binding a loop device and making namespaces needs root")
+    command = [*before, "/usr/bin/python3", str(DEMO)]
+    return subprocess.run(
+        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+
+
+def leftovers() -> list[Path]:
+    return list(Path("/tmp").glob("loopd-demo-*"))
+
+
+def test_demo() -> None:
+    done = demo()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(
+        "\nNothing is left behind: no device, no node, no process, no mount, no file.\n"
+    )
+    assert leftovers() == []
+
+
+def test_demo_that_fails_says_so_and_cleans_up() -> None:
+    # No file of the size of the image can be made, which is found out in the container.
+    done = demo("prlimit", "--fsize=20000000")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "container$ truncate" in done.stdout
+    assert "FAILED" in done.stdout
+    assert leftovers() == []

@@ -1,0 +1,143 @@
+"""`make install` and `make uninstall`: what they put where, that it runs there, and that nothing stays."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+def make(
+    *arguments: str, env: dict[str, str] | None = None, umask: int = -1
+) -> subprocess.CompletedProcess[str]:
+    # MAKEFLAGS of a `make check` around it would override the variables given here.
+    return subprocess.run(
+        ["/usr/bin/make", "-s", "-C", str(ROOT), *arguments],
+        check=False,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MAKEFLAGS": ""} | (env or {}),
+        umask=umask,
+    )
+
+
+def install(*arguments: str, umask: int = -1) -> None:
+    done = make("install", *arguments, umask=umask)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def files(tree: Path) -> set[str]:
+    return {str(path.relative_to(tree)) for path in tree.rglob("*") if not path.is_dir()}
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    """A prefix that the installed programs really run from; DESTDIR=/ keeps the running system out of it."""
+    install("DESTDIR=/", f"PREFIX={tmp_path}/prefix")
+    return tmp_path / "prefix"
+
+
+def test_files_of_the_package(tmp_path: Path) -> None:
+    install(f"DESTDIR={tmp_path}", "PREFIX=/usr")
+    found = files(tmp_path)
+    modules = {f"usr/lib/loopd/loopd/{path.name}" for path in (ROOT / "loopd").glob("*.py")}
+    tag = subprocess.check_output(
+        [SYSTEM_PYTHON, "-c", "import sys; print(sys.implementation.cache_tag, end='')"]
+    )
+    compiled = {
+        f"{os.path.dirname(name)}/__pycache__/{Path(name).stem}.{tag.decode()}.pyc" for name in modules
+    }
+    assert found == modules | compiled | {
+        "usr/bin/loopctl",
+        "usr/sbin/loopd",
+        "usr/lib/modprobe.d/loopd.conf",
+        "usr/lib/systemd/catalog/loopd.catalog",
+        "usr/lib/systemd/system/loopd-admin.socket",
+        "usr/lib/systemd/system/loopd.service",
+        "usr/lib/systemd/system/loopd.socket",
+        "usr/lib/sysusers.d/loopd.conf",
+        "usr/lib/tmpfiles.d/loopd.conf",
+        "usr/lib/udev/rules.d/00-loopd.rules",
+    }
+    for name in found - compiled:
+        text = (tmp_path / name).read_text()
+        assert "@PREFIX@" not in text, name
+        assert str(tmp_path) not in text, name
+
+
+def test_everybody_can_read_it_whatever_the_umask(tmp_path: Path) -> None:
+    install(f"DESTDIR={tmp_path}", umask=0o077)
+    for path in (tmp_path / "usr").rglob("*"):
+        program = path.is_dir() or path.parent.name in {"bin", "sbin"}
+        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if program else 0o644), path
+
+
+@pytest.mark.parametrize("program", ["sbin/loopd", "bin/loopctl"])
+def test_program_runs_compiled_and_isolated(prefix: Path, tmp_path: Path, program: str) -> None:
+    # What an ordinary `python3` would take from the environment or the working directory.
+    (tmp_path / "json.py").write_text("raise SystemExit('not the json that was meant')\n")
+    (tmp_path / "loopd").mkdir()
+    before = files(prefix)
+    shebang = (prefix / program).read_text().splitlines()[0]
+    assert shebang.startswith(f"#!{SYSTEM_PYTHON} ")
+    ran = subprocess.run(
+        [*shebang[2:].split(), "-v", str(prefix / program), "--version"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"},
+    )
+    assert (ran.returncode, PROJECT["version"] in ran.stdout) == (0, True), ran.stderr
+    assert f"{prefix}/lib/loopd/loopd/__pycache__/" in ran.stderr  # -v names each module's file
+    assert re.findall(rf"code object from '{prefix}.*\.py'", ran.stderr) == []  # compiled each time anew
+    assert files(prefix) == before
+    assert (
+        subprocess.check_output([str(prefix / program), "--version"], cwd=tmp_path, text=True) == ran.stdout
+    )
+
+
+def test_programs_are_those_of_the_package(prefix: Path) -> None:
+    for name, entry in PROJECT["scripts"].items():
+        (program,) = prefix.glob(f"*bin/{name}")
+        module, _, function = entry.partition(":")
+        assert f"from {module} import {function}\n" in program.read_text()
+
+
+def test_unit_starts_what_was_installed(prefix: Path) -> None:
+    unit = (prefix / "lib/systemd/system/loopd.service").read_text()
+    (start,) = (line for line in unit.splitlines() if line.startswith("ExecStart="))
+    assert os.access(start.removeprefix("ExecStart="), os.X_OK)
+
+
+def test_upgrade_leaves_no_module_of_the_old_version(prefix: Path) -> None:
+    before = files(prefix)
+    (prefix / "lib/loopd/loopd/gone.py").write_text("")
+    install("DESTDIR=/", f"PREFIX={prefix}")
+    assert files(prefix) == before
+
+
+def test_uninstall_takes_away_what_install_brought_and_nothing_else(tmp_path: Path) -> None:
+    other = tmp_path / "usr/local/lib/systemd/system/other.service"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    install(f"DESTDIR={tmp_path}")
+    assert make("uninstall", f"DESTDIR={tmp_path}").returncode == 0
+    assert files(tmp_path) == {"usr/local/lib/systemd/system/other.service"}
+
+
+def test_where_nothing_can_be_installed_it_is_said(tmp_path: Path) -> None:
+    (tmp_path / "id").symlink_to("/usr/bin/id")
+    done = make("for-demo", "FOR_DEMO=no-such-program:its-package", env={"PATH": str(tmp_path)})
+    assert done.returncode != 0
+    assert "please install (Debian's names): its-package" in done.stderr
