@@ -6,6 +6,7 @@ Owns the way from a process to its account and the counters of each. Decides not
 from __future__ import annotations
 
 import re
+import time
 from typing import NamedTuple
 
 _UNIT = re.compile(r".\.(?:service|scope|socket|mount|swap|timer|path|target|device|automount)$")
@@ -65,21 +66,43 @@ def cgroup_of(pid: int) -> str | None:
     return next((path for (_, name), path in paths.items() if name == "name=systemd"), unified or "/")
 
 
+class Owner(NamedTuple):
+    """Who may list and detach a lease."""
+
+    account: str
+    uid: int
+
+
 class Account:
     """What one account has in use. Changed by the main process alone."""
 
-    __slots__ = ("devices", "in_flight", "name", "shed", "stuck")
+    __slots__ = ("devices", "in_flight", "name", "shed", "spent", "spent_at", "stuck")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.spent = 0.0
+        self.spent_at = 0.0
         self.devices = 0
         self.in_flight = 0
         self.stuck = 0
         self.shed = 0
 
+    def spend(self, burst: int, per_minute: float) -> bool:
+        """Charge one new device number: `burst` of them at once, and then `per_minute`; False when they are used up."""
+        self._recover(per_minute)
+        if self.spent + 1 > burst:
+            return False
+        self.spent += 1
+        return True
+
+    def _recover(self, per_minute: float) -> None:
+        now = time.monotonic()
+        self.spent = max(0.0, self.spent - (now - self.spent_at) * per_minute / 60)
+        self.spent_at = now
+
     @property
     def idle(self) -> bool:
-        """Whether nothing is charged, so that the account can be forgotten."""
+        """Whether nothing is in use. What was spent is remembered for as long as it counts."""
         return not (self.devices or self.in_flight or self.stuck or self.shed)
 
 
@@ -93,7 +116,8 @@ class Accounts:
         """The account of that name."""
         return self._accounts.setdefault(name, Account(name))
 
-    def forget(self, account: Account) -> None:
-        """Drop an account that has nothing in use."""
-        if account.idle:
-            self._accounts.pop(account.name, None)
+    def forget(self, name: str) -> None:
+        """Drop an account that has ended and has nothing in use."""
+        account = self._accounts.get(name)
+        if account is not None and account.idle:
+            del self._accounts[name]

@@ -30,10 +30,10 @@ SEARCH = -1
 
 
 class Terms(NamedTuple):
-    """What policy lets this request do, and the first number to try."""
+    """What policy lets this request do, and the first number to try; without one the helper asks when it gets there."""
 
     file_systems: frozenset[str]
-    number: Number
+    number: Number | None
 
 
 class Take(NamedTuple):
@@ -73,9 +73,10 @@ class Restore(NamedTuple):
 
 
 class UseNumber(NamedTuple):
-    """Answer to NumberPlease; None when there is none."""
+    """Answer to NumberPlease, or why there is none."""
 
     number: Number | None
+    refusal: tuple[str, str] | None = None
 
 
 # Answers, to the main process -------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ class Taken(NamedTuple):
 
 
 class NumberPlease(NamedTuple):
-    """The last number was lost to somebody else."""
+    """The last number was lost to somebody else, or there was none yet."""
 
 
 class Done(NamedTuple):
@@ -150,12 +151,12 @@ def unpack(payload: bytes) -> Any:
     if kind is Take:
         values[2] = Sender(*values[2])
         values[5] = values[5] and Attach(*values[5])
-        values[6] = values[6] and Terms(values[6][0], Number(*values[6][1]))
+        values[6] = values[6] and Terms(values[6][0], values[6][1] and Number(*values[6][1]))
     elif kind is Release:
         nodes = values[2] and tuple(Node(*node) for node in values[2])
         values = [Binding(*values[0]), Client(*values[1]), nodes]
     elif kind is UseNumber:
-        values = [values[0] and Number(*values[0])]
+        values[0] = values[0] and Number(*values[0])
     elif kind is Restore:
         values = [Binding(*values[0]), Client(*values[1]), values[2]]
     elif kind is Restored:
@@ -310,8 +311,8 @@ class Helper:
             )
             undo.pop_all()
 
-    def _numbers(self, first: Number) -> Callable[[], Number]:
-        numbers = iter((first,))
+    def _numbers(self, first: Number | None) -> Callable[[], Number]:
+        numbers = iter(() if first is None else (first,))
 
         def following() -> Number:
             number = next(numbers, None)
@@ -321,9 +322,10 @@ class Helper:
                 fds.close()
                 if not payload:
                     raise SystemExit  # the main process is gone
-                number = unpack(payload).number
-                if number is None:
-                    raise Refusal(Code.NO_DEVICE, "no device number is free; the journal of the host says more")
+                answer = unpack(payload)
+                if answer.refusal is not None:
+                    raise Refusal(Code(answer.refusal[0]), answer.refusal[1])
+                number = answer.number
             self._number = number.number
             return number
 

@@ -15,15 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from . import records, sd
-from .accounts import Account
+from .accounts import Account, Owner
 from .devices import Binding, Node
-
-
-class Owner(NamedTuple):
-    """Who may list and detach a lease."""
-
-    account: str
-    uid: int
 
 
 class Holder(NamedTuple):

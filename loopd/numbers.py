@@ -18,9 +18,10 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from . import transport
+from .accounts import Owner
 from .devices import Number
 from .loop import LoopControl
 
@@ -56,12 +57,13 @@ class Counter:
             # used before, as long as fewer than a block is used in the time that it takes for one.
             self.started_from_clock = True
             os.ftruncate(self._fd, 0)
-            os.ftruncate(self._fd, size)
+            # Every block on disk now: a full disk later stops no attach.
+            os.posix_fallocate(self._fd, 0, size)
             os.pwrite(self._fd, _HEADER.pack(_MAGIC, int(time.time() / (QUARANTINE / BLOCKS)) % BLOCKS), 0)
             os.fsync(self._fd)
 
     @contextlib.contextmanager
-    def _locked(self):  # type: ignore[no-untyped-def]  # a generator of None
+    def _locked(self) -> Iterator[None]:
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         try:
             yield
@@ -88,7 +90,8 @@ class Counter:
         """The number's use ends now: its quarantine is counted from here."""
         block = (number - FIRST) // BLOCK
         if 0 <= block < BLOCKS:
-            os.pwrite(self._fd, _ENTRY.pack(int(time.time())), _HEADER.size + block * _ENTRY.size)
+            with contextlib.suppress(OSError):  # the time of its reservation stays
+                os.pwrite(self._fd, _ENTRY.pack(int(time.time())), _HEADER.size + block * _ENTRY.size)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -145,7 +148,13 @@ AHEAD = 8
 
 
 class Numbers:
-    """The main process's side: the next number, and what becomes of a used one."""
+    """The main process's side: the next number, and what becomes of a used one.
+
+    A number is fresh, or one that the same owner had before: only what that owner may have kept leads to it.
+    """
+
+    KEPT = 4096
+    """Owners whose used numbers are remembered; those of the owner that came first are forgotten, never given to another."""
 
     def __init__(self, counter: Counter, channel: socket.socket) -> None:
         self._counter = counter
@@ -153,20 +162,14 @@ class Numbers:
         self._fresh: deque[int] = deque()
         self._made: deque[int] = deque()
         self._making = 0
-        self._removing: set[int] = set()
-        self._lingering: set[int] = set()
+        self._removing: dict[int, Owner | None] = {}
+        self._lingering: dict[int, Owner | None] = {}
+        self._used: dict[Owner, deque[int]] = {}
 
     @property
     def channel(self) -> socket.socket:
         """To the process that makes and removes numbers."""
         return self._channel
-
-    def restart(self, channel: socket.socket) -> None:
-        """That process ended and there is a new one: have it do what was left."""
-        self._channel.close()
-        self._channel, self._making = channel, 0
-        for number in self._removing:
-            self._send("remove", number)
 
     @property
     def removing(self) -> bool:
@@ -178,16 +181,25 @@ class Numbers:
         """Whether numbers could not be removed because somebody has them open."""
         return bool(self._lingering)
 
-    @property
-    def busy(self) -> bool:
-        """Whether numbers are being removed."""
-        return bool(self._removing or self._lingering)
-
-    def next(self) -> Number:
+    def fresh(self) -> Number:
         """A number that nobody had within the quarantine; `Exhausted` when there is none."""
-        made = bool(self._made)
-        number = self._made.popleft() if made else self._take()
-        return Number(number, made)
+        if self._made:
+            return Number(self._made.popleft(), True)
+        return Number(self._take(), False)
+
+    def again(self, owner: Owner) -> Number | None:
+        """A number that this owner had before."""
+        used = self._used.get(owner)
+        return Number(used.popleft(), False) if used else None
+
+    def expects(self, owner: Owner) -> bool:
+        """Whether a number of this owner is about to be removed, and then `again` has it."""
+        return owner in self._removing.values()
+
+    def forget(self, account: str) -> None:
+        """An account has ended: whoever has its name next is somebody else."""
+        for owner in [owner for owner in self._used if owner.account == account]:
+            del self._used[owner]
 
     def _take(self) -> int:
         if not self._fresh:
@@ -199,48 +211,59 @@ class Numbers:
         while self._making + len(self._made) < AHEAD:
             try:
                 number = self._take()
-            except Exhausted:
+            except (Exhausted, OSError):  # told where a number is needed
                 return
             self._making += 1
             self._send("add", number)
 
-    def _send(self, operation: str, number: int) -> None:
-        transport.send(self._channel, marshal.dumps((operation, number)))
-
-    def give_back(self, number: Number) -> None:
-        """A number that was not used."""
-        if number.made:
-            self._made.appendleft(number.number)
-        else:
-            self._fresh.appendleft(number.number)
-
-    def retire(self, number: int) -> None:
-        """Remove a number that was used: idle, it could be handed out by LOOP_CTL_GET_FREE to the host."""
+    def retire(self, number: int, owner: Owner | None) -> None:
+        """Remove a number that was used, soon: idle, LOOP_CTL_GET_FREE could hand it out to the host."""
         self._counter.touch(number)
-        self._removing.add(number)
+        self._remove(number, owner)
+
+    def _remove(self, number: int, owner: Owner | None) -> None:
+        self._removing[number] = owner
         self._send("remove", number)
 
+    def _send(self, operation: str, number: int) -> None:
+        # When the process has ended its channel says so, and `restart` repeats what was lost.
+        with contextlib.suppress(OSError):
+            transport.send(self._channel, marshal.dumps((operation, number)))
+
     def receive(self) -> None:
-        """Take one answer of the process."""
+        """Take one answer of the process; EOFError when it has ended."""
         payload = self._channel.recv(64)
         if not payload:
-            raise EOFError("the process that makes numbers ended")
+            raise EOFError
         operation, number, error = marshal.loads(payload)
         if operation == "add":
             self._making -= 1
             if error == 0:
                 self._made.append(number)
-        elif operation == "remove":
-            if number in self._removing and error == errno.EBUSY:
-                self._lingering.add(number)
-            self._removing.discard(number)
+        elif operation == "remove" and number in self._removing:
+            owner = self._removing.pop(number)
+            if error == errno.EBUSY:
+                self._lingering[number] = owner
+            elif owner is not None:
+                self._keep(number, owner)
+
+    def _keep(self, number: int, owner: Owner) -> None:
+        if owner not in self._used and len(self._used) >= self.KEPT:
+            del self._used[next(iter(self._used))]
+        self._used.setdefault(owner, deque()).append(number)
+
+    def restart(self, channel: socket.socket) -> None:
+        """The process ended and there is a new one: have it do what was left."""
+        self._channel.close()
+        self._channel, self._making = channel, 0
+        for number in self._removing:
+            self._send("remove", number)
 
     def retry(self) -> None:
         """Try again what could not be removed because somebody has it open."""
-        lingering, self._lingering = self._lingering, set()
-        for number in lingering:
-            self._removing.add(number)
-            self._send("remove", number)
+        lingering, self._lingering = self._lingering, {}
+        for number, owner in lingering.items():
+            self._remove(number, owner)
 
     def sweep(self, known: set[int]) -> None:
         """Remove idle devices of the range that a daemon which died had made; a bound or open one stays as it is."""
@@ -255,4 +278,4 @@ class Numbers:
     def remove_unused(self) -> None:
         """Remove what was made ahead of need, before the daemon ends."""
         while self._made:
-            self.retire(self._made.popleft())
+            self._remove(self._made.popleft(), None)

@@ -21,6 +21,12 @@ class Policy(NamedTuple):
     """Devices of one account at once."""
     requests: int = 32
     """Requests of one account under way at once."""
+    new_numbers: int = 256
+    """Device numbers that one account may use up at once; beyond these it gets those again that it had before."""
+    new_numbers_per_minute: float = 10.0
+    """How fast an account may use up more: there are a million, and each then rests for 30 days."""
+    number_wait: float = 5.0
+    """How long an attach waits for one of its account's own numbers to come free."""
     stuck: int = 2
     """Helper processes that one account may have hanging before its requests are dropped unanswered."""
     request_timeout: float = 30.0

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import __version__, accounts, devices, helper, leases, records, transport, wire
-from .accounts import Account, Accounts, Membership
+from .accounts import Account, Accounts, Membership, Owner
 from .audit import Audit, Event
-from .devices import Client
-from .leases import Holder, Lease, Leases, Owner, Slots, State
+from .devices import Client, Number
+from .leases import Holder, Lease, Leases, Slots, State
 from .numbers import Exhausted, Numbers, ours
 from .policy import Policy
 from .poller import HUNG_UP, ONCE, Poller
@@ -74,7 +74,7 @@ class Exchange:
             if isinstance(message, helper.Taken):
                 self.service.on_taken(self, message, fds)
             elif isinstance(message, helper.NumberPlease):
-                worker.send(helper.UseNumber(self.service.another_number(self)))
+                self.service.on_number_please(self, worker)
             else:
                 self.service.on_done(self, message, fds)
         except Refusal as refusal:
@@ -183,7 +183,7 @@ class Service:
     @property
     def busy(self) -> bool:
         """Whether there is anything to hold or to do."""
-        return bool(self._exchanges or len(self._leases) or self._pool.busy or self._numbers.busy)
+        return bool(self._exchanges or len(self._leases) or self._pool.busy or self._numbers.removing)
 
     @property
     def status(self) -> str:
@@ -347,15 +347,12 @@ class Service:
         account = exchange.account
         if account.devices + account.in_flight >= self.policy.devices:
             raise Refusal(Code.QUOTA, f"this account has {account.devices} devices, its limit is {self.policy.devices}")
-        try:
-            number = self._numbers.next()
-        except Exhausted:
-            raise Refusal(Code.NO_DEVICE, "every device number is in use or in quarantine") from None
+        number = self._number(exchange)
         sender, member = exchange.sender, exchange.member
         exchange.holder = Holder(
             member.account, member.unit, sender.pid, sender.uid, sender.gid, time.time(), request.id
         )
-        exchange.slot, exchange.number = self._slots.take(), number.number
+        exchange.slot = self._slots.take()
         job = job._replace(
             lease=request.lease_fd,
             attach=request,
@@ -365,15 +362,40 @@ class Service:
         )
         return job, () if exchange.slot is None else (exchange.slot.fileno(),)
 
-    def another_number(self, exchange: Exchange) -> devices.Number | None:
-        """The next number for an attach that lost one to somebody else, whose it is now."""
-        try:
-            number = self._numbers.next()
-        except Exhausted:
-            exchange.number = None
-            return None
-        exchange.number = number.number
+    def _number(self, exchange: Exchange) -> Number | None:
+        """A number for an attach, its exchange's from now on; None when one is about to come free. Else a refusal.
+
+        One that the owner had costs no other's stock, but it has to be made now, half a millisecond's work.
+        """
+        policy = self.policy
+        number = None
+        if exchange.account.spend(policy.new_numbers, policy.new_numbers_per_minute):
+            try:
+                number = self._numbers.fresh()
+            except (Exhausted, OSError) as error:
+                self._audit.record(Event.WARNED, f"There is no new device number: {error}", code=Code.NO_DEVICE.value)
+        number = number or self._numbers.again(exchange.owner)
+        if number is not None:
+            exchange.number = number.number
+        elif not self._numbers.expects(exchange.owner):
+            limit = f"{policy.new_numbers} and {policy.new_numbers_per_minute:g} a minute"
+            raise Refusal(Code.QUOTA, f"this account has used up its new device numbers ({limit}); detach some")
         return number
+
+    def on_number_please(self, exchange: Exchange, worker: Worker) -> None:
+        """A helper lost the number it was given to somebody else, or was given none because there was none yet."""
+        exchange.number = None
+        try:
+            number = self._number(exchange)
+        except Refusal as refusal:
+            worker.send(helper.UseNumber(None, (refusal.code.value, refusal.message)))
+            return
+        if number is not None:
+            worker.send(helper.UseNumber(number))
+        elif time.monotonic() < exchange.started + self.policy.number_wait:
+            self._poller.later(0.01, lambda: self.on_number_please(exchange, worker))
+        else:
+            worker.send(helper.UseNumber(None, (Code.TIMEOUT.value, "no device number came free in time")))
 
     def _shed(self, account: Account, member: Membership, sender: Sender) -> None:
         """Count what is dropped unanswered; one record for each account and second."""
@@ -388,7 +410,6 @@ class Service:
                 f"{count} requests of {member.account} were dropped: too many of its requests are under way or hang",
                 account=member.account, unit=member.unit, uid=sender.uid, pid=sender.pid, count=count,
             )  # fmt: skip
-            self._accounts.forget(account)
 
         self._poller.later(1.0, tell)
 
@@ -486,7 +507,6 @@ class Service:
         exchange.account.stuck -= 1
         exchange.stuck = False
         self._give_up(exchange)
-        self._accounts.forget(exchange.account)
 
     def _give_up(self, exchange: Exchange) -> None:
         """What an attach was given and did not use: its slot is free again; its number may have had a node, so it goes."""
@@ -494,7 +514,7 @@ class Service:
             self._abandon(exchange.slot)
             exchange.slot = None
         if exchange.number is not None:
-            self._numbers.retire(exchange.number)
+            self._numbers.retire(exchange.number, exchange.owner)
             exchange.number = None
 
     def _abandon(self, slot: socket.socket) -> None:
@@ -644,11 +664,10 @@ class Service:
         if lease.slot is not None:
             self._slots.give_back(lease.slot)
             lease.slot = None
-        self._numbers.retire(lease.binding.number)
+        self._numbers.retire(lease.binding.number, lease.holder.owner)
         event, text = (Event.EXPIRED, "expired") if lease.reason == "expired" else (Event.DETACHED, "was detached")
         self._record_lease(event, lease, text)
         self._tell(lease, State.RELEASED)
-        self._accounts.forget(lease.account)
         self.last_activity = time.monotonic()
 
     def _tell(self, lease: Lease, state: State) -> None:
@@ -686,7 +705,6 @@ class Service:
                 self._record_lease(Event.ATTACHED, lease, "was attached", duration_usec=microseconds)
         if not delivered:
             self._record(Event.REFUSED, exchange, "The reply could not be delivered", Code.UNDELIVERABLE)
-        self._accounts.forget(exchange.account)
         self._audit.flush()
         return delivered
 

@@ -1,0 +1,219 @@
+"""What a daemon holds, so that a test can tell that nothing is left of what was tried; and clients that are not the test itself.
+
+Looks at the daemon from outside, through /proc: nothing here speaks to it but `honest`.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import re
+import socket
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from conftest import Daemon, Reply, bound_to, eventually
+
+from loopd import wire
+
+
+def _links(pid: int) -> list[str]:
+    found = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them, of a test that looks at itself
+            found.append(os.readlink(fd))
+    return sorted(found)
+
+
+def _names(links: list[str]) -> Counter[str]:
+    return Counter(re.sub(r"\[\d+\]$", "", link) for link in links)
+
+
+def children(pid: int) -> list[int]:
+    """The child processes of a process, those included that have ended and were not waited for."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def state(pid: int) -> str:
+    """The state of a process as in /proc/PID/stat: S, D, Z, …; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def helpers(daemon: Daemon) -> list[int]:
+    """The helper processes: those children that hold the socket which requests arrive on."""
+    listener = os.readlink(f"/proc/{daemon.pid}/fd/3")  # SD_LISTEN_FDS_START
+    found = []
+    for child in children(daemon.pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if listener in _links(child):
+                found.append(child)
+    return found
+
+
+class Untouched:
+    """What a daemon at rest holds; `check` tells what has been added since, or taken away."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        honest(daemon)
+        self._pid = daemon.pid
+        self._before = eventually(self._settled, "the daemon is at rest")
+
+    def _settled(self) -> tuple[object, ...] | None:
+        """The same twice, so that no helper was in the middle of something."""
+        first = self._held()
+        return first if first == self._held() else None
+
+    def _held(self) -> tuple[object, ...]:
+        main = _names(_links(self._daemon.pid))
+        workers = helpers(self._daemon)
+        others = [child for child in children(self._daemon.pid) if child not in workers]
+        # Each helper has one channel; their number follows the load.
+        main["socket:"] -= len(workers)
+        kinds = {tuple(sorted(_names(_links(worker)).items())) for worker in workers}
+        return main, kinds, [_names(_links(other)) for other in others], {state(child) for child in others}
+
+    def check(self, *places: Path) -> None:
+        """Nothing is left: no fd in any process, no process, no device bound to a file of `places`, no node there."""
+        assert self._daemon.pid == self._pid
+        last: list[object] = []
+
+        def same() -> bool:
+            last[:] = [self._held()]
+            return last[0] == self._before
+
+        try:
+            eventually(same, "nothing more is held than before")
+        except AssertionError:
+            assert last[0] == self._before  # with what differs
+        for place in places:
+            eventually(lambda place=place: not bound_to(place), f"no file of {place} is bound")
+            found = [path for path in place.rglob("loop*") if path.is_block_device()]
+            assert not found
+
+
+def honest(daemon: Daemon) -> None:
+    """An honest client is served, and nothing is left of it but its helper."""
+    image = os.memfd_create("honest", os.MFD_CLOEXEC)
+    try:
+        os.truncate(image, 1 << 16)
+        reply = daemon.ask(wire.Attach(0, reply_fd=1, deliver=("fd",)), [image])
+        assert reply.code is None, reply.fields
+        assert len(reply.fds) == 1
+        os.pwrite(reply.fds[0], b"loopd" * 1024, 0)
+        os.fsync(reply.fds[0])
+        assert os.pread(image, 10, 0) == b"loopdloopd"
+        backing = Path(f"/sys/block/{reply.fields['devname']}/loop/backing_file")
+        reply.close()
+        eventually(lambda: not backing.exists(), "the honest client's device is unbound")
+        eventually(lambda: not daemon.ask(wire.Leases(0), []).fields["leases"], "its lease is over")
+    finally:
+        os.close(image)
+
+
+def send(
+    path: str, payload: bytes, fds: list[int], *, credentials: tuple[int, int, int] | None = None, autobind: bool = False
+) -> socket.socket:
+    """Send a datagram as it is, perhaps under credentials (pid, uid, gid) of the caller's choice; the socket it was sent by."""
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        if autobind:
+            sender.bind("")
+        sender.settimeout(10)
+        sender.connect(path)
+        control: list[tuple[int, int, Any]] = []
+        if fds:
+            control.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)))
+        if credentials is not None:
+            control.append((socket.SOL_SOCKET, socket.SCM_CREDENTIALS, array.array("I", credentials)))
+        sender.sendmsg([payload], control)
+    except BaseException:
+        sender.close()
+        raise
+    return sender
+
+
+def ask_at_address(path: str, payload: bytes, fds: list[int]) -> dict[str, Any]:
+    """What is answered at the sender's address: for requests whose reply_fd will not do."""
+    with send(path, payload, fds, autobind=True) as sender:
+        answer: dict[str, Any] = json.loads(sender.recv(wire.MAX_REPLY))
+    return answer
+
+
+def reply_of(channel: socket.socket, timeout: float = 10.0) -> Reply:
+    """The reply that comes on the client's end of a reply socket; without fields if it was hung up instead."""
+    channel.settimeout(timeout)
+    payload, control, _, _ = channel.recvmsg(wire.MAX_REPLY, socket.CMSG_SPACE(64))
+    fds = array.array("i")
+    for _, kind, data in control:
+        if kind == socket.SCM_RIGHTS:
+            fds.frombytes(data)
+    return Reply(channel, payload, list(fds))
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """The client's end of a reply socket, and the end to send along."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def elsewhere(act: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> Any:
+    """What `act` returns (as JSON) in a child process of its own, after `prepare`, which may give up rights there."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.close(read)
+            prepare()
+            os.write(write, json.dumps(act()).encode())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read, "rb") as result:
+        payload = result.read()
+    assert os.waitpid(child, 0)[1] == 0, "the client process failed, see its traceback"
+    return json.loads(payload)
+
+
+def become(uid: int) -> Callable[[], None]:
+    """For `elsewhere`: give up root for `uid`, for good."""
+
+    def act() -> None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+
+    return act
+
+
+@contextlib.contextmanager
+def cgroup(name: str) -> Iterator[Callable[[], None] | None]:
+    """For `elsewhere`: enter a cgroup of its own, which is an account of its own; None where none can be made."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    roots = [Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"]
+    roots += [Path(mount[1]) for mount in mounts if mount[2] == "cgroup" and "name=systemd" in mount[3].split(",")]
+    made = None
+    for root in roots:
+        with contextlib.suppress(OSError):
+            (root / name).mkdir()
+            made = root / name
+            break
+    if made is None:
+        yield None
+        return
+    try:
+        yield lambda: (made / "cgroup.procs").write_text(str(os.getpid())) and None
+    finally:
+        eventually(lambda: not (made / "cgroup.procs").read_text(), "the cgroup is empty")
+        made.rmdir()
