@@ -76,10 +76,11 @@ class Owner(NamedTuple):
 class Account:
     """What one account has in use. Changed by the main process alone."""
 
-    __slots__ = ("devices", "in_flight", "name", "shed", "spent", "spent_at", "stuck")
+    __slots__ = ("devices", "ended", "in_flight", "name", "shed", "spent", "spent_at", "stuck")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.ended = False
         self.spent = 0.0
         self.spent_at = 0.0
         self.devices = 0
@@ -95,29 +96,37 @@ class Account:
         self.spent += 1
         return True
 
+    @property
+    def in_use(self) -> bool:
+        """Whether anything is charged to it now."""
+        return bool(self.devices or self.in_flight or self.stuck or self.shed)
+
     def _recover(self, per_minute: float) -> None:
         now = time.monotonic()
         self.spent = max(0.0, self.spent - (now - self.spent_at) * per_minute / 60)
         self.spent_at = now
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is in use. What was spent is remembered for as long as it counts."""
-        return not (self.devices or self.in_flight or self.stuck or self.shed)
-
 
 class Accounts:
-    """All accounts with something in use, by name."""
+    """All accounts, by name: small, and there for as long as the cgroup is, since what an account spent counts on."""
+
+    MOST = 16384
+    """Accounts remembered that have nothing in use; whoever can make cgroups could make as many as he likes."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
 
     def get(self, name: str) -> Account:
         """The account of that name."""
-        return self._accounts.setdefault(name, Account(name))
-
-    def forget(self, name: str) -> None:
-        """Drop an account that has ended and has nothing in use."""
         account = self._accounts.get(name)
-        if account is not None and account.idle:
-            del self._accounts[name]
+        if account is None:
+            if len(self._accounts) >= self.MOST:
+                self._accounts = {key: value for key, value in self._accounts.items() if value.in_use}
+            account = self._accounts[name] = Account(name)
+        return account
+
+    def end(self, name: str) -> None:
+        """The account's cgroup has ended: whoever comes by that name is another."""
+        account = self._accounts.pop(name, None)
+        if account is not None:
+            account.ended = True

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import errno
 import os
+import resource
 import signal
 import socket
 import sys
@@ -115,6 +116,8 @@ class Daemon:
     def __init__(self, options: argparse.Namespace) -> None:
         if os.uname().sysname != "Linux" or sys.version_info < (3, 11):
             raise CannotStart("loopd needs Linux and Python 3.11 or later")
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         passed = sd.listen_fds()
         self._notifier = sd.Notifier()
         self._watchdog = sd.watchdog_interval()

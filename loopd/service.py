@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import time
 import traceback
@@ -17,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import __version__, accounts, devices, helper, leases, records, transport, wire
+from . import __version__, accounts, cgroups, devices, helper, leases, records, transport, wire
 from .accounts import Account, Accounts, Membership, Owner
 from .audit import Audit, Event
 from .devices import Client, Number
@@ -29,6 +30,13 @@ from .pool import Pool, Worker
 from .transport import FdSet, Sender
 from .wire import Attach, Code, Detach, Envelope, Hello, Refusal, Reply, Request
 from .wire import Leases as ListLeases
+
+
+FDS_OF_A_LEASE = 5
+"""Device, directory, lock, keeper and slot."""
+SPARE_FDS = 512
+"""File descriptors for everything else: helpers' channels, replies under way, free slots."""
+WARN_AT = 0.8
 
 
 class Listener(NamedTuple):
@@ -168,6 +176,8 @@ class Service:
         self._audit = audit
         self.policy = policy
         self._accounts = Accounts()
+        self._cgroups = cgroups.Watcher(self._account_ended)
+        poller.add(self._cgroups.fd, self._cgroups.receive)
         self._leases = Leases()
         self._pending: deque[Callable[[], None]] = deque()
         self._held: dict[str, Lease] = {}
@@ -176,6 +186,8 @@ class Service:
         self._waiting: set[int] = set()
         self._taking: set[int] = set()
         self._exchanges = 0
+        self._most_fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FDS
+        self._warned: set[str] = set()
         self._stopping = False
         self._watching = False
         self.last_activity = time.monotonic()
@@ -247,7 +259,7 @@ class Service:
             if lease.state is State.HELD:
                 self._after_close(lease)
                 continue
-            self.watch(lease)
+            self._watch(lease)
             self._when_available(lambda lease=lease, reply=reply: self._restore(lease, reply))  # type: ignore[misc]
 
     def _restore(self, lease: Lease, reply: int | None) -> None:
@@ -347,12 +359,15 @@ class Service:
         account = exchange.account
         if account.devices + account.in_flight >= self.policy.devices:
             raise Refusal(Code.QUOTA, f"this account has {account.devices} devices, its limit is {self.policy.devices}")
+        self._check_room()
         number = self._number(exchange)
         sender, member = exchange.sender, exchange.member
         exchange.holder = Holder(
             member.account, member.unit, sender.pid, sender.uid, sender.gid, time.time(), request.id
         )
         exchange.slot = self._slots.take()
+        if exchange.slot is None and self._slots.present:
+            raise Refusal(Code.NO_DEVICE, "the service manager takes no more file descriptors for now")
         job = job._replace(
             lease=request.lease_fd,
             attach=request,
@@ -361,6 +376,19 @@ class Service:
             store=exchange.slot is not None,
         )
         return job, () if exchange.slot is None else (exchange.slot.fileno(),)
+
+    def _check_room(self) -> None:
+        """Refuse what the daemon itself has no room for, and warn the administrator before that."""
+        leases_ = len(self._leases) + self._exchanges
+        for what, used in (
+            ("open files (LimitNOFILE=)", leases_ * FDS_OF_A_LEASE / self._most_fds),
+            ("places in the fd store (FileDescriptorStoreMax=)", self._slots.in_use),
+        ):
+            if used > WARN_AT and what not in self._warned:
+                self._warned.add(what)
+                self._audit.record(Event.WARNED, f"More than {WARN_AT:.0%} of the {what} are used by {leases_} leases")
+            if used >= 1:
+                raise Refusal(Code.NO_DEVICE, f"loopd has no more {what}")
 
     def _number(self, exchange: Exchange) -> Number | None:
         """A number for an attach, its exchange's from now on; None when one is about to come free. Else a refusal.
@@ -474,12 +502,24 @@ class Service:
     def adopt(self, lease: Lease) -> None:
         """Take a new lease into the books."""
         self._leases.add(lease)
-        self.watch(lease)
+        self._watch(lease)
 
-    def watch(self, lease: Lease) -> None:
-        """End the lease when what keeps it ends."""
+    def _watch(self, lease: Lease) -> None:
+        """End the lease when what keeps it ends, or when its account does."""
         assert lease.keeper is not None
         self._poller.add(lease.keeper, lambda: self.release(lease, "expired"), HUNG_UP)
+        if lease.account.ended:
+            self.release(lease, "expired")
+        else:
+            self._cgroups.watch(lease.holder.account)
+
+    def _account_ended(self, name: str) -> None:
+        """An account's cgroup is empty: nobody is left who could use its devices, and its name may come again."""
+        self._accounts.end(name)
+        self._numbers.forget(name)
+        for lease in list(self._leases):
+            if lease.account.ended:
+                self.release(lease, "expired")
 
     def on_helper_ended(self, exchange: Exchange) -> None:
         """The helper ended in the middle: killed, or by a bug of its own that it has printed."""
@@ -514,7 +554,7 @@ class Service:
             self._abandon(exchange.slot)
             exchange.slot = None
         if exchange.number is not None:
-            self._numbers.retire(exchange.number, exchange.owner)
+            self._retire(exchange.number, exchange.account, exchange.owner)
             exchange.number = None
 
     def _abandon(self, slot: socket.socket) -> None:
@@ -664,11 +704,14 @@ class Service:
         if lease.slot is not None:
             self._slots.give_back(lease.slot)
             lease.slot = None
-        self._numbers.retire(lease.binding.number, lease.holder.owner)
+        self._retire(lease.binding.number, lease.account, lease.holder.owner)
         event, text = (Event.EXPIRED, "expired") if lease.reason == "expired" else (Event.DETACHED, "was detached")
         self._record_lease(event, lease, text)
         self._tell(lease, State.RELEASED)
         self.last_activity = time.monotonic()
+
+    def _retire(self, number: int, account: Account, owner: Owner) -> None:
+        self._numbers.retire(number, None if account.ended else owner)
 
     def _tell(self, lease: Lease, state: State) -> None:
         lease.state = state

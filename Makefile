@@ -1,0 +1,100 @@
+# Each target sets up what it needs: as root on Debian 12 or 13 by itself, elsewhere it says what to install.
+#
+#   make demo         the whole way of one loop device into a sandbox and back, in half a minute
+#   make check        everything that can be tested on this machine (root)
+#   make check-vm     the same promises on a real system, in a virtual machine
+#   make venv         .venv/bin/loopd, .venv/bin/loopctl and the tools for development
+#   make install      for good; `systemctl enable --now loopd.socket` then starts it
+#   make uninstall    takes it away again, all but configuration and state
+
+PREFIX = /usr/local
+DESTDIR =
+# The interpreter that the installed programs run on, named by its path: an environment's must not get in.
+PYTHON = /usr/bin/python3
+VM_PYTHON = $(CURDIR)/.venv/bin/python
+
+LIB = $(DESTDIR)$(PREFIX)/lib
+MODULES = $(wildcard loopd/*.py)
+PROGRAMS = sbin/loopd:daemon bin/loopctl:cli
+SYSTEM = 00-loopd.rules:udev/rules.d/00-loopd.rules loopd.catalog:systemd/catalog/loopd.catalog \
+	loopd-admin.socket:systemd/system/loopd-admin.socket loopd.service:systemd/system/loopd.service \
+	loopd.socket:systemd/system/loopd.socket modprobe.conf:modprobe.d/loopd.conf \
+	sysusers.conf:sysusers.d/loopd.conf tmpfiles.conf:tmpfiles.d/loopd.conf
+# A program that a target cannot do without, and the Debian package that has it.
+FOR_DEMO = e2fsck:e2fsprogs setpriv:util-linux systemd-socket-activate:systemd
+FOR_CHECK = $(FOR_DEMO) fusermount3:fuse3 git:git ip:iproute2 modprobe:kmod sfdisk:fdisk strace:strace udevadm:udev
+
+# A user's PATH has no sbin on Debian.
+export PATH := $(PATH):/usr/sbin:/sbin
+
+.PHONY: all venv demo check install uninstall for-demo for-check
+all: venv
+
+for-demo: NEEDED = $(FOR_DEMO)
+for-check: NEEDED = $(FOR_CHECK)
+for-demo for-check:
+	@missing=$$(for pair in $(NEEDED); do command -v $${pair%:*} >/dev/null || echo $${pair#*:}; done); $(get_missing)
+
+define get_missing
+[ -z "$$missing" ] || { [ $$(id -u) = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
+	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing </dev/null >/dev/null; } || \
+	{ echo "make: please install (Debian's names):" $$missing >&2; exit 1; }
+endef
+
+venv: .venv/ready
+.venv/ready: pyproject.toml
+	@missing=$$($(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv); $(get_missing)
+	$(PYTHON) -m venv --clear .venv
+	.venv/bin/pip --quiet --disable-pip-version-check install --editable '.[dev]'
+	touch $@
+
+demo: for-demo
+	$(PYTHON) tests/demo.py
+
+check: venv for-check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/pytest $(if $(K),-k "$(K)")
+
+check-vm check-kernels: venv
+-include tests/vm/vm.mk
+
+# Without DESTDIR the running system is told. A daemon that runs is restarted, its leases stay; sockets are never restarted.
+install:
+	rm -rf $(LIB)/loopd
+	install -d $(LIB)/loopd/loopd
+	install -m 644 $(MODULES) $(LIB)/loopd/loopd
+	umask 022 && $(PYTHON) -m compileall -q -s '$(DESTDIR)' -p / $(LIB)/loopd
+	umask 022 && for pair in $(PROGRAMS); do \
+	    program=$(DESTDIR)$(PREFIX)/$${pair%:*} && install -d $${program%/*} && \
+	    printf '%s\n' '#!$(PYTHON) -IS' 'import sys' 'sys.path.insert(0, "$(PREFIX)/lib/loopd")' \
+	        "from loopd.$${pair#*:} import main" 'sys.exit(main())' >$$program && chmod 755 $$program || exit; \
+	done
+	for pair in $(SYSTEM); do install -D -m 644 systemd/$${pair%:*} $(LIB)/$${pair#*:} || exit; done
+	sed -i 's|@PREFIX@|$(PREFIX)|' $(LIB)/systemd/system/loopd.service
+ifeq ($(DESTDIR),)
+	if [ -d /run/systemd/system ]; then \
+	    systemd-sysusers loopd.conf && systemd-tmpfiles --create loopd.conf && journalctl --update-catalog && \
+	    { ! [ -S /run/udev/control ] || udevadm control --reload; } && \
+	    systemctl daemon-reload && systemctl try-restart loopd.service; \
+	fi
+endif
+
+uninstall:
+ifeq ($(DESTDIR),)
+	if [ -d /run/systemd/system ]; then \
+	    systemctl disable --now loopd.socket loopd-admin.socket; systemctl stop loopd.service; \
+	    systemctl clean --what=fdstore loopd.service 2>/dev/null || :; \
+	fi
+endif
+	rm -rf $(LIB)/loopd
+	rm -f $(foreach pair,$(PROGRAMS),$(DESTDIR)$(PREFIX)/$(firstword $(subst :, ,$(pair)))) \
+	    $(foreach pair,$(SYSTEM),$(LIB)/$(lastword $(subst :, ,$(pair))))
+ifeq ($(DESTDIR),)
+	rm -rf /run/loopd /run/loopd-admin
+	rmdir --ignore-fail-on-non-empty /etc/loopd /run/loopd-nodes 2>/dev/null || :
+	if [ -d /run/systemd/system ]; then \
+	    systemctl daemon-reload && journalctl --update-catalog && { ! [ -S /run/udev/control ] || udevadm control --reload; }; \
+	fi
+	@echo "Left in place: the configuration in /etc/loopd, if any, the state in /var/lib/loopd, and the user and group loopd."
+endif

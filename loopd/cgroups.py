@@ -1,0 +1,75 @@
+"""Cgroups: when an account's cgroup has no process left, every lease of it is over.
+
+This is what ends a lease whose own keeper never does: a pidfd of the host's PID 1 from a container with the host's pid
+namespace, a socket end that was hidden somewhere. Looks at the host's cgroup file system only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+
+from .inotify import IN_MODIFY, Inotify
+
+ROOTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
+"""Where cgroup v2 is mounted, alone or beside the first version."""
+
+
+def _events_file(account: str) -> str | None:
+    for root in ROOTS:
+        path = f"{root}{account}/cgroup.events"
+        if os.path.exists(path):
+            return path
+    return None  # the root cgroup, or a host without cgroup v2: the lease's keeper is all there is
+
+
+def _populated(path: str) -> bool:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return b"populated 1" in file.readall()
+    except OSError:  # removed
+        return False
+
+
+class Watcher:
+    """Calls `ended` with an account when its cgroup has become empty or was removed."""
+
+    def __init__(self, ended: Callable[[str], None]) -> None:
+        self._inotify = Inotify()
+        self._ended = ended
+        self._paths: dict[int, tuple[str, str]] = {}
+        self._watches: dict[str, int] = {}
+
+    @property
+    def fd(self) -> int:
+        """To be polled for reading; then `receive`."""
+        return self._inotify.fd
+
+    def watch(self, account: str) -> None:
+        """Watch an account until it ends; one that has ended already is told at once."""
+        if account in self._watches:
+            return
+        path = _events_file(account)
+        if path is None:
+            return
+        with contextlib.suppress(OSError):
+            watch = self._inotify.add(path, IN_MODIFY)
+            self._paths[watch] = (account, path)
+            self._watches[account] = watch
+        if not _populated(path):
+            self._end(account)
+
+    def receive(self) -> None:
+        """Look at what changed."""
+        for watch, _ in list(self._inotify.events()):
+            account, path = self._paths.get(watch, ("", ""))
+            if account and not _populated(path):
+                self._end(account)
+
+    def _end(self, account: str) -> None:
+        watch = self._watches.pop(account, None)
+        if watch is not None:
+            del self._paths[watch]
+            self._inotify.remove(watch)
+        self._ended(account)

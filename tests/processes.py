@@ -1,0 +1,220 @@
+"""Other processes for the tests: forked clients with rights and namespaces of their own, and a daemon whose service manager the test is."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from conftest import ROOT, Daemon, eventually
+
+NOBODY = 65534
+
+CLONE_NEWNS = 0x20000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWNET = 0x40000000
+_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, *arguments: object) -> None:
+    if getattr(_libc, name)(*arguments) != 0:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+
+
+def unshare(flags: int) -> None:
+    """New namespaces for this process; a new mount namespace shows nothing to the old one."""
+    _call("unshare", flags)
+    if flags & CLONE_NEWNS:
+        _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+
+
+def mount_tmpfs(path: str) -> int:
+    """Mount a tmpfs; an fd of its root."""
+    _call("mount", b"tmpfs", path.encode(), b"tmpfs", 0, None)
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def become(uid: int) -> None:
+    """Be another user, without any capability."""
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+    _call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self is root's, uid_map included
+
+
+def own_user_namespace() -> None:
+    """What ``unshare -Urm`` does: root of a user namespace and a mount namespace of one's own."""
+    uid, gid = os.geteuid(), os.getegid()
+    _call("unshare", CLONE_NEWUSER | CLONE_NEWNS)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+
+
+class Child:
+    """A forked process that runs `body(tell)`: each `tell(value)` is a `hear()` here. It has no fds but `keep`.
+
+    It ends with the block, and with the process of the tests.
+    """
+
+    def __init__(self, body: Callable[[Callable[[Any], None]], object], keep: Iterable[int] = ()) -> None:
+        read, write = os.pipe()
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _run(body, write, sorted({write, *keep}), parent)
+        os.close(write)
+        self._lines = os.fdopen(read)
+        self._ended = False
+
+    def hear(self) -> Any:
+        """The next value that the child tells; AssertionError with its traceback where it failed."""
+        line = self._lines.readline()
+        assert line, f"the child ended: status {os.waitstatus_to_exitcode(self.wait())}"
+        kind, value = json.loads(line)
+        assert kind == "told", f"in the child:\n{value}"
+        return value
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        if not self._ended:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
+    def wait(self) -> int:
+        """Wait for the end; the status of waitpid(2)."""
+        status = os.waitpid(self.pid, 0)[1]
+        self._ended = True
+        return status
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._lines.close()
+
+
+def _run(body: Callable[[Callable[[Any], None]], object], write: int, keep: list[int], parent: int) -> NoReturn:
+    def say(kind: str, value: Any) -> None:
+        os.write(write, json.dumps([kind, value]).encode() + b"\n")
+
+    try:
+        _call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+        low = 3
+        for fd in keep:
+            os.closerange(low, fd)
+            low = fd + 1
+        os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+        body(lambda value: say("told", value))
+        os._exit(0)
+    except BaseException:  # noqa: BLE001  # the parent raises it
+        say("failed", traceback.format_exc())
+    finally:
+        os._exit(1)
+
+
+_LAUNCHER = """
+import fcntl, os, sys
+fds = [int(fd) for fd in sys.argv[1].split(",") if fd]
+high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in fds]
+for fd in fds:
+    os.close(fd)
+for target, fd in enumerate(high, 3):
+    os.dup2(fd, target)
+os.environ["LISTEN_PID"] = os.environ["WATCHDOG_PID"] = str(os.getpid())
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Activated(Daemon):
+    """A daemon whose listening socket is the test's, as it is systemd's: it can be started on the same one again.
+
+    A wrapper is to exec what follows it in the same process.
+    """
+
+    def __init__(
+        self, directory: Path, options: list[str], wrapper: list[str], environment: dict[str, str], listener: socket.socket | None = None
+    ) -> None:  # fmt: skip
+        super().__init__(directory, options, wrapper, environment)
+        self.listener = listener or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        if listener is None:
+            Path(self.path).unlink(missing_ok=True)
+            self.listener.bind(self.path)
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+
+    def start(self) -> None:
+        """Start it at once, on the socket that is there."""
+        self.launch([self.listener.fileno()])
+
+    def launch(self, fds: list[int]) -> None:
+        """Start it with these fds passed."""
+        names = {"LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": ":".join(["loopd"] * len(fds))} if fds else {}
+        command = [sys.executable, "-c", _LAUNCHER, ",".join(map(str, fds)), *self._wrapper]
+        command += [sys.executable, "-m", "loopd", "--state-directory", str(self.state), *self._options]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **names, **self._environment}
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment, pass_fds=fds
+            )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        """The daemon replaces its launcher and its wrapper."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        try:
+            super().stop()
+        finally:
+            self.listener.close()
+
+
+IN_NAMESPACE = ["unshare", "--mount", "--propagation", "private", "sh", "-ec"]
+"""The start of a wrapper that prepares a mount namespace: followed by commands that end with `exec "$@"`, and "sh"."""
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Any:
+    """Be the only one on the machine that holds this lock file."""
+    with path.open("a") as file:
+        eventually(lambda: _try_lock(file.fileno()), f"{path} is free", 300)
+        yield
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def stays(condition: Callable[[], Any], seconds: float, what: str) -> None:
+    """`condition` holds now and for `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert condition(), what
+        time.sleep(0.02)
