@@ -76,11 +76,13 @@ class Owner(NamedTuple):
 class Account:
     """What one account has in use. Changed by the main process alone."""
 
-    __slots__ = ("devices", "ended", "in_flight", "name", "shed", "spent", "spent_at", "stuck")
+    __slots__ = ("attaching", "bytes", "devices", "ended", "in_flight", "name", "shed", "spent", "spent_at", "stuck")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.ended = False
+        self.attaching = 0
+        self.bytes = 0
         self.spent = 0.0
         self.spent_at = 0.0
         self.devices = 0

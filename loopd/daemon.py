@@ -45,6 +45,15 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--idle-timeout", type=float, metavar="SECONDS", help="exit after this long with nothing to hold"
     )
     parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=policy.CONFIGURATION,
+        help="policy and limits, with FILE.d (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--check-config", action="store_true", help="say what is wrong with the configuration, and exit"
+    )
+    parser.add_argument(
         "--instance", default="", metavar="NAME", help="the NAME of loopd@NAME.service, for the journal"
     )
     parser.add_argument(
@@ -129,9 +138,8 @@ class Daemon:
         self._stopping = False
         self._catch_signals()
         self._numbers = Numbers(_counter(options.state_directory, self._audit), self._fork_numbers())
-        self._policy = policy.Policy()
-        if options.idle_timeout is not None:
-            self._policy = self._policy._replace(idle_timeout=options.idle_timeout)
+        self._options = options
+        self._policy = self._load_policy()
         self._slots = leases.Slots(self._notifier)
         sockets = [listener.socket for listener in listeners]
 
@@ -139,7 +147,14 @@ class Daemon:
             return Pool(self._poller, sockets, self._control, self._nodes, ready)
 
         self._service = Service(
-            self._poller, listeners, make_pool, self._numbers, self._slots, self._audit, self._policy
+            self._poller,
+            listeners,
+            make_pool,
+            self._numbers,
+            self._slots,
+            self._audit,
+            self._policy,
+            options.instance,
         )
         for name, fd in passed:
             if name == SLOT:
@@ -147,6 +162,22 @@ class Daemon:
         self._uevents = uevents.listen()
         self._poller.add(self._uevents.fileno(), self._on_uevent)
         self._service.start()
+
+    def _load_policy(self) -> policy.Policy:
+        loaded = policy.load(self._options.config)
+        if self._options.idle_timeout is not None:
+            loaded = loaded._replace(idle_timeout=self._options.idle_timeout)
+        return loaded
+
+    def _reload(self) -> None:
+        """New requests follow the new policy; a policy with an error changes nothing."""
+        try:
+            self._policy = self._service.policy = self._load_policy()
+        except policy.ConfigurationError as error:
+            for file, key, reason in error.problems:
+                self._audit.record(Event.WARNED, f"The old policy stays in force: {file}: {key}: {reason}", path=file)
+            return
+        self._audit.record(Event.RELOADED, "The policy was read again", path=self._options.config)
 
     def _fork_numbers(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -184,6 +215,8 @@ class Daemon:
         for number in set(self._signals[0].recv(4096)):
             if number == signal.SIGCHLD:
                 self._reap()
+            elif number == signal.SIGHUP:
+                self._reload()
             elif number in (signal.SIGTERM, signal.SIGINT):
                 self._stopping = True
 
@@ -236,7 +269,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of ``loopd``; the exit status."""
     options = _options(arguments)
     try:
+        if options.check_config:
+            policy.load(options.config)
+            return 0
         daemon = Daemon(options)
+    except policy.ConfigurationError as error:
+        for file, key, reason in error.problems:
+            print(f"loopd: {file}: {key}: {reason}", file=sys.stderr)
+        return 1
     except CannotStart as error:
         print(f"loopd: {error}", file=sys.stderr)
         return 1

@@ -127,7 +127,9 @@ class Backing(NamedTuple):
     path: str
 
 
-def check_backing(fd: int, request: Attach, pid: int, allowed: frozenset[str]) -> Backing:
+def check_backing(
+    fd: int, request: Attach, pid: int, allowed: frozenset[str], *, block_devices: bool = False
+) -> Backing:
     """Refuse a backing file that may not become a device; the checks are in the order of what can be asked safely."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if flags & os.O_PATH:
@@ -138,12 +140,15 @@ def check_backing(fd: int, request: Attach, pid: int, allowed: frozenset[str]) -
     if flags & os.O_APPEND:
         raise Refusal(Code.BAD_FD, "fd: opened with O_APPEND, which a loop device would ignore")
     identity = identify(fd)
-    if not stat.S_ISREG(identity.mode):
+    if stat.S_ISBLK(identity.mode) and block_devices:
+        size = os.lseek(fd, 0, os.SEEK_END)  # the driver is asked, not the file system that the node is on
+    elif not stat.S_ISREG(identity.mode):
         kind = _TYPES.get(stat.S_IFMT(identity.mode), "no regular file")
         raise Refusal(Code.BAD_FD, f"fd: {kind}; a backing file is a regular file")
-    if not _is_shmem(fd):
-        _check_file_system(identity, "fd", pid, allowed)
-    size = os.fstat(fd).st_size
+    else:
+        if not _is_shmem(fd):
+            _check_file_system(identity, "fd", pid, allowed)
+        size = os.fstat(fd).st_size
     if request.offset >= size:
         raise Refusal(Code.INVALID, f"offset: {request.offset} is at or past the end of the file ({size} bytes)")
     window = min(size - request.offset, request.sizelimit or size)

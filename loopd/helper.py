@@ -26,6 +26,11 @@ SEARCH = -1
 """In place of the index of reply_fd: the request could not be decoded, so answer on the first fd that will do."""
 
 
+MKNOD_WARNING = (
+    "the client has CAP_MKNOD: with b 7:* in its device cgroup it can reach every loop device; use --cap-drop MKNOD"
+)
+
+
 # Jobs, from the main process --------------------------------------------------------------------------------------
 
 
@@ -33,6 +38,9 @@ class Terms(NamedTuple):
     """What policy lets this request do, and the first number to try; without one the helper asks when it gets there."""
 
     file_systems: frozenset[str]
+    write: bool
+    block_devices: bool
+    mknod: bool
     number: Number | None
 
 
@@ -105,6 +113,7 @@ class Done(NamedTuple):
     number: int | None = None
     binding: Binding | None = None
     nodes: tuple[Node, ...] = ()
+    warnings: tuple[str, ...] = ()
     directory: bool = False
     lock: bool = False
     client: bool = False
@@ -135,6 +144,11 @@ MAX_MESSAGE = 2 * wire.MAX_REQUEST + 65536
 MAX_MESSAGE_FDS = 8
 
 
+def _terms(*values: Any) -> Terms:
+    *flags, number = values
+    return Terms(*flags, number=number and Number(*number))
+
+
 def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, tuple) else value
 
@@ -151,7 +165,7 @@ def unpack(payload: bytes) -> Any:
     if kind is Take:
         values[2] = Sender(*values[2])
         values[5] = values[5] and Attach(*values[5])
-        values[6] = values[6] and Terms(values[6][0], values[6][1] and Number(*values[6][1]))
+        values[6] = values[6] and _terms(*values[6])
     elif kind is Release:
         nodes = values[2] and tuple(Node(*node) for node in values[2])
         values = [Binding(*values[0]), Client(*values[1]), nodes]
@@ -281,8 +295,17 @@ class Helper:
 
     def _attach(self, job: Take, request: Attach, terms: Terms, packet: Packet, vetted: _Vetted, own: FdSet) -> None:
         pid = packet.sender.pid
+        warnings: tuple[str, ...] = ()
+        if rights.can_make_nodes(pid):
+            if not terms.mknod:
+                raise Refusal(Code.NOT_PERMITTED, "the client has CAP_MKNOD: run its container with --cap-drop MKNOD")
+            warnings = (MKNOD_WARNING,)
         fd = borrow(packet.fds, request.fd, "fd")
-        backing = files.check_backing(fd, request, pid, terms.file_systems)
+        backing = files.check_backing(fd, request, pid, terms.file_systems, block_devices=terms.block_devices)
+        if not (terms.write or backing.read_only):
+            raise Refusal(
+                Code.NOT_PERMITTED, "the administrator allows this client read-only devices alone (loopd.toml)"
+            )
         directory = None
         if "node" in request.deliver and request.dir_fd is not None:
             directory = borrow(packet.fds, request.dir_fd, "dir_fd")
@@ -293,7 +316,12 @@ class Helper:
             if job.store:
                 keeper = vetted.pidfd if vetted.lease == "sender" else vetted.lease_fd
                 kept = {"device": bound.device, "directory": directory, "lock": lock, "lease": keeper}
-                records.write(own.borrow(0), job.holder, vetted.lease, bound.binding, kept | {"reply": vetted.reply})
+                try:
+                    records.write(
+                        own.borrow(0), job.holder, vetted.lease, bound.binding, kept | {"reply": vetted.reply}
+                    )
+                except OSError as error:  # ETOOMANYREFS, ENOBUFS: too many fds are in flight
+                    raise Refusal(Code.NO_DEVICE, f"the lease cannot be booked: {error}") from error
                 undo.callback(records.clear, own.borrow(0))
             nodes: list[Node] = []
             if directory is not None:
@@ -306,7 +334,7 @@ class Helper:
             handed = (bound.device, directory, lock, client)
             flags = (directory is not None, lock is not None, client is not None)
             self._send(
-                Done(None, bound.binding.number, bound.binding, tuple(nodes), *flags),
+                Done(None, bound.binding.number, bound.binding, tuple(nodes), warnings, *flags),
                 tuple(fd for fd in handed if fd is not None),
             )
             undo.pop_all()

@@ -151,6 +151,7 @@ class Leases:
     def add(self, lease: Lease) -> None:
         self._leases[lease.binding.devname] = lease
         lease.account.devices += 1
+        lease.account.bytes += lease.binding.size
 
     def replace(self, lease: Lease) -> None:
         """Put a lease in the place of another record of the same device."""
@@ -160,6 +161,7 @@ class Leases:
         """Forget a lease whose device is gone."""
         del self._leases[lease.binding.devname]
         lease.account.devices -= 1
+        lease.account.bytes -= lease.binding.size
 
     def of(self, owner: Owner | None) -> Iterator[Lease]:
         """The leases of an owner, all of them for None, in the order of their numbers."""

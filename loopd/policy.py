@@ -1,35 +1,288 @@
 """Policy: what a client may do, and how much.
 
-Owns every limit and its default; a Policy is a frozen value. Decides from facts it is given and looks at nothing itself.
+Owns every limit and its default, the configuration files, and how they are read: a wrong key or value is an error that
+names it, and there is no half-read policy. A Policy is a frozen value; it decides from facts it is given and looks at
+nothing itself.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import fnmatch
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from .files import ANSWERING
+from . import wire
+from .files import ANSWERING, NEVER
+
+CONFIGURATION = "/etc/loopd/loopd.toml"
+
+
+class ConfigurationError(Exception):
+    """What is wrong in which file; `problems` are (file, key, reason)."""
+
+    def __init__(self, problems: list[tuple[str, str, str]]) -> None:
+        super().__init__("; ".join(f"{file}: {key}: {reason}" for file, key, reason in problems))
+        self.problems = problems
+
+
+class Limits(NamedTuple):
+    """How much one account may have."""
+
+    devices: int = 256
+    """Devices at once."""
+    requests: int = 32
+    """Requests under way at once."""
+    stuck: int = 2
+    """Helper processes that may hang in its requests before these are dropped unanswered."""
+    new_numbers: int = 256
+    """Device numbers that it may use up at once; beyond these it gets those again that it had before."""
+    new_numbers_per_minute: float = 10.0
+    """How fast it may use up more: there are a million, and each then rests for 30 days."""
+    bytes: int = 0
+    """Sum of the sizes of its devices; 0 is no limit."""
+
+
+class Allow(NamedTuple):
+    """What a client may do."""
+
+    attach: bool = True
+    """Attach anything at all."""
+    write: bool = True
+    """Have a device that can be written."""
+    partscan: bool = True
+    """Have partitions looked for."""
+    lock: bool = True
+    """Keep the lock against udev for the whole lease, which delays ``udevadm settle`` on the host."""
+    direct_io: bool = True
+    """Bypass the host's page cache."""
+    block_devices: bool = False
+    """Use a block device as a backing file."""
+    mknod: bool = True
+    """Attach although it has CAP_MKNOD and could make nodes of other devices; if so, the reply warns."""
+    file_systems: frozenset[str] = ANSWERING
+    """Types of the file systems on which its files and directories may lie."""
+    sector_sizes: frozenset[int] = frozenset(wire.SECTOR_SIZES)
+    """Sector sizes, bytes."""
+
+
+class Terms(NamedTuple):
+    """What holds for one client."""
+
+    limits: Limits
+    allow: Allow
+
+
+class Rule(NamedTuple):
+    """Other limits and permissions for clients that match all that is given; of several rules the later one wins."""
+
+    instance: str | None
+    account: str | None
+    uids: tuple[tuple[int, int], ...] | None
+    gids: tuple[tuple[int, int], ...] | None
+    limits: dict[str, Any]
+    allow: dict[str, Any]
+
+    def matches(self, instance: str, account: str, uid: int, gid: int) -> bool:
+        """Whether it is about this client."""
+        return (
+            (self.instance is None or fnmatch.fnmatchcase(instance, self.instance))
+            and (self.account is None or fnmatch.fnmatchcase(account, self.account))
+            and (self.uids is None or any(low <= uid <= high for low, high in self.uids))
+            and (self.gids is None or any(low <= gid <= high for low, high in self.gids))
+        )
 
 
 class Policy(NamedTuple):
-    """What is allowed. Times in seconds."""
+    """The whole policy. Times in seconds."""
 
     idle_timeout: float = 30.0
     """After this long with nothing to hold the daemon exits; systemd keeps the socket."""
     reply_to_address: bool = False
-    """Answer a request without reply_fd at the sender's address, although its network namespace cannot be established."""
-    devices: int = 256
-    """Devices of one account at once."""
-    requests: int = 32
-    """Requests of one account under way at once."""
-    new_numbers: int = 256
-    """Device numbers that one account may use up at once; beyond these it gets those again that it had before."""
-    new_numbers_per_minute: float = 10.0
-    """How fast an account may use up more: there are a million, and each then rests for 30 days."""
-    number_wait: float = 5.0
-    """How long an attach waits for one of its account's own numbers to come free."""
-    stuck: int = 2
-    """Helper processes that one account may have hanging before its requests are dropped unanswered."""
+    """Answer a request without reply_fd at its sender's address: only where every client shares the host's network."""
     request_timeout: float = 30.0
     """After this long a helper process that has not finished a request is written off."""
-    file_systems: frozenset[str] = ANSWERING
-    """Types of the file systems on which backing files and directories may lie."""
+    number_wait: float = 5.0
+    """How long an attach waits for one of its account's own device numbers to come free."""
+    limits: Limits = Limits()
+    allow: Allow = Allow()
+    rules: tuple[Rule, ...] = ()
+
+    def terms(self, instance: str, account: str, uid: int, gid: int) -> Terms:
+        """What holds for a client."""
+        return _terms(self.limits, self.allow, _matching(self.rules, instance, account, uid, gid))
+
+
+def _matching(rules: tuple[Rule, ...], instance: str, account: str, uid: int, gid: int) -> list[Rule]:
+    return [rule for rule in rules if rule.matches(instance, account, uid, gid)] if rules else []
+
+
+def _terms(limits: Limits, allow: Allow, rules: list[Rule]) -> Terms:
+    for rule in rules:
+        limits = limits._replace(**rule.limits)
+        allow = allow._replace(**rule.allow)
+    return Terms(limits, allow)
+
+
+# Reading. A check returns the value or raises ValueError with what is expected.
+
+
+def _boolean(value: Any) -> bool:
+    if type(value) is bool:
+        return value
+    raise ValueError("expected true or false")
+
+
+def _whole(least: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if type(value) is int and value >= least:
+            return value
+        raise ValueError(f"expected a whole number, {least} or more")
+
+    return check
+
+
+def _number(least: float) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        if type(value) in (int, float) and least <= value < float("inf"):
+            return float(value)
+        raise ValueError(f"expected a number, {least:g} or more")
+
+    return check
+
+
+def _file_systems(value: Any) -> frozenset[str]:
+    if type(value) is not list or not all(type(item) is str for item in value):
+        raise ValueError('expected a list of file system types, as ["ext4", "xfs"]')
+    if never := sorted(NEVER.intersection(value)):
+        raise ValueError(f"files of {', '.join(never)} are never allowed: a kernel thread would write them as root")
+    return frozenset(value)
+
+
+def _sector_sizes(value: Any) -> frozenset[int]:
+    if type(value) is not list or not value or not set(value) <= set(wire.SECTOR_SIZES):
+        raise ValueError(f"expected a list of some of {', '.join(map(str, wire.SECTOR_SIZES))}")
+    return frozenset(value)
+
+
+def _pattern(value: Any) -> str:
+    if type(value) is str and value:
+        return value
+    raise ValueError('expected a pattern, as "/machine.slice/*"')
+
+
+def _ids(value: Any) -> tuple[tuple[int, int], ...]:
+    ranges = []
+    for item in value if type(value) is list else [value]:
+        low, dash, high = str(item).partition("-")
+        if type(item) is bool or not low.isdecimal() or (dash and not high.isdecimal()):
+            raise ValueError('expected an id or a range or a list of these, as [1000, "100000-165535"]')
+        ranges.append((int(low), int(high or low)))
+    return tuple(ranges)
+
+
+KEYS: dict[str, Callable[[Any], Any]] = {
+    "idle_timeout": _number(0),
+    "reply_to_address": _boolean,
+    "request_timeout": _number(1),
+    "number_wait": _number(0),
+}
+LIMIT_KEYS: dict[str, Callable[[Any], Any]] = {
+    "devices": _whole(0),
+    "requests": _whole(1),
+    "stuck": _whole(1),
+    "new_numbers": _whole(0),
+    "new_numbers_per_minute": _number(0),
+    "bytes": _whole(0),
+}
+ALLOW_KEYS: dict[str, Callable[[Any], Any]] = {
+    "attach": _boolean,
+    "write": _boolean,
+    "partscan": _boolean,
+    "lock": _boolean,
+    "direct_io": _boolean,
+    "block_devices": _boolean,
+    "mknod": _boolean,
+    "file_systems": _file_systems,
+    "sector_sizes": _sector_sizes,
+}
+RULE_KEYS: dict[str, Callable[[Any], Any]] = {"instance": _pattern, "account": _pattern, "uid": _ids, "gid": _ids}
+"""Every key of the configuration, by table; the manual is held against them."""
+
+
+class _Reader:
+    """Collects every problem of all files before it gives up."""
+
+    def __init__(self) -> None:
+        self.problems: list[tuple[str, str, str]] = []
+        self.values: dict[str, Any] = {}
+        self.limits: dict[str, Any] = {}
+        self.allow: dict[str, Any] = {}
+        self.rules: list[Rule] = []
+        self._file = ""
+
+    def _problem(self, key: str, reason: str) -> None:
+        self.problems.append((self._file, key, reason))
+
+    def read(self, path: Path) -> None:
+        import tomllib  # noqa: PLC0415  # a daemon without a configuration file starts the faster
+
+        self._file = str(path)
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            self._problem("-", str(error))
+            return
+        self.limits |= self._table("limits", tables.pop("limits", {}), LIMIT_KEYS)
+        self.allow |= self._table("allow", tables.pop("allow", {}), ALLOW_KEYS)
+        rules = tables.pop("rule", [])
+        for number, rule in enumerate(rules if type(rules) is list else [None], 1):
+            self._rule(f"rule {number}", rule)
+        self.values |= self._table("", tables, KEYS)
+
+    def _table(self, name: str, table: Any, checks: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
+        if type(table) is not dict:
+            self._problem(name, "expected a table")
+            return {}
+        found = {}
+        for key, value in table.items():
+            place = f"{name}.{key}" if name else key
+            if key not in checks:
+                self._problem(place, f"there is no such key; there are {', '.join(checks)}")
+                continue
+            try:
+                found[key] = checks[key](value)
+            except ValueError as error:
+                self._problem(place, str(error))
+        return found
+
+    def _rule(self, name: str, rule: Any) -> None:
+        if type(rule) is not dict:
+            self._problem(name, "expected a table: [[rule]]")
+            return
+        limits = self._table(f"{name}.limits", rule.pop("limits", {}), LIMIT_KEYS)
+        allow = self._table(f"{name}.allow", rule.pop("allow", {}), ALLOW_KEYS)
+        keys = self._table(name, rule, RULE_KEYS)
+        self.rules.append(
+            Rule(keys.get("instance"), keys.get("account"), keys.get("uid"), keys.get("gid"), limits, allow)
+        )
+
+
+def load(path: str = CONFIGURATION) -> Policy:
+    """The policy of the file `path` and of the files in ``path.d``, by name; the defaults where there are none.
+
+    Raises ConfigurationError with everything that is wrong in any of them.
+    """
+    reader = _Reader()
+    files = [Path(path)] if os.path.exists(path) else []
+    for file in files + sorted(Path(path + ".d").glob("*.toml")):
+        reader.read(file)
+    if reader.problems:
+        raise ConfigurationError(reader.problems)
+    return Policy(
+        **reader.values,
+        limits=Limits(**reader.limits),
+        allow=Allow(**reader.allow),
+        rules=tuple(reader.rules),
+    )

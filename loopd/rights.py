@@ -59,6 +59,19 @@ def die_with_parent(parent: int) -> None:
         raise ProcessLookupError("the parent process is gone")
 
 
+def can_make_nodes(pid: int) -> bool:
+    """Whether process `pid` has an effective CAP_MKNOD that counts: in the host's own user namespace."""
+    try:
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as status:
+            effective = int(status.readall().partition(b"\nCapEff:\t")[2][:16], 16)
+        if not effective & 1 << CAP_MKNOD:
+            return False
+        with open(f"/proc/{pid}/uid_map", "rb", buffering=0) as uid_map:
+            return uid_map.readall().split() == [b"0", b"0", b"4294967295"]
+    except (OSError, ValueError):  # gone
+        return False
+
+
 @contextlib.contextmanager
 def acting_as(uid: int, gid: int) -> Iterator[None]:
     """Use the file system as `uid` and `gid` with no capability but CAP_MKNOD; loopd's own rights return afterwards.

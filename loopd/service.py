@@ -24,7 +24,7 @@ from .audit import Audit, Event
 from .devices import Client, Number
 from .leases import Holder, Lease, Leases, Slots, State
 from .numbers import Exhausted, Numbers, ours
-from .policy import Policy
+from .policy import Allow, Policy, Terms
 from .poller import HUNG_UP, ONCE, Poller
 from .pool import Pool, Worker
 from .transport import FdSet, Sender
@@ -50,7 +50,7 @@ class Exchange:
     """One request on its way through the stages. A `pool.Task`: it is told how its helper gets on."""
 
     def __init__(
-        self, service: Service, listener: int, sender: Sender, member: Membership, account: Account,
+        self, service: Service, listener: int, sender: Sender, member: Membership, account: Account, terms: Terms,
         envelope: Envelope, request: Request | Refusal,
     ) -> None:  # fmt: skip
         self.service = service
@@ -58,12 +58,14 @@ class Exchange:
         self.sender = sender
         self.member = member
         self.account = account
+        self.terms = terms
         self.envelope = envelope
         self.request = request
         self.started = time.monotonic()
         self.taken = False
         self.finished = False
         self.stuck = False
+        self.attaching = False
         self.slot: socket.socket | None = None
         self.number: int | None = None
         self.holder: Holder | None = None
@@ -166,7 +168,7 @@ class Service:
 
     def __init__(
         self, poller: Poller, listeners: list[Listener], make_pool: Callable[[Callable[[], None]], Pool], numbers: Numbers,
-        slots: Slots, audit: Audit, policy: Policy,
+        slots: Slots, audit: Audit, policy: Policy, instance: str,
     ) -> None:  # fmt: skip
         self._poller = poller
         self._listeners = listeners
@@ -175,6 +177,7 @@ class Service:
         self._slots = slots
         self._audit = audit
         self.policy = policy
+        self._instance = instance
         self._accounts = Accounts()
         self._cgroups = cgroups.Watcher(self._account_ended)
         poller.add(self._cgroups.fd, self._cgroups.receive)
@@ -329,11 +332,12 @@ class Service:
             return
         member = accounts.membership(cgroup)
         account = self._accounts.get(member.account)
-        if account.stuck >= self.policy.stuck or account.in_flight >= self.policy.requests:
+        terms = self.policy.terms(self._instance, member.account, sender.uid, sender.gid)
+        if account.stuck >= terms.limits.stuck or account.in_flight >= terms.limits.requests:
             transport.drop(self._listeners[index].socket)
             self._shed(account, member, sender)
             return
-        exchange = Exchange(self, index, sender, member, account, envelope, request)
+        exchange = Exchange(self, index, sender, member, account, terms, envelope, request)
         job = helper.Take(index, payload, sender, self._reply_index(exchange), None, None, None, {}, False)
         fds: tuple[int, ...] = ()
         if isinstance(request, Attach):
@@ -356,22 +360,25 @@ class Service:
     ) -> tuple[helper.Take, tuple[int, ...]]:
         if "mount" in request.deliver:
             raise Refusal(Code.UNSUPPORTED, "deliver: mount is not available here")
-        account = exchange.account
-        if account.devices + account.in_flight >= self.policy.devices:
-            raise Refusal(Code.QUOTA, f"this account has {account.devices} devices, its limit is {self.policy.devices}")
+        account, (limits, allow) = exchange.account, exchange.terms
+        _check_allowed(request, allow)
+        if account.devices + account.attaching >= limits.devices:
+            raise Refusal(Code.QUOTA, f"this account has {account.devices} devices, its limit is {limits.devices}")
         self._check_room()
         number = self._number(exchange)
         sender, member = exchange.sender, exchange.member
         exchange.holder = Holder(
             member.account, member.unit, sender.pid, sender.uid, sender.gid, time.time(), request.id
         )
+        account.attaching += 1
+        exchange.attaching = True
         exchange.slot = self._slots.take()
         if exchange.slot is None and self._slots.present:
             raise Refusal(Code.NO_DEVICE, "the service manager takes no more file descriptors for now")
         job = job._replace(
             lease=request.lease_fd,
             attach=request,
-            terms=helper.Terms(self.policy.file_systems, number),
+            terms=helper.Terms(allow.file_systems, allow.write, allow.block_devices, allow.mknod, number),
             holder=exchange.holder._asdict(),
             store=exchange.slot is not None,
         )
@@ -395,9 +402,9 @@ class Service:
 
         One that the owner had costs no other's stock, but it has to be made now, half a millisecond's work.
         """
-        policy = self.policy
+        limits = exchange.terms.limits
         number = None
-        if exchange.account.spend(policy.new_numbers, policy.new_numbers_per_minute):
+        if exchange.account.spend(limits.new_numbers, limits.new_numbers_per_minute):
             try:
                 number = self._numbers.fresh()
             except (Exhausted, OSError) as error:
@@ -406,7 +413,7 @@ class Service:
         if number is not None:
             exchange.number = number.number
         elif not self._numbers.expects(exchange.owner):
-            limit = f"{policy.new_numbers} and {policy.new_numbers_per_minute:g} a minute"
+            limit = f"{limits.new_numbers} and {limits.new_numbers_per_minute:g} a minute"
             raise Refusal(Code.QUOTA, f"this account has used up its new device numbers ({limit}); detach some")
         return number
 
@@ -469,7 +476,11 @@ class Service:
         own = {name: fds.steal(next(given)) for name, present in flags.items() if present}
         client = own.pop("client", None)
         lease = self._book(exchange, message, own)
-        reply = _attached(lease, [node.name for node in message.nodes])
+        limit = exchange.terms.limits.bytes
+        if limit and exchange.account.bytes > limit:
+            self.release(lease, "refused")
+            raise Refusal(Code.QUOTA, f"the devices of this account would have more than {limit} bytes together")
+        reply = _attached(lease, [node.name for node in message.nodes], message.warnings)
         try:
             delivered = self.answer(exchange, reply, () if client is None else (client,))
         finally:
@@ -582,8 +593,8 @@ class Service:
             "request_bytes": wire.MAX_REQUEST,
             "request_fds": wire.MAX_FDS,
             "reply_bytes": wire.MAX_REPLY,
-            "devices": self.policy.devices,
-            "requests": self.policy.requests,
+            "devices": exchange.terms.limits.devices,
+            "requests": exchange.terms.limits.requests,
         }
         self.answer(exchange, wire.Greeting(__version__, wire.VERSION, tuple(wire.OPERATIONS), limits))
 
@@ -736,6 +747,7 @@ class Service:
         finally:
             exchange.fds.close()
             exchange.account.in_flight -= 1
+            exchange.account.attaching -= exchange.attaching
             self._exchanges -= 1
             if not exchange.stuck:
                 self._give_up(exchange)
@@ -795,7 +807,21 @@ class Service:
         )  # fmt: skip
 
 
-def _attached(lease: Lease, nodes: list[str]) -> wire.Attached:
+def _check_allowed(request: Attach, allow: Allow) -> None:
+    """Refuse what the administrator does not allow this client."""
+    for permission, asked in (
+        ("attach", True),
+        ("partscan", request.partscan),
+        ("lock", request.lock),
+        ("direct_io", request.direct_io == "on"),
+    ):
+        if asked and not getattr(allow, permission):
+            raise Refusal(Code.NOT_PERMITTED, f"the administrator does not allow this client {permission} (loopd.toml)")
+    if request.sector_size not in allow.sector_sizes:
+        raise Refusal(Code.NOT_PERMITTED, f"sector_size: the administrator allows {sorted(allow.sector_sizes)}")
+
+
+def _attached(lease: Lease, nodes: list[str], warnings: tuple[str, ...] = ()) -> wire.Attached:
     binding = lease.binding
     return wire.Attached(
         binding.devname,
@@ -807,6 +833,7 @@ def _attached(lease: Lease, nodes: list[str]) -> wire.Attached:
         binding.read_only,
         binding.direct_io,
         tuple(name for name in nodes if name != binding.devname),
+        warnings,
     )
 
 
