@@ -146,7 +146,7 @@ MAX_MESSAGE_FDS = 8
 
 def _terms(*values: Any) -> Terms:
     *flags, number = values
-    return Terms(*flags, number=number and Number(*number))
+    return Terms._make((*flags, number and Number(*number)))
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import uuid
@@ -146,27 +147,29 @@ def test_an_open_fd_reaches_a_user_namespace(daemon: Daemon, image: int, tmp_pat
     eventually(lambda: not bound_to(tmp_path), "the file is free", 1)
 
 
-def test_an_unprivileged_user_owns_the_node(daemon: Daemon, image: int, devices: Path, directory: int) -> None:
-    """Made with its rights, so it is the client's from the start; root's directory takes none from it."""
+def test_an_unprivileged_user_owns_the_node(daemon: Daemon, image: int, directory: int, tmp_path: Path) -> None:
+    """Made with its rights, so it is the client's from the start; an fd of root's directory gives none to make one there."""
     os.chmod(daemon.path, 0o666)
+    (tmp_path / "own").mkdir()
+    os.chown(tmp_path / "own", NOBODY, NOBODY)
+    own = os.open(tmp_path / "own", os.O_RDONLY | os.O_DIRECTORY)
 
     def body(tell: Callable[[Any], None]) -> None:
         os.chdir(daemon.directory)
         become(NOBODY)
         payload = wire.encode_request(wire.Attach(0, 1, 2))
-        tell(ask("loopd.sock", payload, [image, directory]).fields)
-        os.fchdir(directory)  # opened by root, and passed on: the fd alone gives no right
-        tell(ask("../loopd/loopd.sock", payload, [image, directory]).fields)
-        client = os.open(".", os.O_RDONLY)
-        reply = ask("../loopd/loopd.sock", payload, [image, client])
-        status = os.stat(reply.fields["devname"], dir_fd=client)
-        tell([status.st_uid, status.st_gid, status.st_mode & 0o777])
+        tell(ask("loopd.sock", payload, [image, directory]).code)
+        reply = ask("loopd.sock", payload, [image, own])
+        status = os.stat(reply.fields["devname"], dir_fd=own)
+        tell([status.st_uid, status.st_gid, stat.filemode(status.st_mode)])
 
-    with Child(body, keep=[image, directory]) as client:
-        assert client.hear()["error"]["code"] == "not-permitted"
-        os.chown(devices, NOBODY, NOBODY)
-        assert "error" not in client.hear()
-        assert client.hear() == [NOBODY, NOBODY, 0o600]
+    try:
+        with Child(body, keep=[image, directory, own]) as client:
+            assert client.hear() == "not-permitted"
+            assert client.hear() == [NOBODY, NOBODY, "brw-------"]
+        eventually(lambda: not os.listdir(own), "its node is gone", 1)
+    finally:
+        os.close(own)
 
 
 # A request without reply_fd ---------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,6 +33,16 @@ def _links(pid: int) -> list[str]:
 
 def _names(links: list[str]) -> Counter[str]:
     return Counter(re.sub(r"\[\d+\]$", "", link) for link in links)
+
+
+Fds = tuple[tuple[str, int], ...]
+"""How many fds of each name a process has."""
+Held = tuple[Counter[str], set[Fds], list[Fds], set[str]]
+"""The fds of the main process, of its helpers, of its other children, and the states of those."""
+
+
+def _fds(pid: int) -> Fds:
+    return tuple(sorted(_names(_links(pid)).items()))
 
 
 def children(pid: int) -> list[int]:
@@ -67,37 +78,38 @@ class Untouched:
         self._pid = daemon.pid
         self._before = eventually(self._settled, "the daemon is at rest")
 
-    def _settled(self) -> tuple[object, ...] | None:
-        """The same twice, so that no helper was in the middle of something."""
+    def _settled(self) -> Held | None:
+        """What is held when no helper is in the middle of something, or not yet done with its start."""
         first = self._held()
-        return first if first == self._held() else None
+        time.sleep(0.005)
+        return first if len(first[1]) == 1 and first == self._held() else None
 
-    def _held(self) -> tuple[object, ...]:
+    def _held(self) -> Held:
         main = _names(_links(self._daemon.pid))
         workers = helpers(self._daemon)
         others = [child for child in children(self._daemon.pid) if child not in workers]
         # Each helper has one channel; their number follows the load.
         main["socket:"] -= len(workers)
-        kinds = {tuple(sorted(_names(_links(worker)).items())) for worker in workers}
-        return main, kinds, [_names(_links(other)) for other in others], {state(child) for child in others}
+        kinds = {_fds(worker) for worker in workers}
+        return main, kinds, [_fds(other) for other in others], {state(child) for child in others}
 
     def check(self, *places: Path) -> None:
         """Nothing is left: no fd in any process, no process, no device bound to a file of `places`, no node there."""
         assert self._daemon.pid == self._pid
-        last: list[object] = []
-
-        def same() -> bool:
-            last[:] = [self._held()]
-            return last[0] == self._before
-
         try:
-            eventually(same, "nothing more is held than before")
-        except AssertionError:
-            assert last[0] == self._before  # with what differs
+            eventually(lambda: self._held() == self._before, "nothing more is held than before")
+        except (AssertionError, OSError):
+            raise AssertionError(f"held before:\n{self._before}\nheld now:\n{self._held()}") from None
         for place in places:
             eventually(lambda place=place: not bound_to(place), f"no file of {place} is bound")
             found = [path for path in place.rglob("loop*") if path.is_block_device()]
             assert not found
+
+
+def leases(daemon: Daemon) -> list[dict[str, Any]]:
+    """What the daemon says about the leases of the test."""
+    found: list[dict[str, Any]] = daemon.ask(wire.Leases(0), []).fields["leases"]
+    return found
 
 
 def honest(daemon: Daemon) -> None:
@@ -111,10 +123,9 @@ def honest(daemon: Daemon) -> None:
         os.pwrite(reply.fds[0], b"loopd" * 1024, 0)
         os.fsync(reply.fds[0])
         assert os.pread(image, 10, 0) == b"loopdloopd"
-        backing = Path(f"/sys/block/{reply.fields['devname']}/loop/backing_file")
+        name = reply.fields["devname"]
         reply.close()
-        eventually(lambda: not backing.exists(), "the honest client's device is unbound")
-        eventually(lambda: not daemon.ask(wire.Leases(0), []).fields["leases"], "its lease is over")
+        eventually(lambda: name not in [lease["devname"] for lease in leases(daemon)], "its lease is over")
     finally:
         os.close(image)
 
