@@ -1,8 +1,8 @@
 """`make demo`: the way of one loop device into a sandbox and back, on this machine's kernel, as a transcript.
 
-Installs loopd into a temporary directory, starts it by socket activation, and plays a client in a container: a user
-without any privilege, with network, mount, pid and ipc namespaces and a /dev of its own. Nothing of the host's
-configuration is touched; whatever fails, or stays behind, makes the exit status 1.
+Installs loopd into a temporary directory, starts it by socket activation, and plays a client in a container: a
+user without any privilege, with network, mount, pid and ipc namespaces and a /dev of its own. Nothing of the
+host's configuration is touched; whatever fails, or stays behind, makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ class Demo:
         )
 
     def container(self, command: str, expect: str = "") -> str:
-        enter = ["nsenter", f"--target={self.sandbox}", "--mount", "--net", "--ipc", "--uts"]
+        enter = ["nsenter", f"--target={self.sandbox}", "--mount", "--root", "--net", "--ipc", "--uts"]
         enter.append(f"--pid=/proc/{self.sandbox}/ns/pid_for_children")
         path = f"{self.base}/usr/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        inside = ["env", "-i", f"PATH={path}", "sh", "-c", f"cd {self.base}/work && {command}"]
+        inside = ["env", "-i", f"--chdir={self.base}/work", f"PATH={path}", "sh", "-c", command]
         return step("  container$", command, [*enter, *UNPRIVILEGED, *inside], expect)
 
     def daemon(self) -> subprocess.Popen[str]:
@@ -173,7 +173,7 @@ class Demo:
             )
 
             say("\nIt asks loopd, which starts now, for a loop device, and makes a file system on it.")
-            path = self.container("loopctl attach disk.img").strip()
+            path = self.container("loopctl attach disk.img").split()[-1]
             device = path.removeprefix("/dev/")
             self.container(f"ls -ln {path}", f"brw------- 1 {NOBODY} {NOBODY} 7, ")
             self.container(f"mke2fs -q -t ext4 -L demo -d files {path} && e2fsck -fn {path}", "demo: 12/")
@@ -197,11 +197,7 @@ class Demo:
 
 def leftovers(base: Path, device: str) -> list[str]:
     """What is still there of a run."""
-    found = [
-        f"mount: {line}"
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if str(base) in line
-    ]
+    found = [f"mount: {line}" for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(base) in line]
     for attribute in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
             if str(base) in (text := attribute.read_text()):

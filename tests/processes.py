@@ -7,17 +7,18 @@ import ctypes
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from conftest import ROOT, Daemon, eventually
+from conftest import ROOT, Daemon, eventually, require
 
 NOBODY = 65534
 
@@ -197,7 +198,7 @@ IN_NAMESPACE = ["unshare", "--mount", "--propagation", "private", "sh", "-ec"]
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Any:
+def locked(path: Path) -> Iterator[None]:
     """Be the only one on the machine that holds this lock file."""
     with path.open("a") as file:
         eventually(lambda: _try_lock(file.fileno()), f"{path} is free", 300)
@@ -210,6 +211,26 @@ def _try_lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def injected(pids: Iterable[int], *injections: str) -> Iterator[None]:
+    """strace(1) on these processes and their children to come, with these arguments of ``--inject``."""
+    require(shutil.which("strace"), "needs strace")
+    pids = list(pids)
+    # Only calls that are traced are tampered with.
+    calls = ",".join(injection.partition(":")[0] for injection in injections)
+    command = ["strace", "--follow-forks", "--quiet=all", "--output=/dev/null", f"--trace={calls}"]
+    command += [f"--inject={injection}" for injection in injections] + [f"--attach={pid}" for pid in pids]
+    tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        for pid in pids:
+            status = Path(f"/proc/{pid}/status")
+            eventually(lambda status=status: f"TracerPid:\t{tracer.pid}\n" in status.read_text(), "strace is attached")
+        yield
+    finally:
+        tracer.send_signal(signal.SIGINT)  # it detaches
+        tracer.wait(10)
 
 
 def stays(condition: Callable[[], Any], seconds: float, what: str) -> None:

@@ -35,6 +35,19 @@ REPLY: dict[str, Any] = {
     "read_only": False,
     "direct_io": False,
 }
+LEASE: dict[str, Any] = {
+    **REPLY,
+    "offset": 0,
+    "sizelimit": 0,
+    "partscan": False,
+    "backing_file": "/disk.img",
+    "backing_dev": "8:1",
+    "backing_inode": 12,
+    "ref": "",
+    "state": "attached",
+    "lease": "pidfd 1",
+    "age": 3.5,
+}
 
 
 def answer(request: Request) -> None:
@@ -476,9 +489,10 @@ def test_a_code_of_the_future_is_an_error_too(sock: Path) -> None:
         b'{"leases": {}}',
         b'{"leases": [1]}',
         b'{"leases": [{}]}',
-        json.dumps({"leases": [dict(REPLY, devname="../../etc/passwd")]}).encode(),
-        json.dumps({"leases": [dict(REPLY, devname=None)]}).encode(),
-        b" " * (wire.MAX_REPLY + 1),
+        json.dumps({"leases": [dict(LEASE, devname="../../etc/passwd")]}).encode(),
+        json.dumps({"leases": [dict(LEASE, devname=None)]}).encode(),
+        json.dumps({"leases": [dict(LEASE, size=None)]}).encode(),
+        b'{"leases": []}' + b" " * wire.MAX_REPLY,
     ],
 )
 def test_a_reply_without_sense_is_named_so(payload: bytes, sock: Path) -> None:
@@ -580,21 +594,6 @@ def test_a_request_that_is_too_long_is_not_sent(image: Path, tmp_path: Path, soc
 
 
 # List, hello, names -----------------------------------------------------------------------------------------
-
-
-LEASE: dict[str, Any] = {
-    **REPLY,
-    "offset": 0,
-    "sizelimit": 0,
-    "partscan": False,
-    "backing_file": "/disk.img",
-    "backing_dev": "8:1",
-    "backing_inode": 12,
-    "ref": "",
-    "state": "attached",
-    "lease": "pidfd 1",
-    "age": 3.5,
-}
 
 
 def test_a_long_list_is_continued(sock: Path) -> None:

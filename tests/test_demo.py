@@ -15,9 +15,7 @@ def demo(*before: str) -> subprocess.CompletedProcess[str]:
     if os.geteuid() != 0:
         pytest.skip("binding a loop device and making namespaces needs root")
     command = [*before, "/usr/bin/python3", str(DEMO)]
-    return subprocess.run(
-        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
 
 
 def leftovers() -> list[Path]:
@@ -27,9 +25,7 @@ def leftovers() -> list[Path]:
 def test_demo() -> None:
     done = demo()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith(
-        "\nNothing is left behind: no device, no node, no process, no mount, no file.\n"
-    )
+    assert done.stdout.endswith("\nNothing is left behind: no device, no node, no process, no mount, no file.\n")
     assert leftovers() == []
 
 

@@ -16,9 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 
-def make(
-    *arguments: str, env: dict[str, str] | None = None, umask: int = -1
-) -> subprocess.CompletedProcess[str]:
+def make(*arguments: str, env: dict[str, str] | None = None, umask: int = -1) -> subprocess.CompletedProcess[str]:
     # MAKEFLAGS of a `make check` around it would override the variables given here.
     return subprocess.run(
         ["/usr/bin/make", "-s", "-C", str(ROOT), *arguments],
@@ -51,12 +49,8 @@ def test_files_of_the_package(tmp_path: Path) -> None:
     install(f"DESTDIR={tmp_path}", "PREFIX=/usr")
     found = files(tmp_path)
     modules = {f"usr/lib/loopd/loopd/{path.name}" for path in (ROOT / "loopd").glob("*.py")}
-    tag = subprocess.check_output(
-        [SYSTEM_PYTHON, "-c", "import sys; print(sys.implementation.cache_tag, end='')"]
-    )
-    compiled = {
-        f"{os.path.dirname(name)}/__pycache__/{Path(name).stem}.{tag.decode()}.pyc" for name in modules
-    }
+    tag = subprocess.check_output([SYSTEM_PYTHON, "-c", "import sys; print(sys.implementation.cache_tag, end='')"])
+    compiled = {f"{os.path.dirname(name)}/__pycache__/{Path(name).stem}.{tag.decode()}.pyc" for name in modules}
     assert found == modules | compiled | {
         "usr/bin/loopctl",
         "usr/sbin/loopd",
@@ -102,9 +96,7 @@ def test_program_runs_compiled_and_isolated(prefix: Path, tmp_path: Path, progra
     assert f"{prefix}/lib/loopd/loopd/__pycache__/" in ran.stderr  # -v names each module's file
     assert re.findall(rf"code object from '{prefix}.*\.py'", ran.stderr) == []  # compiled each time anew
     assert files(prefix) == before
-    assert (
-        subprocess.check_output([str(prefix / program), "--version"], cwd=tmp_path, text=True) == ran.stdout
-    )
+    assert subprocess.check_output([str(prefix / program), "--version"], cwd=tmp_path, text=True) == ran.stdout
 
 
 def test_programs_are_those_of_the_package(prefix: Path) -> None:

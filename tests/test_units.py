@@ -48,9 +48,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A root file system with nothing but an installation in the usual place."""
-    done = run(
-        "make", "-s", "-C", ROOT, "install", f"DESTDIR={tmp_path}", "PREFIX=/usr", env={"MAKEFLAGS": ""}
-    )
+    done = run("make", "-s", "-C", ROOT, "install", f"DESTDIR={tmp_path}", "PREFIX=/usr", env={"MAKEFLAGS": ""})
     assert done.returncode == 0, done.stderr
     return tmp_path
 
@@ -69,9 +67,7 @@ def options(path: Path) -> dict[str, list[str]]:
 
 
 def test_systemd_has_nothing_to_say_about_the_units(prefix: Path) -> None:
-    done = run(
-        "systemd-analyze", "verify", *UNITS, env={"SYSTEMD_UNIT_PATH": f"{prefix}/lib/systemd/system:"}
-    )
+    done = run("systemd-analyze", "verify", *UNITS, env={"SYSTEMD_UNIT_PATH": f"{prefix}/lib/systemd/system:"})
     said = [line for line in (done.stdout + done.stderr).splitlines() if line]
     if systemd_version() < 254:  # documented: there `stop` gives the leases up
         said = [line for line in said if "'FileDescriptorStorePreserve'" not in line]
@@ -80,9 +76,7 @@ def test_systemd_has_nothing_to_say_about_the_units(prefix: Path) -> None:
 
 def test_exposure(prefix: Path) -> None:
     unit = prefix / "lib/systemd/system/loopd.service"
-    done = run(
-        "systemd-analyze", "security", "--offline=yes", f"--threshold={EXPOSURE * 10:.0f}", "--no-pager", unit
-    )
+    done = run("systemd-analyze", "security", "--offline=yes", f"--threshold={EXPOSURE * 10:.0f}", "--no-pager", unit)
     assert done.returncode == 0, done.stdout
     assert "Overall exposure level for loopd.service" in done.stdout
 

@@ -72,9 +72,12 @@ def helpers(daemon: Daemon) -> list[int]:
 class Untouched:
     """What a daemon at rest holds; `check` tells what has been added since, or taken away."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, *, honest_first: bool = True) -> None:
         self._daemon = daemon
-        honest(daemon)
+        if honest_first:
+            honest(daemon)
+        else:
+            daemon.hello()  # starts it
         self._pid = daemon.pid
         self._before = eventually(self._settled, "the daemon is at rest")
 

@@ -1,0 +1,529 @@
+"""What the daemon and its service manager say to each other: sockets passed, signals, notify messages, the journal, a start that fails."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
+from processes import IN_NAMESPACE, NOBODY, Activated, Child, stays
+
+from loopd import wire
+
+HELLO = wire.encode_request(wire.Hello(0))
+PROMPT = 1.0
+"""Seconds for an answer that waits for nothing."""
+
+
+@pytest.fixture
+def activated(tmp_path: Path) -> Iterator[Callable[..., Activated]]:
+    """Daemons that are started by the test, on a listening socket which the test keeps."""
+    require(os.geteuid() == 0, "needs root: loop devices")
+    require(os.path.exists("/dev/loop-control"), "needs /dev/loop-control")
+    with contextlib.ExitStack() as stack:
+
+        def make(*options: str, wrapper: tuple[str, ...] = (), **environment: str) -> Activated:
+            directory = tmp_path / f"loopd{uuid.uuid4().hex[:4]}"
+            directory.mkdir()
+            daemon = Activated(directory, list(options), list(wrapper), environment)
+            stack.callback(daemon.stop)
+            return daemon
+
+        yield make
+
+
+def in_namespace(prepare: str) -> tuple[str, ...]:
+    """A wrapper that changes what the daemon sees of the file system."""
+    return (*IN_NAMESPACE, f'{prepare}; exec "$@"', "sh")
+
+
+def numbers_of(devname: str) -> list[str]:
+    """The devices that exist of the block of numbers that this one is of: a daemon takes them by blocks of 64."""
+    first = int(devname.removeprefix("loop")) // 64 * 64
+    return [name for number in range(first, first + 64) if exists(name := f"loop{number}")]
+
+
+# Sockets, idleness, signals ---------------------------------------------------------------------------------------
+
+
+def test_idle_exit_and_the_next_datagram(
+    activated: Callable[..., Activated], image: int, directory: int, tmp_path: Path
+) -> None:
+    daemon = activated("--idle-timeout", "0.5")
+    daemon.start()
+    lease = daemon.attach(image, directory)
+    stays(lambda: daemon.running, 1.5, "a daemon that holds something stays")
+    lease.close()
+    assert daemon.wait() == 0
+    assert not bound_to(tmp_path)
+    assert numbers_of(lease.fields["devname"]) == []
+
+    # Nobody is there; the socket is. This is what systemd waits for.
+    with Child(lambda tell: tell(ask(daemon.path, HELLO, []).fields)) as client:
+        assert select.select([daemon.listener], [], [], 10)[0]
+        assert not daemon.running
+        daemon.start()
+        assert client.hear()["protocol"] == wire.VERSION
+    assert daemon.wait() == 0
+
+
+def test_requests_end_the_idleness(activated: Callable[..., Activated]) -> None:
+    daemon = activated("--idle-timeout", "1")
+    daemon.start()
+    deadline = time.monotonic() + 2.5
+    while time.monotonic() < deadline:
+        assert daemon.hello().fields["protocol"] == wire.VERSION
+        time.sleep(0.1)
+    assert daemon.running
+    assert daemon.wait() == 0
+
+
+def test_no_request_is_lost_between_two_daemons(activated: Callable[..., Activated]) -> None:
+    daemon = activated()
+    daemon.start()
+    daemon.hello()
+    os.kill(daemon.pid, signal.SIGSTOP)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Child(lambda tell: tell(ask(daemon.path, HELLO, []).fields))) for _ in range(5)]
+        eventually(lambda: select.select([daemon.listener], [], [], 0)[0], "requests are there")
+        time.sleep(0.3)
+        os.kill(daemon.pid, signal.SIGTERM)
+        os.kill(daemon.pid, signal.SIGCONT)
+        assert daemon.wait() == 0
+        daemon.start()
+        for client in clients:
+            assert client.hear()["protocol"] == wire.VERSION
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_and_the_leases_that_nothing_keeps(
+    activated: Callable[..., Activated], make_image: Callable[..., int], directory: int, devices: Path, tmp_path: Path, number: int
+) -> None:  # fmt: skip
+    daemon = activated()
+    daemon.start()
+    leases = [daemon.attach(make_image(name=f"image{i}"), directory) for i in range(3)]
+    assert "runs by hand: leases end with it" in daemon.log()
+    with (devices / leases[0].fields["devname"]).open("rb") as used:
+        started = time.monotonic()
+        os.kill(daemon.pid, number)
+        assert daemon.wait() == 0
+        assert time.monotonic() - started < 8
+        assert list(devices.iterdir()) == []
+        # Never pulled away under somebody who has it open.
+        assert bound_to(tmp_path) == [leases[0].fields["devname"]]
+        assert len(used.read(4096)) == 4096
+    eventually(lambda: not bound_to(tmp_path), "the last one is free", 1)
+    assert "Traceback" not in daemon.log()
+    assert daemon.family() == []
+
+
+def test_a_hangup_signal_does_not_end_it(activated: Callable[..., Activated]) -> None:
+    daemon = activated()
+    daemon.start()
+    daemon.hello()
+    os.kill(daemon.pid, signal.SIGHUP)
+    stays(lambda: daemon.running, 0.3, "it runs")
+    assert daemon.hello().fields["protocol"] == wire.VERSION
+
+
+def test_both_sockets(activated: Callable[..., Activated], image: int, directory: int, tmp_path: Path) -> None:
+    """The name of the second says that it is the administrator's, which sees who has what."""
+    admin = tmp_path / "admin.sock"
+    daemon = activated(LISTEN_FDNAMES="loopd:admin")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(admin))
+        daemon.launch([daemon.listener.fileno(), listener.fileno()])
+        name = daemon.attach(image, directory).fields["devname"]
+        (row,) = daemon.ask(wire.Leases(0), []).fields["leases"]
+        assert "account" not in row
+        with contextlib.closing(ask(str(admin), wire.encode_request(wire.Leases(0)), [])) as reply:
+            (row,) = reply.fields["leases"]
+        assert (row["devname"], row["uid"], row["pid"]) == (name, os.getuid(), os.getpid())
+
+
+# Notify -----------------------------------------------------------------------------------------------------------
+
+
+class Manager:
+    """The service manager's end of the notify socket."""
+
+    def __init__(self, path: str) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind("\0" + path[1:] if path.startswith("@") else path)
+        self.socket.settimeout(10)
+
+    def message(self) -> str:
+        """The next message; the fds that came with it are closed."""
+        payload, control, _, _ = self.socket.recvmsg(65536, socket.CMSG_SPACE(4 * 253), socket.MSG_CMSG_CLOEXEC)
+        for _, _, data in control:
+            for fd in array.array("i", data):
+                os.close(fd)
+        return payload.decode()
+
+    def until(self, text: str) -> list[str]:
+        """The messages up to the first one that has `text`."""
+        found = [self.message()]
+        while text not in found[-1]:
+            found.append(self.message())
+        return found
+
+
+@pytest.fixture
+def manager(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Manager, str]]:
+    abstract = getattr(request, "param", "path") == "abstract"
+    path = f"@loopd-test-{uuid.uuid4().hex}" if abstract else str(tmp_path / "notify")
+    made = Manager(path)
+    with made.socket:
+        yield made, path
+
+
+@pytest.mark.parametrize("manager", ["path", "abstract"], indirect=True)
+def test_notify(activated: Callable[..., Activated], manager: tuple[Manager, str]) -> None:
+    told, path = manager
+    daemon = activated(NOTIFY_SOCKET=path, WATCHDOG_USEC="400000")
+    daemon.start()
+    before = told.until("READY=1")
+    assert all("READY" not in message for message in before[:-1])
+    assert "STATUS=" in before[-1]
+    assert daemon.hello().fields["protocol"] == wire.VERSION
+
+    # Twice in each interval, whether there is work or not.
+    told.until("WATCHDOG=1")
+    started = time.monotonic()
+    for _ in range(5):
+        told.until("WATCHDOG=1")
+    assert 0.5 < time.monotonic() - started < 2.0
+
+    os.kill(daemon.pid, signal.SIGTERM)
+    told.until("STOPPING=1")
+    assert daemon.wait() == 0
+    assert "runs by hand" not in daemon.log()
+
+
+def test_status_says_what_is_held(
+    activated: Callable[..., Activated], manager: tuple[Manager, str], image: int, directory: int, devices: Path
+) -> None:
+    told, path = manager
+    daemon = activated("--idle-timeout", "0.5", NOTIFY_SOCKET=path)
+    daemon.start()
+    told.until("STATUS=0 leases")
+    reply = daemon.attach(image, directory)
+    told.until("STATUS=1 lease")
+    assert daemon.ask(wire.Detach(reply.fields["devname"], 0, wait=5), []).fields == {"state": "released"}
+    told.until("STOPPING=1")  # idle: nothing was left in the fd store
+    assert daemon.wait() == 0
+
+
+def test_a_manager_that_does_not_read_holds_nobody_up(
+    activated: Callable[..., Activated], manager: tuple[Manager, str]
+) -> None:
+    _, path = manager
+    daemon = activated(NOTIFY_SOCKET=path, WATCHDOG_USEC="20000")  # fills the queue within a second
+    daemon.start()
+    daemon.hello()
+    time.sleep(1.0)
+    for _ in range(20):
+        started = time.monotonic()
+        assert daemon.hello().fields["protocol"] == wire.VERSION
+        assert time.monotonic() - started < PROMPT
+    daemon.kill(signal.SIGTERM)
+    assert daemon.wait() == 0
+
+
+def test_a_watchdog_that_is_for_another_process(activated: Callable[..., Activated], manager: tuple[Manager, str]) -> None:
+    told, path = manager
+    # The launcher sets WATCHDOG_PID to the daemon's own pid; env puts another in its place.
+    daemon = activated(NOTIFY_SOCKET=path, WATCHDOG_USEC="100000", wrapper=("env", "WATCHDOG_PID=1"))
+    daemon.start()
+    told.until("READY=1")
+    told.socket.settimeout(1.0)
+    with pytest.raises(TimeoutError):
+        told.until("WATCHDOG=1")
+
+
+# A start that fails -----------------------------------------------------------------------------------------------
+
+
+def refused(daemon: Activated, fds: list[int] | None = None) -> str:
+    """What a daemon says that does not start: one line, and exit status 1."""
+    daemon.launch([daemon.listener.fileno()] if fds is None else fds)
+    assert daemon.wait() == 1
+    log = daemon.log()
+    assert log.count("\n") == 1, log
+    assert log.startswith("loopd: ")
+    daemon.log_path.write_text("")
+    return log
+
+
+def test_no_socket(activated: Callable[..., Activated]) -> None:
+    said = refused(activated(), [])
+    assert "no socket was passed" in said
+    assert "loopd.socket" in said
+    assert "systemd-socket-activate --datagram" in said
+
+
+def test_sockets_that_were_passed_to_another_process(activated: Callable[..., Activated]) -> None:
+    """LISTEN_PID is for the process that was started; what it starts itself inherits the variable, not the meaning."""
+    assert "no socket was passed" in refused(activated(wrapper=("env", "LISTEN_PID=1")))
+
+
+def _stream() -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made.bind("")
+    made.listen()
+    return made
+
+
+def _internet() -> socket.socket:
+    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    made.bind(("127.0.0.1", 0))
+    return made
+
+
+@pytest.mark.parametrize("kind", [_stream, _internet])
+def test_a_socket_of_another_type(activated: Callable[..., Activated], kind: Callable[[], socket.socket]) -> None:
+    with kind() as passed:
+        said = refused(activated(), [passed.fileno()])
+    assert "no AF_UNIX datagram socket" in said
+    assert "ListenDatagram=" in said
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/etc/passwd"])
+def test_no_socket_at_all(activated: Callable[..., Activated], path: str) -> None:
+    """ListenSpecial= and ListenFIFO= pass such."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        assert "no AF_UNIX datagram socket" in refused(activated(), [fd])
+    finally:
+        os.close(fd)
+
+
+def test_loop_control_is_missing(activated: Callable[..., Activated]) -> None:
+    """And the request that started it is answered once it is there."""
+    daemon = activated(wrapper=in_namespace("mount -t tmpfs tmpfs /dev"))
+    with Child(lambda tell: tell(ask(daemon.path, HELLO, [], timeout=30).fields)) as client:
+        said = refused(daemon)
+        assert "/dev/loop-control is missing" in said
+        assert "modprobe loop" in said
+        again = Activated(daemon.directory, [], [], {}, daemon.listener)
+        try:
+            again.start()
+            assert client.hear()["protocol"] == wire.VERSION
+        finally:
+            again.kill(signal.SIGTERM)
+
+
+def test_loop_control_without_the_module(activated: Callable[..., Activated]) -> None:
+    prepare = "mount -t tmpfs tmpfs /dev; mknod /dev/loop-control c 10 254"  # a minor that no driver has
+    said = refused(activated(wrapper=in_namespace(prepare)))
+    assert "/dev/loop-control leads to no device" in said
+    assert "modprobe loop" in said
+
+
+def test_loop_control_is_not_permitted(activated: Callable[..., Activated]) -> None:
+    user = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs")
+    # So that it can read the interpreter and the tree wherever they are; it lets nobody write.
+    reader = ("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search", "--bounding-set=-all,+dac_read_search")
+    said = refused(activated(wrapper=(*user, *reader)))
+    assert "opening /dev/loop-control is not permitted" in said
+    assert "run as root" in said
+
+
+def test_loop_control_is_denied_by_the_mount(activated: Callable[..., Activated]) -> None:
+    prepare = "mount -t tmpfs -o nodev tmpfs /dev; mknod /dev/loop-control c 10 237"
+    assert "opening /dev/loop-control is not permitted" in refused(activated(wrapper=in_namespace(prepare)))
+
+
+def test_no_loop_device_can_be_opened(activated: Callable[..., Activated]) -> None:
+    """The control device alone, as a container with `--device /dev/loop-control` has it."""
+    prepare = "mount -t tmpfs tmpfs /dev; mknod /dev/loop-control c 10 237"
+    assert "no loop device can be opened" in refused(activated(wrapper=in_namespace(prepare)))
+
+
+@pytest.mark.parametrize("prepare", ["touch STATE", "mkdir STATE; mount -t tmpfs -o ro tmpfs STATE"], ids=["file", "read-only"])
+def test_the_state_directory_cannot_be_written(activated: Callable[..., Activated], tmp_path: Path, prepare: str) -> None:
+    state = tmp_path / "elsewhere"
+    daemon = activated("--state-directory", str(state), wrapper=in_namespace(prepare.replace("STATE", str(state))))
+    said = refused(daemon)
+    assert f"the number counter cannot be kept in {state}" in said
+
+
+def test_an_option_that_is_none(activated: Callable[..., Activated]) -> None:
+    daemon = activated("--foreground")
+    daemon.launch([])
+    assert daemon.wait() == 2
+    assert "usage: loopd" in daemon.log()
+
+
+# The journal ------------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """journald's end of its native protocol (https://systemd.io/JOURNAL_NATIVE_PROTOCOL), read as the document has it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "socket"
+        self.open()
+
+    def open(self) -> None:
+        """Bind the socket, anew."""
+        self.path.unlink(missing_ok=True)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(self.path))
+
+    def record(self, timeout: float = 10) -> dict[str, bytes]:
+        """The next record."""
+        self.socket.settimeout(timeout)
+        data = self.socket.recv(1 << 20)
+        fields = {}
+        while data:
+            line, _, data = data.partition(b"\n")
+            name, equals, value = line.partition(b"=")
+            if not equals:
+                size = int.from_bytes(data[:8], "little")
+                value, end, data = data[8 : 8 + size], data[8 + size : 9 + size], data[9 + size :]
+                assert end == b"\n"
+            assert re.fullmatch(rb"[A-Z][A-Z0-9_]{0,63}", name)
+            assert name.decode() not in fields
+            fields[name.decode()] = value
+        return fields
+
+    def of(self, event: str) -> dict[str, bytes]:
+        """The next record of that event; those of others are passed over."""
+        while (record := self.record())["LOOPD_EVENT"] != event.encode():
+            pass
+        return record
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    (tmp_path / "journal").mkdir()
+    made = Journal(tmp_path / "journal")
+    yield made
+    made.socket.close()
+
+
+@pytest.fixture
+def journalled(activated: Callable[..., Activated], journal: Journal) -> Activated:
+    """A daemon in a mount namespace where that journal is the system's."""
+    prepare = f"mount -t tmpfs tmpfs /run; mkdir -p /run/systemd/journal; mount --bind {journal.path.parent} /run/systemd/journal"
+    daemon = activated(wrapper=in_namespace(prepare))
+    daemon.start()
+    return daemon
+
+
+def test_records_are_structured_and_nothing_can_be_forged_into_one(
+    journalled: Activated, journal: Journal, directory: int, tmp_path: Path
+) -> None:
+    hostile = os.fsencode(tmp_path) + b"/\xff=\nPRIORITY=0\nLOOPD_UID=1\n\n\x1b[2J"
+    image = os.open(hostile, os.O_RDWR | os.O_CREAT)
+    try:
+        os.truncate(image, 1 << 20)
+        fields = journalled.attach(image, directory).fields
+        status = os.fstat(image)
+    finally:
+        os.close(image)
+    record = journal.of("attached")
+    assert record["LOOPD_BACKING_FILE"] == hostile
+    assert record["LOOPD_BACKING_INODE"] == str(status.st_ino).encode()
+    assert record["PRIORITY"] == b"6"
+    assert record["SYSLOG_IDENTIFIER"] == b"loopd"
+    assert record["LOOPD_DEVICE"] == fields["devname"].encode()
+    assert record["LOOPD_DISKSEQ"] == str(fields["diskseq"]).encode()
+    assert (record["LOOPD_PID"], record["LOOPD_UID"]) == (str(os.getpid()).encode(), str(os.getuid()).encode())
+    assert int(record["LOOPD_DURATION_USEC"]) > 0
+    # The catalog has an entry for each.
+    catalog = (ROOT / "systemd/loopd.catalog").read_text()
+    assert f"-- {record['MESSAGE_ID'].decode()}\n" in catalog
+
+    journalled.ask(wire.Detach(fields["devname"], 0, wait=5), [])
+    detached = journal.of("detached")
+    assert detached["LOOPD_DEVICE"] == record["LOOPD_DEVICE"]
+    assert detached["MESSAGE_ID"] != record["MESSAGE_ID"]
+    journalled.ask(wire.Detach("loop4096", 0), [])
+    refusal = journal.of("refused")
+    assert (refusal["LOOPD_CODE"], refusal["LOOPD_OPERATION"]) == (b"not-found", b"detach")
+    # Once, not on standard error too.
+    assert journalled.records() == []
+
+
+def refuse(daemon: Daemon, number: int) -> None:
+    """A request that is refused, which makes a record with this device."""
+    started = time.monotonic()
+    assert daemon.ask(wire.Detach("loop4096", 0, f"request-{number}"), []).code == "not-found"
+    assert time.monotonic() - started < PROMPT
+
+
+REFUSALS = 100
+"""More records than a socket queues by default, `net.unix.max_dgram_qlen` being 10, or 512 with systemd."""
+
+
+def test_a_journal_that_stalls_holds_nobody_up_and_loses_nothing(journalled: Activated, journal: Journal) -> None:
+    queue = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
+    for number in range(queue + REFUSALS):
+        refuse(journalled, number)
+    # It reads again. No request comes to remind the daemon of what waits.
+    for _ in range(queue + REFUSALS):
+        journal.of("refused")
+    with pytest.raises(TimeoutError):
+        journal.record(0.2)
+
+
+def test_a_journal_that_is_restarted(journalled: Activated, journal: Journal) -> None:
+    refuse(journalled, 0)
+    journal.of("refused")
+    journal.socket.close()
+    for number in range(5):
+        refuse(journalled, number)  # ECONNREFUSED
+    journal.path.unlink()
+    for number in range(5):
+        refuse(journalled, number)  # ENOENT
+    journal.open()
+    for _ in range(10):
+        journal.of("refused")
+
+
+def test_the_end_waits_for_the_journal_but_not_for_ever(journalled: Activated, journal: Journal) -> None:
+    queue = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
+    for number in range(queue + REFUSALS):
+        refuse(journalled, number)
+    started = time.monotonic()
+    journalled.kill(signal.SIGTERM)
+    assert journalled.wait() == 0
+    assert time.monotonic() - started < 8
+
+
+def test_at_the_end_the_last_records_are_written(journalled: Activated, journal: Journal) -> None:
+    queue = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
+    for number in range(queue + REFUSALS):
+        refuse(journalled, number)
+    os.kill(journalled.pid, signal.SIGTERM)
+    for _ in range(queue + REFUSALS):
+        journal.of("refused")
+    assert journalled.wait() == 0
+
+
+def test_without_a_journal_a_record_is_a_line(activated: Callable[..., Activated]) -> None:
+    require(shutil.which("unshare"), "needs unshare (package util-linux)")
+    daemon = activated(wrapper=in_namespace("mount -t tmpfs tmpfs /run"))
+    daemon.start()
+    daemon.ask(wire.Detach("loop4096", 0), [])
+    (record,) = eventually(lambda: daemon.records("refused"), "the record is written")
+    assert record["LOOPD_CODE"] == "not-found"
+
+
+def test_the_module_is_the_program() -> None:
+    done = subprocess.run(["python3", "-m", "loopd", "--version"], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert re.fullmatch(r"loopd \d+\.\d+\.\d+\n", done.stdout)

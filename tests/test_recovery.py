@@ -1,0 +1,551 @@
+"""Leases outlive the daemon: killed, restarted or replaced, the next one carries on with the same bindings, and loses or leaks none."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ask, bound_to, eventually, exists
+from kept import KINDS, Holding, Kept, Record, hold, kept, start_kept  # noqa: F401  # fixtures
+from processes import NOBODY, Child, become, stays
+from untouched import children, helpers, pair, reply_of, state
+
+from loopd import records, wire
+from loopd.leases import Slots
+from loopd.loop import Loop
+
+SOON = 1.0
+"""Seconds within which what ends a lease has ended it, with a daemon that runs."""
+
+
+@pytest.fixture
+def many(kept: Kept, make_image: Callable[..., int], directory: int) -> Iterator[dict[str, Holding]]:  # noqa: F811
+    """A lease of each kind, with different options."""
+    options: dict[str, dict[str, Any]] = {
+        "reply": {"lock": True},
+        "socket": {"partscan": True, "offset": 4096},
+        "pidfd": {"read_only": True, "ref": "a pidfd's"},
+        "sender": {"sector_size": 4096, "sizelimit": 65536},
+    }
+    with contextlib.ExitStack() as stack:
+        yield {
+            kind: stack.enter_context(hold(kept, kind, make_image(name=kind), directory, **options[kind])) for kind in KINDS
+        }
+
+
+def rows(daemon: Kept) -> dict[str, dict[str, Any]]:
+    """What `list` says but for the age."""
+    return {name: {k: v for k, v in row.items() if k != "age"} for name, row in daemon.leases().items()}
+
+
+def gone(devices: Path, tmp_path: Path, seconds: float = SOON) -> None:
+    """Node and binding go within `seconds`."""
+    deadline = time.monotonic() + seconds
+    eventually(lambda: not bound_to(tmp_path), "the file is free", seconds)
+    eventually(lambda: not list(devices.iterdir()), "the node is gone", max(0.01, deadline - time.monotonic()))
+
+
+def open_files(daemon: Kept) -> Counter[str]:
+    """What the main process has open, but for the channels to its helpers, whose number follows the load."""
+    found = Counter(daemon.fds())
+    found["socket:"] -= len(helpers(daemon))
+    return found
+
+
+def owned(slots: list[socket.socket]) -> Iterator[socket.socket]:
+    """Each in turn, closed afterwards."""
+    for slot in slots:
+        with slot:
+            yield slot
+
+
+def the_record(daemon: Kept) -> Record:
+    """The one record in the fd store."""
+    (record,) = daemon.records_in_store()
+    return record
+
+
+# Carried on -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "restart"])
+def test_every_kind_of_lease_is_carried_on(
+    kept: Kept, many: dict[str, Holding], devices: Path, tmp_path: Path, number: int  # noqa: F811
+) -> None:
+    before = rows(kept)
+    assert sorted(before) == sorted(lease.name for lease in many.values())
+    inodes = {node.name: node.stat().st_ino for node in devices.iterdir()}
+    for _ in range(2):
+        kept.kill(number)
+        assert rows(kept) == before
+        assert all(lease.bound() for lease in many.values())
+    assert {node.name: node.stat().st_ino for node in devices.iterdir()} == inodes
+    with (devices / many["socket"].name).open("r+b", buffering=0) as node:
+        node.write(b"written" * 512)
+        os.fsync(node.fileno())
+    assert (tmp_path / "socket").read_bytes()[4096:4103] == b"written"
+    with (devices / many["reply"].name).open("rb") as node, pytest.raises(BlockingIOError):
+        fcntl.flock(node, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    for lease in many.values():
+        assert kept.ask(wire.Detach(lease.name, 0, wait=5), []).fields == {"state": "released"}
+    gone(devices, tmp_path)
+    kept.end()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_end_is_noticed_after_the_restart(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path, kind: str  # noqa: F811
+) -> None:
+    with hold(kept, kind, image, directory) as lease:
+        kept.kill()
+        assert kept.leases()[lease.name]["state"] == "bound"
+        lease.finish()
+        gone(devices, tmp_path)
+    kept.end()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_end_during_the_outage_is_noticed(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path, kind: str  # noqa: F811
+) -> None:
+    with hold(kept, kind, image, directory) as lease:
+        with kept.outage():
+            lease.finish()
+            stays(lease.bound, 0.1, "the store holds it")
+        gone(devices, tmp_path, 5)
+    (record,) = eventually(lambda: kept.records("expired"), "the record is written")
+    assert record["LOOPD_DEVICE"] == lease.name
+    kept.end()
+
+
+def test_stopped_it_holds_every_lease(kept: Kept, many: dict[str, Holding], devices: Path) -> None:  # noqa: F811
+    kept.kill(signal.SIGTERM)
+    assert kept.ends == [0]
+    stays(lambda: not kept.running and all(lease.bound() for lease in many.values()), 0.3, "the store holds them")
+    assert len(list(devices.iterdir())) == len(KINDS)
+    assert len(kept.leases()) == len(KINDS)
+    assert kept.starts == 2
+
+
+def test_without_a_directory(kept: Kept, image: int) -> None:  # noqa: F811
+    reply = kept.ask(wire.Attach(0, reply_fd=1, deliver=("fd",)), [image])
+    kept.kill()
+    assert kept.leases()[reply.fields["devname"]]["state"] == "bound"
+    os.pwrite(reply.fds[0], b"loopd" * 1024, 0)
+    os.fsync(reply.fds[0])
+    assert os.pread(image, 5, 0) == b"loopd"
+    reply.close()
+    eventually(lambda: not kept.leases(), "the lease is over", SOON)
+    kept.end()
+
+
+def test_a_lease_of_another_user(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path  # noqa: F811
+) -> None:
+    """Owner and rights are carried on too: the node is removed from the client's directory as the client."""
+    os.chown(devices, NOBODY, NOBODY)
+    os.chmod(kept.path, 0o666)
+
+    def request(message: wire.Request, fds: list[int]) -> Child:
+        def client(tell: Callable[[Any], None]) -> None:
+            become(NOBODY)
+            reply = ask(f"/proc/self/fd/{path}", wire.encode_request(message), fds)
+            tell(reply.fields)
+            signal.pause()
+
+        return Child(client, [*fds, path])
+
+    path = os.open(kept.path, os.O_PATH)  # the directories above are root's alone
+    try:
+        with request(wire.Attach(0, 1, 2), [image, directory]) as holder:
+            name = holder.hear()["devname"]
+            kept.kill()
+            assert kept.ask(wire.Detach(name, 0), []).code == "not-found"
+            assert kept.leases()[name]["uid"] == NOBODY
+            with request(wire.Detach(name, 0), []) as other:
+                assert other.hear() == {"state": "released"}
+            gone(devices, tmp_path)
+    finally:
+        os.close(path)
+    kept.end()
+
+
+def test_left_over_partitions_go_with_the_device(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path  # noqa: F811
+) -> None:
+    with hold(kept, "reply", image, directory, partscan=True) as lease:
+        number = lease.name[4:]
+        with Loop(int(number)) as device:
+            device.add_partition(1, 512 * 64, 512 * 64)
+        kept.kill()
+        assert kept.leases()[lease.name]["partscan"] is True
+        assert exists(f"{lease.name}/{lease.name}p1")
+        with (devices / lease.name).open("rb"):
+            assert kept.ask(wire.Detach(lease.name, 0), []).fields == {"state": "busy"}
+            assert not exists(f"{lease.name}/{lease.name}p1")
+    gone(devices, tmp_path)
+    kept.end()
+
+
+# An attach that was under way: the record is there, and its client still waits -------------------------------------
+
+
+def in_flight(daemon: Kept, devices: Path, name: str) -> socket.socket:
+    """Make a lease as if its daemon had ended before the node and the answer; the client's end of the reply socket."""
+    ours, theirs = pair()
+    record = the_record(daemon)
+    os.dup2(theirs.fileno(), record.fds["reply"])
+    record.write()
+    record.close()
+    record.slot.close()
+    theirs.close()
+    (devices / name).unlink()
+    return ours
+
+
+@pytest.mark.parametrize("kind", ["reply", "socket", "pidfd"])
+def test_an_attach_under_way_is_completed_and_answered(
+    kept: Kept, image: int, directory: int, devices: Path, kind: str  # noqa: F811
+) -> None:
+    with hold(kept, kind, image, directory, id="mine") as lease:
+        with kept.outage():
+            ours = in_flight(kept, devices, lease.name)
+        with contextlib.closing(reply_of(ours)) as reply:
+            wanted = {name: value for name, value in lease.fields.items() if name != "warnings"}
+            assert {name: reply.fields.get(name) for name in wanted} == wanted
+            assert (devices / lease.name).is_block_device()
+            assert lease.bound()
+            ours.settimeout(0.2)
+            with pytest.raises(TimeoutError):  # once
+                ours.recv(1)
+            if kind == "reply":
+                reply.close()
+                eventually(lambda: not kept.leases(), "its end of the reply socket is the lease", SOON)
+    kept.end()
+
+
+def test_an_open_fd_is_delivered_after_all(kept: Kept, image: int, directory: int, devices: Path) -> None:  # noqa: F811
+    with hold(kept, "pidfd", image, directory, deliver=("node", "fd")) as lease:
+        with kept.outage():
+            ours = in_flight(kept, devices, lease.name)
+        with contextlib.closing(reply_of(ours)) as reply:
+            assert reply.code is not None or len(reply.fds) == 1
+            assert bool(reply.code) is not lease.bound()
+    kept.end()
+
+
+def test_an_attach_that_cannot_be_completed_is_refused(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path  # noqa: F811
+) -> None:
+    with hold(kept, "pidfd", image, directory) as lease:
+        with kept.outage():
+            ours = in_flight(kept, devices, lease.name)
+            (devices / lease.name).write_text("the client's own")
+        with contextlib.closing(reply_of(ours)) as reply:
+            assert reply.code == "exists"
+        eventually(lambda: not bound_to(tmp_path), "the file is free", SOON)
+    assert (devices / lease.name).read_text() == "the client's own"
+    kept.end()
+
+
+@pytest.mark.parametrize("kind", ["socket", "pidfd"])
+def test_a_client_that_has_its_answer_gets_no_other(
+    kept: Kept, image: int, directory: int, devices: Path, kind: str  # noqa: F811
+) -> None:
+    """It keeps its end of the reply socket open, and has removed the node, which it needs no more."""
+    ours, theirs = pair()
+    with ours, theirs:
+        reply = kept.ask(wire.Attach(0, 1, 3, 2), [image, directory, theirs.fileno()])
+        (devices / reply.fields["devname"]).unlink()
+        kept.kill()
+        assert len(kept.leases()) == 1
+        reply.channel.settimeout(0.3)
+        try:
+            again = reply.channel.recv(wire.MAX_REPLY)
+        except TimeoutError:
+            again = b""
+        assert again == b""  # hung up, or nothing
+        assert not list(devices.iterdir())
+    eventually(lambda: not kept.leases(), "the lease is over", SOON)
+    kept.end()
+
+
+def test_a_datagram_that_comes_during_the_outage_is_served(
+    kept: Kept, image: int, directory: int, devices: Path  # noqa: F811
+) -> None:
+    ours, theirs = pair()
+    kept.hello()
+    with kept.outage(), theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.connect(kept.path)
+        socket.send_fds(sender, [wire.encode_request(wire.Attach(0, 1, 2))], [image, directory, theirs.fileno()])
+    with contextlib.closing(reply_of(ours)) as reply:
+        assert (devices / reply.fields["devname"]).is_block_device()
+    kept.end()
+
+
+# A release that was under way --------------------------------------------------------------------------------------
+
+
+def add_record(daemon: Kept, fields: dict[str, Any]) -> None:
+    """Put a record without fds into a free slot."""
+    taken = {record.slot.getsockname(): record for record in daemon.records_in_store()}
+    for record in taken.values():
+        record.close()
+        record.slot.close()
+    slots = daemon.slots()
+    free = next(slot for slot in slots if slot.getsockname() not in taken)
+    free.send(json.dumps(fields).encode())
+    for slot in slots:
+        slot.close()
+
+
+def test_between_the_two_records_of_a_release(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path  # noqa: F811
+) -> None:
+    """The nodes are gone, the second record is there and the first one too."""
+    with hold(kept, "socket", image, directory) as lease:
+        with kept.outage():
+            record = the_record(kept)
+            record.close()
+            record.slot.close()
+            add_record(kept, {**record.fields, "releasing": True, "fds": []})
+            (devices / lease.name).unlink()
+        assert [row["state"] for row in kept.leases().values()] == ["bound"]
+        assert kept.in_store() == [lease.name]
+        assert lease.bound()
+        assert kept.ask(wire.Detach(lease.name, 0), []).fields == {"state": "released"}
+        gone(devices, tmp_path)
+    kept.end()
+
+
+def test_a_release_whose_device_has_gone(kept: Kept, image: int, directory: int) -> None:  # noqa: F811
+    with hold(kept, "socket", image, directory) as lease:
+        with kept.outage():
+            record = the_record(kept)
+            record.close()
+            record.fds = {}
+            record.fields.update(releasing=True, fds=[])
+            record.write()
+            record.slot.close()
+            eventually(lambda: not lease.bound(), "the kernel has unbound it")
+        kept.hello()
+        assert not kept.leases()
+        assert not kept.in_store()
+        eventually(lambda: not exists(lease.name), "its number is gone")
+    kept.end()
+
+
+@pytest.mark.parametrize("closed", ["after", "during"])
+def test_a_device_that_others_hold_open(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path, closed: str  # noqa: F811
+) -> None:
+    with hold(kept, "reply", image, directory) as lease:
+        opened = (devices / lease.name).open("rb")
+        assert kept.ask(wire.Detach(lease.name, 0), []).fields == {"state": "busy"}
+        if closed == "during":
+            with kept.outage():
+                opened.close()
+        else:
+            kept.kill()
+            assert [row["state"] for row in kept.leases().values()] == ["held"]
+            assert kept.ask(wire.Detach(lease.name, 0), []).fields == {"state": "busy"}
+            assert bound_to(tmp_path) == [lease.name]
+            opened.close()
+        eventually(lambda: not kept.leases(), "the lease is over", 5)
+        gone(devices, tmp_path)
+        eventually(lambda: not exists(lease.name), "its number is gone")
+    kept.end()
+
+
+# The record's shape ------------------------------------------------------------------------------------------------
+
+
+def change(daemon: Kept, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write the one record anew, as another edition of the daemon would have."""
+    record = the_record(daemon)
+    change(record.fields)
+    record.write()
+    record.close()
+    record.slot.close()
+
+
+def test_a_record_of_an_older_edition(kept: Kept, image: int, directory: int, devices: Path) -> None:  # noqa: F811
+    """It has not the fields that came later, and perhaps one that is no more."""
+
+    def older(fields: dict[str, Any]) -> None:
+        del fields["holder"]["id"]
+        for part in (fields, fields["holder"], fields["binding"]):
+            part["of-another-edition"] = ["x", {"y": None}]
+
+    with hold(kept, "reply", image, directory) as lease:
+        before = rows(kept)
+        with kept.outage():
+            change(kept, older)
+        assert rows(kept) == before
+        assert not kept.records("warned")
+        assert kept.ask(wire.Detach(lease.name, 0), []).fields == {"state": "released"}
+        assert not list(devices.iterdir())
+    kept.end()
+
+
+def test_a_record_of_a_newer_version_is_kept(
+    kept: Kept, make_image: Callable[..., int], directory: int, devices: Path  # noqa: F811
+) -> None:
+    """A downgrade loses nothing: the device stays bound, and the next upgrade carries the lease on."""
+    with hold(kept, "pidfd", make_image(), directory) as lease:
+
+        def set_version(version: int) -> None:
+            change(kept, lambda fields: fields.update(version=version))
+
+        with kept.outage():
+            set_version(records.VERSION + 1)
+        for _ in range(2):
+            assert not kept.leases()
+            assert lease.bound()
+            assert (devices / lease.name).is_block_device()
+            assert kept.in_store() == [lease.name]
+            with hold(kept, "reply", make_image(name="other"), directory) as other:
+                assert other.name != lease.name
+                assert list(kept.leases()) == [other.name]
+            eventually(lambda: not kept.leases(), "the other lease is over")
+            kept.kill()
+        kept.hello()
+        # The warning has been written by each of the three that found it.
+        assert ["newer" in r["MESSAGE"] or "version" in r["MESSAGE"] for r in kept.records("warned")] == [True] * 3
+        with kept.outage():
+            set_version(records.VERSION)
+        assert list(kept.leases()) == [lease.name]
+    eventually(lambda: not kept.leases(), "the lease is over", SOON)
+    kept.end()
+
+
+MISSHAPEN: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no-version": lambda fields: fields.pop("version"),
+    "version-of-letters": lambda fields: fields.update(version="2"),
+    "no-holder": lambda fields: fields.pop("holder"),
+    "a-list-for-the-holder": lambda fields: fields.update(holder=[]),
+    "a-list-for-the-binding": lambda fields: fields.update(binding=[]),
+    "a-binding-without-device": lambda fields: fields["binding"].pop("devname"),
+    "no-releasing": lambda fields: fields.pop("releasing"),
+    # What a limit of open files that has become too low does.
+    "more-fds-than-there-are": lambda fields: fields["fds"].append("lock"),
+}
+
+
+@pytest.mark.parametrize("shape", MISSHAPEN)
+def test_a_record_that_cannot_be_read_is_kept(
+    kept: Kept, image: int, directory: int, shape: str  # noqa: F811
+) -> None:
+    """Whatever is in a slot, the daemon starts and serves, and the device is not given away."""
+    with hold(kept, "pidfd", image, directory) as lease, contextlib.ExitStack() as stack:
+        record = the_record(kept)
+        stack.callback(record.close)
+        stack.callback(record.slot.close)
+        good = json.loads(json.dumps(record.fields))
+        with kept.outage():
+            MISSHAPEN[shape](record.fields)
+            record.write()
+        try:
+            eventually(lambda: kept.ready or kept.starts > 3, "it starts or fails", 20)
+            assert kept.starts == 2, kept.log()[-2000:]
+            assert not kept.leases()
+            assert lease.bound()
+            assert kept.records("warned")
+            assert "/dev/" + lease.name not in kept.fds(), "nothing but the slot holds the device"
+        finally:
+            with kept.outage():
+                record.fields = good
+                record.write()
+        assert list(kept.leases()) == [lease.name]
+    kept.end()
+
+
+# The store ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_store_does_not_grow(
+    kept: Kept, make_image: Callable[..., int], directory: int, devices: Path  # noqa: F811
+) -> None:
+    """Slots are used again: after 40 leases and 8 crashes the manager and the daemon hold what they held before."""
+    image = make_image()
+    kept.attach(image, directory).close()
+    eventually(lambda: not kept.leases(), "the first lease is over")
+    files, own = kept.stored(), open_files(kept)
+    slots = sorted(slot.getsockname() for slot in owned(kept.slots()))
+    for turn in range(8):
+        with contextlib.ExitStack() as stack:
+            leases = [stack.enter_context(hold(kept, KINDS[i % 3], image, directory)) for i in range(5)]
+            kept.kill()
+            for lease in leases[turn % 3 :]:
+                assert kept.ask(wire.Detach(lease.name, 0, wait=5), []).fields == {"state": "released"}
+        eventually(lambda: not kept.leases(), "no lease is left")
+    eventually(lambda: not kept.in_store(), "every slot is empty")
+    assert kept.stored() == files
+    assert sorted(slot.getsockname() for slot in owned(kept.slots())) == slots
+    eventually(lambda: open_files(kept) == own, "the daemon has not more open than before")
+    assert not list(devices.iterdir())
+    kept.end()
+
+
+def test_more_leases_than_a_batch_of_slots(kept: Kept, image: int, directory: int) -> None:  # noqa: F811
+    names = [kept.attach(image, directory).fields["devname"] for _ in range(Slots.BATCH + 6)]
+    assert kept.in_store() == sorted(names)
+    before = rows(kept)
+    kept.kill()
+    assert rows(kept) == before
+    assert kept.in_store() == sorted(names)
+    files = kept.stored()
+    for reply in kept._replies:
+        reply.close()
+    eventually(lambda: not kept.leases(), "no lease is left")
+    kept.end()
+    assert kept.stored() == files
+
+
+# Parts of the daemon end -------------------------------------------------------------------------------------------
+
+
+def test_killed_while_it_starts(kept: Kept, many: dict[str, Holding], devices: Path) -> None:  # noqa: F811
+    """Recovery only reads: it can be cut off anywhere."""
+    before = rows(kept)
+    chance = random.Random(0)
+    for _ in range(10):
+        pid = kept.pid
+        os.kill(pid, signal.SIGKILL)
+        following = eventually(lambda pid=pid: kept.running not in (0, pid) and kept.running, "the next one is started")
+        time.sleep(chance.uniform(0, 0.25))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(following, signal.SIGKILL)
+    assert rows(kept) == before
+    assert all(lease.bound() for lease in many.values())
+    assert len(list(devices.iterdir())) == len(many)
+    assert len(kept.in_store()) == len(many)
+
+
+def test_any_child_may_end(kept: Kept, make_image: Callable[..., int], directory: int, devices: Path) -> None:  # noqa: F811
+    """Killed one by one, helpers and the process that makes the numbers are replaced, and the lease knows nothing of it."""
+    with hold(kept, "reply", make_image(), directory) as lease:
+        pid = kept.pid
+        for _ in range(3):
+            for child in children(pid):
+                os.kill(child, signal.SIGKILL)
+            with hold(kept, "reply", make_image(name="other"), directory) as other:
+                assert kept.ask(wire.Detach(other.name, 0, wait=5), []).fields == {"state": "released"}
+                eventually(lambda name=other.name: not exists(name), "its number is gone")
+        assert kept.pid == pid
+        assert lease.bound()
+        assert [node.name for node in devices.iterdir()] == [lease.name]
+        assert helpers(kept)
+        assert not [child for child in children(pid) if state(child) == "Z"]
+    kept.end()

@@ -1,0 +1,79 @@
+"""Collection of the VM's tests, and the VMs themselves.
+
+The tests below `inside/` are collected on the host to know what is expected, and run in the VM; each is a test of its own on the
+host: `test_inside[MACHINE-FILE::TEST]`. A VM boots when its first test starts, and runs exactly the tests that were
+selected on the host, in that order. Which machines: `--vm-machines` (none by default, so that the machine's own tests do
+not need QEMU).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from harness import qemu, table  # noqa: E402 - the folder has to be on the path first
+
+RUNS = pytest.StashKey[dict[str, qemu.Run]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--vm-machines", default="", metavar="NAME,…", help="run the VM tests on these machines")
+    parser.addoption("--vm-folder", default=qemu.INSIDE, help="the tests to run; others than the default go without loopd")
+    parser.addoption("--vm-table", default="", metavar="FILE", help="write the results as a table to FILE")
+
+
+def machines(config: pytest.Config) -> list[str]:
+    return [name for name in config.getoption("--vm-machines", "").split(",") if name]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path in (HERE / "inside", HERE / "sample"):
+        return True
+    return True if collection_path.parent == HERE and not machines(config) else None
+
+
+def inside_tests(folder: str) -> list[str]:
+    """The node ids below FOLDER, as the VM will know them."""
+    path = qemu.PROJECT / folder
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    command += ["-p", "report", f"--rootdir={path}", f"--confcutdir={path}", "."]
+    environment = {**os.environ, "PYTHONPATH": str(HERE / "guest"), "LOOPD_VM_RESULTS": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    if done.returncode != 0 or not tests:
+        raise pytest.UsageError(f"the tests in {folder} cannot be collected:\n{done.stdout}")
+    return tests
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"machine", "test"} <= set(metafunc.fixturenames):
+        tests = inside_tests(metafunc.config.getoption("--vm-folder"))
+        pairs = [(machine, test) for machine in machines(metafunc.config) for test in tests]
+        metafunc.parametrize("machine, test", pairs, ids=[f"{machine}-{test}" for machine, test in pairs], scope="session")
+
+
+@pytest.fixture(scope="session")
+def vm(machine: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[qemu.Run]:
+    """The machine, running those of its tests that are selected on the host."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    tests = [call.params["test"] for call in calls if call and call.params.get("machine") == machine]
+    folder = request.config.getoption("--vm-folder")
+    plan = qemu.Plan(tests, folder, qemu.INSTALL if folder == qemu.INSIDE else ())
+    with qemu.run(machine, tmp_path_factory.mktemp(f"vm-{machine}"), plan) as run:
+        request.config.stash.setdefault(RUNS, {})[machine] = run
+        yield run
+        run.finish()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path, runs = session.config.getoption("--vm-table", ""), session.config.stash.get(RUNS, {})
+    if path and runs:
+        Path(path).write_text(table.table(runs))

@@ -1,0 +1,81 @@
+"""What the VMs are made of: images (a suite, its packages, extra kernels) and machines (an image booted with one kernel).
+
+Only values; `image` builds them and `qemu` boots them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SYSTEM = (
+    "systemd systemd-sysv systemd-container udev dbus dbus-user-session libpam-systemd login passwd procps kmod "
+    "util-linux mount linux-image-cloud-amd64 busybox-static cpio xz-utils zstd "
+    "python3 python3-systemd python3-pytest python3-docutils make acl strace psmisc"
+).split()
+DISKS = (
+    "fdisk gdisk parted e2fsprogs dosfstools mtools lvm2 mdadm btrfs-progs xfsprogs f2fs-tools udisks2 dmsetup fuse3 "
+    "qemu-utils"
+).split()
+CONTAINERS = "podman crun uidmap passt slirp4netns fuse-overlayfs bubblewrap docker.io lxc".split()
+BUILDERS = "fai-server fai-setup-storage debootstrap".split()
+
+# What is in /srv/container, the small root directory (no systemd, no kernel) that the tests' containers start from.
+CONTAINER = "python3 util-linux mount fdisk gdisk parted e2fsprogs dosfstools mtools".split()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel besides the one of the image's own suite: the newest of `suites` that matches `version`, a prefix."""
+
+    name: str
+    suites: tuple[str, ...]
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Image:
+    name: str
+    suite: str
+    packages: tuple[str, ...]
+    container: tuple[str, ...] = tuple(CONTAINER)
+    kernels: tuple[Kernel, ...] = ()
+    size: str = "5G"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`kernel` is a name of the image's `kernels`, or "default" for the suite's own."""
+
+    name: str
+    image: str
+    kernel: str = "default"
+
+
+ALL = (*SYSTEM, *DISKS, *CONTAINERS, *BUILDERS)
+
+IMAGES = {
+    image.name: image
+    for image in (
+        Image("stable", "trixie", (*ALL, "docker-cli")),
+        Image(
+            "kernels",
+            "trixie",
+            (*ALL, "docker-cli"),
+            kernels=(
+                Kernel("5.10", ("bullseye",), "5.10."),
+                Kernel("newest", ("trixie-backports", "sid")),
+            ),
+        ),
+        Image("oldstable", "bookworm", ALL),
+    )
+}
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        Machine("stable", "stable"),
+        Machine("oldstable", "oldstable"),
+        Machine("5.10", "kernels", "5.10"),
+        Machine("newest", "kernels", "newest"),
+    )
+}

@@ -1,0 +1,137 @@
+"""What the tests inside of a VM share: run a command, wait for something, read the journal, list what loopd holds.
+
+Standard library only, and nothing of loopd: the tests see it as an administrator does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SERVICE, SOCKET, ADMIN = "loopd.service", "loopd.socket", "loopd-admin.socket"
+SOCKET_PATH = Path("/run/loopd/loopd.sock")
+DROP_IN = Path("/run/systemd/system/loopd.service.d/test.conf")
+OPTIONS = Path("/run/loopd-test-options")
+FIRST_NUMBER = 4096
+KERNEL = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+
+
+def run(*command: str | Path, timeout: float = 90, check: bool = True, text: str = "") -> str:
+    """The command's standard output; its standard error goes to the test's, to be shown when the test fails."""
+    done = subprocess.run(command, input=text, stdout=subprocess.PIPE, timeout=timeout, check=False, text=True)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stdout}")
+    return done.stdout
+
+
+def systemd_version() -> int:
+    return int(run("systemctl", "--version").split()[1].partition(".")[0])
+
+
+def loopctl(*arguments: str | Path) -> str:
+    return run("loopctl", *arguments)
+
+
+def prop(unit: str, name: str) -> str:
+    return run("systemctl", "show", "--property", name, "--value", unit).strip()
+
+
+def wait_for(what: str, condition: Callable[[], object], seconds: float = 30) -> None:
+    """Wait until CONDITION holds. Software emulation is slow: a generous limit costs nothing where all is well."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
+        time.sleep(0.1)
+
+
+def leases() -> list[dict[str, Any]]:
+    """Every lease there is, from the administrator's socket."""
+    found: list[dict[str, Any]] = json.loads(loopctl("--admin", "list", "--json"))["leases"]
+    return found
+
+
+def bound() -> dict[str, str]:
+    """Devices of loopd's range that are bound, with their backing files: what the kernel says, not what loopd does."""
+    found = {}
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        name = path.parts[3]
+        if int(name[4:]) >= FIRST_NUMBER:
+            found[name] = path.read_text().strip()
+    return found
+
+
+def disk_links() -> dict[str, str]:
+    """Everything below /dev/disk: each link with where it leads."""
+    return {str(path): os.readlink(path) for path in Path("/dev/disk").rglob("*") if path.is_symlink()}
+
+
+@contextmanager
+def drop_in(text: str) -> Iterator[None]:
+    """A drop-in for loopd.service; the service is stopped before and after, its socket is not."""
+
+    def apply() -> None:
+        run("systemctl", "stop", SERVICE)
+        run("systemctl", "daemon-reload")
+
+    DROP_IN.parent.mkdir(parents=True, exist_ok=True)
+    DROP_IN.write_text(text)
+    try:
+        apply()
+        yield
+    finally:
+        DROP_IN.unlink()
+        apply()
+
+
+@contextmanager
+def idle_timeout(seconds: float) -> Iterator[None]:
+    """The service with another patience: by an option that conftest.py lets it read from a file, since a reload of systemd is slow."""
+    run("systemctl", "stop", SERVICE)
+    OPTIONS.write_text(f"OPTIONS=--idle-timeout={seconds}\n")
+    try:
+        yield
+    finally:
+        OPTIONS.unlink()
+        run("systemctl", "stop", SERVICE)
+
+
+def attach(disk: Path, *options: str | Path) -> str:
+    """Attach on the host, whose /dev has the kernel's nodes already, with a node beside the file; the node's path."""
+    nodes = disk.parent / "dev"
+    nodes.mkdir(exist_ok=True)
+    device = loopctl("attach", "--directory", nodes, *options, disk).strip()
+    assert device.startswith(f"{nodes}/loop"), device
+    return device
+
+
+def with_device(disk: Path, *command: str) -> str:
+    """Run a command with a device for its length."""
+    nodes = disk.parent / "dev"
+    nodes.mkdir(exist_ok=True)
+    return loopctl("run", "--directory", nodes, disk, "--", *command)
+
+
+def name(device: str) -> str:
+    return device.rpartition("/")[2]
+
+
+class Journal:
+    """The journal from now on."""
+
+    def __init__(self) -> None:
+        line = run("journalctl", "--lines=0", "--show-cursor", "--quiet")
+        self.cursor = line.partition("cursor: ")[2].strip()
+
+    def text(self, *arguments: str) -> str:
+        run("journalctl", "--sync")
+        return run("journalctl", "--quiet", f"--after-cursor={self.cursor}", *arguments)
+
+    def records(self, *arguments: str) -> list[dict[str, str]]:
+        return [json.loads(line) for line in self.text("--output=json", *arguments).splitlines()]

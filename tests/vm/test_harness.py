@@ -1,0 +1,93 @@
+"""The harness reports what went wrong, however it went wrong: a run that says nothing must never look like one that passed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from harness import image, qemu
+from harness.machines import IMAGES, MACHINES
+
+HERE = Path(__file__).parent
+SAMPLE = "tests/vm/sample"
+
+
+@pytest.fixture
+def any_machine(request: pytest.FixtureRequest) -> str:
+    name: str = request.config.getoption("--vm-machines").split(",")[0]
+    return name
+
+
+def sample(*names: str) -> list[str]:
+    return [f"test_sample.py::{name}" for name in names]
+
+
+def test_outcomes(any_machine: str, tmp_path: Path) -> None:
+    """Through pytest, as `make check-vm` does it: each outcome arrives as it was, and the VM's early end fails the rest."""
+    command = [sys.executable, "-m", "pytest", "tests/vm/test_vm.py", f"--vm-machines={any_machine}", f"--vm-folder={SAMPLE}"]
+    command += ["-p", "no:cacheprovider", f"--basetemp={tmp_path}/base", f"--junitxml={tmp_path}/junit.xml"]
+    command += ["-k", "not hangs and not closing"]
+    environment = {**os.environ, "LOOPD_TEST_REQUIRE_ALL": "0"}
+    done = subprocess.run(command, cwd=qemu.PROJECT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 1, done.stdout
+    ends: dict[str, tuple[str, str]] = {}
+    for case in ElementTree.parse(tmp_path / "junit.xml").iter("testcase"):
+        name = case.attrib["name"].partition("::")[2].removesuffix("]")
+        verdict = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        text = "".join(case.itertext()) + (verdict.attrib.get("message", "") if verdict is not None else "")
+        ends[name] = ("passed" if verdict is None else verdict.tag, text)
+    assert {name: end for name, (end, _) in ends.items()} == {
+        "test_passes": "passed",
+        "test_fails": "failure",
+        "test_skips": "skipped",
+        "test_parameter[one]": "passed",
+        "test_parameter[two words]": "passed",
+        r"test_parameter[k\\xe4se]": "passed",
+        "test_cleanup_fails": "failure",
+        "test_deadline": "failure",
+        "test_power_failure": "failure",
+        "test_after_the_end": "failure",
+    }, done.stdout
+    assert "a reason to fail" in ends["test_fails"][1]
+    assert "sample" in ends["test_fails"][1] and "a line for the journal" in ends["test_fails"][1]
+    assert "a reason to skip" in ends["test_skips"][1]
+    assert "the cleanup failed" in ends["test_cleanup_fails"][1]
+    assert "deadline" in ends["test_deadline"][1]
+    assert "before its closing line" in ends["test_power_failure"][1]
+    assert "before its closing line" in ends["test_after_the_end"][1]
+
+
+def test_hang(any_machine: str, tmp_path: Path) -> None:
+    plan = qemu.Plan(sample("test_passes", "test_hangs", "test_after_the_end"), SAMPLE, (), silence_deadline=15)
+    with qemu.run(any_machine, tmp_path, plan) as run:
+        assert run.result("test_sample.py::test_passes").outcome == "passed"
+        with pytest.raises(qemu.RunFailed, match=r"silent for 15 s(.|\n)*begin test_sample.py::test_hangs"):
+            run.result("test_sample.py::test_hangs")
+        assert run.qemu.poll() is not None, "the VM still runs"
+        with pytest.raises(qemu.RunFailed, match="silent"):
+            run.result("test_sample.py::test_after_the_end")
+
+
+def test_no_closing_line(any_machine: str, tmp_path: Path) -> None:
+    """Every test has its result and the VM powers off in good order, but the last word is missing."""
+    with qemu.run(any_machine, tmp_path, qemu.Plan(sample("test_passes", "test_no_closing_line"), SAMPLE, ())) as run:
+        assert run.result("test_sample.py::test_passes").outcome == "passed"
+        with pytest.raises(qemu.RunFailed, match="before its closing line"):
+            run.finish()
+
+
+def test_failed_install(any_machine: str, tmp_path: Path) -> None:
+    plan = qemu.Plan(sample("test_passes"), SAMPLE, ("echo first", "echo second; exit 3", "echo third"))
+    with qemu.run(any_machine, tmp_path, plan) as run:
+        with pytest.raises(qemu.RunFailed, match=r"could not be installed(.|\n)*first\n(.|\n)*second\nexit status 3\n---"):
+            run.result("test_sample.py::test_passes")
+
+
+def test_a_change_makes_a_new_image() -> None:
+    keys = {image.digest(spec) for spec in IMAGES.values()}
+    assert len(keys) == len(IMAGES)
+    assert all(machine.image in IMAGES for machine in MACHINES.values())
