@@ -300,7 +300,7 @@ class Helper:
 
 
 def _check_mknod(pid: int, terms: Terms) -> tuple[str, ...]:
-    if not rights.can_make_nodes(pid):
+    if not rights.can_make_nodes(pid) or files.on_host(pid):
         return ()
     if not terms.mknod:
         raise Refusal(Code.NOT_PERMITTED, "the client has CAP_MKNOD: run its container with --cap-drop MKNOD")

@@ -351,7 +351,7 @@ def decode(payload: bytes) -> tuple[Envelope, Request | Refusal]:
 
 
 class Attached(NamedTuple):
-    """Reply to ``attach``. Sizes in bytes; `diskseq` is None before Linux 5.15; flags are the kernel's."""
+    """Reply to ``attach``. Sizes in bytes, flags are the kernel's; `diskseq` is None before Linux 5.15."""
 
     devname: str
     diskseq: int | None
@@ -372,7 +372,7 @@ class Detached(NamedTuple):
 
 
 class LeaseInfo(NamedTuple):
-    """One row of the reply to ``list``. Times in seconds, sizes in bytes; the owner is told on the admin socket only."""
+    """One row of the reply to ``list``. Times in seconds, sizes in bytes; the owner is for the admin socket."""
 
     devname: str
     diskseq: int | None
