@@ -18,7 +18,11 @@ import time
 
 from . import __version__, leases, numbers, policy, pool, sd, transport, uevents
 from .audit import Audit, Event
-from .devices import Nodes
+from .devices import Access
+from .grants import ROOT, Grants
+from .helper import Tools
+from .inotify import Inotify
+from .lifecycle import Lifecycle
 from .loop import LoopControl
 from .numbers import Counter, Numbers
 from .poller import Poller
@@ -57,6 +61,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--instance", default="", metavar="NAME", help="the NAME of loopd@NAME.service, for the journal"
     )
     parser.add_argument(
+        "--grant-directory", metavar="DIR", default=ROOT,
+        help="the tmpfs with the directories that are bound into containers (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--state-directory", metavar="DIR", default=os.environ.get("STATE_DIRECTORY", STATE_DIRECTORY),
         help="where the number counter is (default: $STATE_DIRECTORY or %(default)s)",
     )  # fmt: skip
@@ -90,13 +98,13 @@ _CONTROL = {
 }
 
 
-def _control(nodes: Nodes) -> LoopControl:
+def _control(access: Access) -> LoopControl:
     try:
-        control = nodes.open_control()
+        control = access.open_control()
     except OSError as error:
         raise CannotStart(_CONTROL.get(error.errno or 0, f"/dev/loop-control cannot be opened: {error}")) from error
     try:
-        if not nodes.has_configure(control):
+        if not access.has_configure(control):
             raise CannotStart(f"Linux {os.uname().release} has no LOOP_CONFIGURE: loopd needs Linux 5.8 or later")
     except OSError as error:
         raise CannotStart(f"no loop device can be opened: {error}") from error
@@ -132,35 +140,30 @@ class Daemon:
         self._watchdog = sd.watchdog_interval()
         self._audit = Audit(options.instance)
         listeners = _listeners(passed)
-        self._nodes = Nodes()
-        self._control = _control(self._nodes)
+        access = Access()
+        self._control = _control(access)
         self._poller = Poller()
         self._stopping = False
         self._catch_signals()
-        self._numbers = Numbers(_counter(options.state_directory, self._audit), self._fork_numbers())
         self._options = options
         self._policy = self._load_policy()
-        self._slots = leases.Slots(self._notifier)
-        sockets = [listener.socket for listener in listeners]
-
-        def make_pool(ready):  # type: ignore[no-untyped-def]  # one use, below
-            return Pool(self._poller, sockets, self._control, self._nodes, ready)
-
+        self._numbers = Numbers(_counter(options.state_directory, self._audit), self._fork_numbers())
+        slots = leases.Slots(self._notifier)
+        watches = Inotify()
+        grants = Grants(options.grant_directory)
+        tools = Tools([listener.socket for listener in listeners], self._control, access, grants, watches.fd)
+        self._pool = Pool(self._poller, tools, self._helper_ready)
+        self._lifecycle = Lifecycle(self._poller, self._pool, watches, self._numbers, slots, self._audit, self._policy)
         self._service = Service(
-            self._poller,
-            listeners,
-            make_pool,
-            self._numbers,
-            self._slots,
-            self._audit,
-            self._policy,
-            options.instance,
-        )
+            self._poller, listeners, self._pool, self._lifecycle, self._numbers, slots, grants, self._audit,
+            self._policy, options.instance,
+        )  # fmt: skip
         for name, fd in passed:
             if name == SLOT:
-                self._service.recover(socket.socket(fileno=fd))
+                self._lifecycle.recover(socket.socket(fileno=fd))
         self._uevents = uevents.listen()
         self._poller.add(self._uevents.fileno(), self._on_uevent)
+        self._lifecycle.resume()
         self._service.start()
 
     def _load_policy(self) -> policy.Policy:
@@ -172,7 +175,7 @@ class Daemon:
     def _reload(self) -> None:
         """New requests follow the new policy; a policy with an error changes nothing."""
         try:
-            self._policy = self._service.policy = self._load_policy()
+            self._policy = self._service.policy = self._lifecycle.policy = self._load_policy()
         except policy.ConfigurationError as error:
             for file, key, reason in error.problems:
                 self._audit.record(Event.WARNED, f"The old policy stays in force: {file}: {key}: {reason}", path=file)
@@ -186,20 +189,26 @@ class Daemon:
         self._poller.add(ours.fileno(), self._on_number)
         return ours
 
+    def _helper_ready(self) -> None:
+        self._service.serve_waiting()
+
     def _on_number(self) -> None:
         try:
-            self._service.on_number()
+            self._numbers.receive()
         except EOFError:
             self._poller.remove(self._numbers.channel.fileno())
             self._numbers.restart(self._fork_numbers())
+        self._lifecycle.look_after()
 
     def _on_uevent(self) -> None:
-        disks = uevents.receive(self._uevents)
-        if disks is None:
-            self._service.check_held()
+        changes = uevents.receive(self._uevents)
+        if changes is None:
+            self._lifecycle.look_again()
             return
-        for devname in disks:
-            self._service.on_uevent(devname)
+        for devname in changes.disks:
+            self._lifecycle.on_disk(devname)
+        for devname in changes.partitioned:
+            self._lifecycle.on_partitions(devname)
 
     def _catch_signals(self) -> None:
         read, write = socket.socketpair()
@@ -223,7 +232,7 @@ class Daemon:
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
             while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
-                self._service.reap(pid)
+                self._pool.reap(pid)
 
     def _ping(self) -> None:
         assert self._watchdog is not None

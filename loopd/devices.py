@@ -1,7 +1,7 @@
-"""Devices: bind a backing file to a number, put nodes for it into a client's directory, take all of it away again.
+"""Devices: bind a backing file to a number, and let go of it again.
 
-Runs in helper processes: every call here may wait for a disk. Owns the order of the steps on the device (lock, left-over
-partitions, configure, verify, nodes, unlock) and the meaning of each errno. Knows no accounts, no policy and no leases.
+Runs in helper processes: every call here may wait for a disk. Owns the order of the steps on the device (lock,
+left-over partitions, configure, verify) and the meaning of each errno. Knows no accounts, no policy and no leases.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import fcntl
 import os
 import stat
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from . import rights
 from .files import Backing
 from .loop import Loop, LoopControl, UnexpectedDevice, supports_configure
 from .wire import Attach, Code, Refusal
@@ -41,7 +41,9 @@ class Number(NamedTuple):
 
 
 class Binding(NamedTuple):
-    """One backing file on one device, as the kernel reports it. Sizes in bytes; `diskseq` is its identity (None: < 5.15)."""
+    """One backing file on one device, as the kernel reports it. Sizes in bytes; `diskseq` is its identity (None: <
+    5.15).
+    """
 
     number: int
     devname: str
@@ -61,23 +63,7 @@ class Binding(NamedTuple):
     ref: str
 
 
-class Node(NamedTuple):
-    """A node that loopd made: it is removed only while the name still leads to this inode with this device number."""
-
-    name: str
-    major: int
-    minor: int
-    inode: int
-
-
-class Client(NamedTuple):
-    """Whose file system rights are used in a directory."""
-
-    uid: int
-    gid: int
-
-
-class Nodes:
+class Access:
     """How loopd itself opens a device: through a node of its own in a private directory, else through /dev.
 
     `/dev/loopN` is root's until udev changes it, and loopd runs as a user of its own.
@@ -145,7 +131,9 @@ def _close(fd: int) -> None:
 
 
 def device_number(name: str, disk: str | None = None) -> tuple[int, int]:
-    """Major and minor of a disk, or of partition `name` of `disk`. Never derived from the name: loop.max_part shifts it."""
+    """Major and minor of a disk, or of partition `name` of `disk`. Never derived from the name: loop.max_part shifts
+    it.
+    """
     path = f"/sys/block/{name}/dev" if disk is None else f"/sys/block/{disk}/{name}/dev"
     with open(path, encoding="ascii") as attribute:
         major, minor = attribute.read().split(":")
@@ -216,7 +204,7 @@ class Bound(NamedTuple):
 
 
 def bind(
-    control: LoopControl, nodes: Nodes, fd: int, request: Attach, backing: Backing, next_number: Callable[[], Number]
+    control: LoopControl, access: Access, fd: int, request: Attach, backing: Backing, next_number: Callable[[], Number]
 ) -> Bound:
     """Bind the backing file `fd` to the first number of `next_number` that can be had."""
     reason = ""
@@ -225,7 +213,7 @@ def bind(
         try:
             if not made:
                 control.add(number)
-            with nodes.opened(number) as (loop, lock):
+            with access.opened(number) as (loop, lock):
                 _lock(lock)
                 delete_partitions(loop)
                 _configure(loop, fd, request, backing)
@@ -257,7 +245,7 @@ def _configure(loop: Loop, fd: int, request: Attach, backing: Backing) -> None:
 
 
 def _verify(loop: Loop, number: int, request: Attach, backing: Backing) -> Binding:
-    """Read back what is in force: the kernel drops direct I/O silently, and early 5.8 ignored sizelimit and partscan."""
+    """Read back what is in force: the kernel drops direct I/O silently, early 5.8 ignored sizelimit and partscan."""
     info = loop.get_status()
     binding = Binding(
         number=number,
@@ -291,110 +279,6 @@ def _verify(loop: Loop, number: int, request: Attach, backing: Backing) -> Bindi
     return binding
 
 
-# Nodes in a directory ---------------------------------------------------------------------------------------------
-
-_MKNOD = {
-    errno.EEXIST: (Code.EXISTS, "the name is taken in the directory"),
-    errno.EACCES: (Code.NOT_PERMITTED, "the client itself may not create a file in the directory"),
-    errno.EPERM: (Code.NOT_PERMITTED, "the directory does not take device nodes from the client"),
-    errno.EROFS: (Code.NOT_PERMITTED, "the directory is on a read-only mount"),
-    errno.ENOSPC: (Code.IO, "the directory's file system is full"),
-    errno.EDQUOT: (Code.IO, "the client's disk quota in the directory is used up"),
-    errno.ENOENT: (Code.NOT_FOUND, "the directory has been removed"),
-}
-
-_PROVE = {
-    errno.EACCES: "its mount is nodev or belongs to a user namespace: use a directory of the host or another delivery",
-    errno.ENOENT: "it was removed at once",
-    errno.ENXIO: "the device went away",
-}
-
-
-def place(directory: int, client: Client, devname: str, wanted: dict[str, tuple[int, int]]) -> list[Node]:
-    """Make the nodes of `wanted` with the client's own rights, all or none, and prove that the disk's can be opened."""
-    made: list[Node] = []
-    with rights.acting_as(*client):
-        try:
-            for name, (major, minor) in wanted.items():
-                made.append(_make(directory, name, major, minor))
-                if name == devname:
-                    _prove(directory, name, made[-1])
-        except BaseException:
-            for node in made:
-                _remove(directory, node)
-            raise
-    return made
-
-
-def displace(directory: int, client: Client, nodes: list[Node]) -> list[Node]:
-    """Remove nodes with the client's own rights; returns those that could not be removed."""
-    with rights.acting_as(*client):
-        return [node for node in nodes if not _remove(directory, node)]
-
-
-def _make(directory: int, name: str, major: int, minor: int) -> Node:
-    try:
-        os.mknod(name, stat.S_IFBLK | 0o600, os.makedev(major, minor), dir_fd=directory)
-    except OSError as error:
-        code, meaning = _MKNOD.get(error.errno or 0, (Code.IO, "the node could not be made"))
-        raise Refusal(code, f"dir_fd: {meaning}: {name}: {os.strerror(error.errno or 0)}") from error
-    status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-    return Node(name, major, minor, status.st_ino)
-
-
-def _is(status: os.stat_result, node: Node) -> bool:
-    return (
-        stat.S_ISBLK(status.st_mode)
-        and status.st_ino == node.inode
-        and status.st_rdev == os.makedev(node.major, node.minor)
-    )
-
-
-def _prove(directory: int, name: str, node: Node) -> None:
-    """Open the node the way the client will.
-
-    O_PATH pins the inode, so that what is opened is what was looked at: the client may swap the name for a FIFO, on which
-    an open blocks, or for a device on which an open has effects.
-    """
-    try:
-        pinned = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-        try:
-            if not _is(os.fstat(pinned), node):
-                raise Refusal(Code.UNDELIVERABLE, f"dir_fd: {name} was replaced as soon as it was made")
-            os.close(os.open(f"/proc/self/fd/{pinned}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-        finally:
-            os.close(pinned)
-    except OSError as error:
-        meaning = _PROVE.get(error.errno or 0, "it cannot be opened")
-        raise Refusal(
-            Code.UNDELIVERABLE, f"dir_fd: {name} is there, but {meaning}: {os.strerror(error.errno or 0)}"
-        ) from error
-
-
-def _remove(directory: int, node: Node) -> bool:
-    try:
-        if not _is(os.stat(node.name, dir_fd=directory, follow_symlinks=False), node):
-            return True  # the client's own, by that name
-        os.unlink(node.name, dir_fd=directory)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-def find(directory: int, client: Client, names: dict[str, tuple[int, int]]) -> list[Node]:
-    """The nodes among `names` that are in the directory: what a daemon that died may have made there."""
-    found = []
-    with rights.acting_as(*client):
-        for name, (major, minor) in names.items():
-            with contextlib.suppress(OSError):
-                node = Node(name, major, minor, os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino)
-                if _is(os.stat(name, dir_fd=directory, follow_symlinks=False), node):
-                    found.append(node)
-    return found
-
-
 # Release ----------------------------------------------------------------------------------------------------------
 
 
@@ -417,3 +301,33 @@ def let_go(loop: Loop) -> None:
     delete_partitions(loop)
     with contextlib.suppress(OSError):  # ENXIO: unbound already
         loop.clear_fd()
+
+
+# Partitions -------------------------------------------------------------------------------------------------------
+
+TABLE = 65536
+"""Bytes at both ends of a device in which every partition table lies."""
+
+
+def table(device: int) -> int:
+    """A checksum of where the partition table is: tells that it changed, and says nothing of what it means."""
+    end = os.lseek(device, 0, os.SEEK_END)
+    first = os.pread(device, TABLE, 0)
+    return zlib.crc32(os.pread(device, TABLE, max(0, end - TABLE)), zlib.crc32(first))
+
+
+def rescan(loop: Loop) -> None:
+    """Have the kernel read the partition table again; needs CAP_SYS_ADMIN, which a container has not."""
+    try:
+        loop.reread_partitions()
+    except OSError as error:
+        code, meaning = _RESCAN.get(error.errno or 0, (Code.IO, "the kernel cannot read the table"))
+        raise Refusal(code, f"{meaning}: {error}") from error
+
+
+_RESCAN = {
+    errno.EBUSY: (Code.BUSY, "a partition is in use"),
+    errno.EINVAL: (Code.UNSUPPORTED, "the device was attached without partscan"),
+    errno.EACCES: (Code.UNSUPPORTED, "this loopd runs without CAP_SYS_ADMIN"),
+    errno.EPERM: (Code.UNSUPPORTED, "this loopd runs without CAP_SYS_ADMIN"),
+}

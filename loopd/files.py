@@ -1,8 +1,9 @@
-"""Files: tell what a client's fd is, on which file system it lies, and whether it may be used, without asking that file system.
+"""Files: tell what a client's fd is, on which file system it lies, and whether it may be used, without asking that file
+system.
 
-A file of a FUSE file system whose server never answers blocks fstat, statfs and most else; `statx` with AT_STATX_DONT_SYNC
-and the mount table do not. Only when the file system is one that answers is the file itself asked. Nothing here changes
-anything.
+A file of a FUSE file system whose server never answers blocks fstat, statfs and most else; `statx` with
+AT_STATX_DONT_SYNC and the mount table do not. Only when the file system is one that answers is the file itself asked.
+Nothing here changes anything.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ ANSWERING = frozenset(
 """File systems whose answers depend on the host alone: no user and no network peer can stop one from answering."""
 
 NEVER = frozenset(
-    ("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "efivarfs", "pstore", "bpf")
-    + ("binfmt_misc", "mqueue", "autofs", "devpts", "selinuxfs", "smackfs", "fusectl", "nsfs", "pidfs", "rpc_pipefs")
+    "proc sysfs cgroup cgroup2 debugfs tracefs securityfs configfs efivarfs pstore bpf binfmt_misc mqueue autofs devpts"
+    " selinuxfs smackfs fusectl nsfs pidfs rpc_pipefs".split()
 )
 """File systems whose files are not data: a kernel thread with root's rights would write them."""
 
@@ -87,6 +88,21 @@ def file_system(identity: Identity, pid: int) -> FileSystem | None:
     return None
 
 
+def on_host(pid: int) -> bool:
+    """Whether process `pid` sees the host's file systems as the host does: its root is the mount that PID 1 has there.
+
+    A mount id belongs to one mount in one namespace, so that no container has the same, whatever its uids are called.
+    """
+    theirs, first = (_root_mount(_read(f"/proc/{process}/mountinfo")) for process in (pid, 1))
+    return theirs is not None and theirs == first
+
+
+def _root_mount(table: bytes) -> bytes | None:
+    lines = (line.split(b" ", 5) for line in table.splitlines())
+    # A later mount on the same place covers an earlier one.
+    return next((line[0] for line in reversed(list(lines)) if line[4] == b"/"), None)
+
+
 def _is_shmem(fd: int) -> bool:
     """Whether `fd` is a memfd or a file on tmpfs: only those have seals, and asking does not reach the file system."""
     try:
@@ -118,7 +134,7 @@ _TYPES |= {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a s
 
 
 class Backing(NamedTuple):
-    """A backing file that passed; `dev` and `inode` identify it, `path` is where the client had it when it was opened."""
+    """A backing file that passed; `dev` and `inode` identify it, `path` is where the client had it."""
 
     read_only: bool
     size: int

@@ -1,14 +1,12 @@
 """The helper process: takes one datagram, vets its fds, performs the request, hands back only what passed.
 
-It alone touches a client's fds, one request at a time, so a file that never answers hangs this process and nothing else.
-It decides nothing: what may be done arrives with the job. It keeps no state between jobs. This module also owns the
-messages between the main process and a helper; both are forks of one image, so their encoding has no versions.
+It alone touches a client's fds, one request at a time, so a file that never answers hangs this process and nothing
+else. It decides nothing: what may be done arrives with the job. It keeps no state between jobs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import marshal
 import os
 import select
 import socket
@@ -16,250 +14,116 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import devices, files, records, rights, transport, wire
-from .devices import Binding, Client, Node, Nodes, Number
+from . import devices, files, inotify, messages, nodes, records, rights, transport, wire
+from .devices import Access, Binding, Number
+from .grants import Grants
 from .loop import Loop, LoopControl
-from .transport import FdSet, Packet, Sender
+from .messages import (
+    Arrange,
+    Arranged,
+    Done,
+    NumberPlease,
+    Ready,
+    Release,
+    Released,
+    Resize,
+    Resized,
+    Take,
+    Taken,
+    Terms,
+)
+from .nodes import Client, Directory, Node
+from .transport import FdSet, Packet
 from .wire import Attach, Code, Refusal
-
-SEARCH = -1
-"""In place of the index of reply_fd: the request could not be decoded, so answer on the first fd that will do."""
-
 
 MKNOD_WARNING = (
     "the client has CAP_MKNOD: with b 7:* in its device cgroup it can reach every loop device; use --cap-drop MKNOD"
 )
 
 
-# Jobs, from the main process --------------------------------------------------------------------------------------
+class Tools(NamedTuple):
+    """What every helper has: made by the main process before the first fork, and used by helpers alone."""
 
+    listeners: list[socket.socket]
+    control: LoopControl
+    access: Access
+    grants: Grants
+    watches: int
 
-class Terms(NamedTuple):
-    """What policy lets this request do, and the first number to try; without one the helper asks when it gets there."""
-
-    file_systems: frozenset[str]
-    write: bool
-    block_devices: bool
-    mknod: bool
-    number: Number | None
-
-
-class Take(NamedTuple):
-    """Take the datagram that was peeked; if `attach` is there, perform it. With `store`, a slot's fd comes along."""
-
-    listener: int
-    payload: bytes
-    sender: Sender
-    reply: int | None
-    lease: int | None
-    attach: Attach | None
-    terms: Terms | None
-    holder: dict[str, Any]
-    store: bool
-
-
-class Release(NamedTuple):
-    """Take a lease's nodes, partitions and binding away. Fds: the device, and the directory if it has one.
-
-    Without `nodes` it is not known which there are.
-    """
-
-    binding: Binding
-    client: Client
-    nodes: tuple[Node, ...] | None
-
-
-class Restore(NamedTuple):
-    """Find the nodes of a lease that outlived the daemon. Fds: the directory.
-
-    `complete`: the client still waits for the answer to its attach, so make what is missing.
-    """
-
-    binding: Binding
-    client: Client
-    complete: bool
-
-
-class UseNumber(NamedTuple):
-    """Answer to NumberPlease, or why there is none."""
-
-    number: Number | None
-    refusal: tuple[str, str] | None = None
-
-
-# Answers, to the main process -------------------------------------------------------------------------------------
-
-
-class Taken(NamedTuple):
-    """The datagram is off the queue. Fds, each if its flag says so: the sender's pidfd, the reply socket, the lease fd.
-
-    With a refusal nothing more is done with the request.
-    """
-
-    refusal: tuple[str, str] | None
-    pidfd: bool
-    reply: bool
-    lease: str
-
-
-class NumberPlease(NamedTuple):
-    """The last number was lost to somebody else, or there was none yet."""
-
-
-class Done(NamedTuple):
-    """The attach is done, or refused. Fds: device; then, each if its flag says so, directory, lock, the client's device."""
-
-    refusal: tuple[str, str] | None
-    number: int | None = None
-    binding: Binding | None = None
-    nodes: tuple[Node, ...] = ()
-    warnings: tuple[str, ...] = ()
-    directory: bool = False
-    lock: bool = False
-    client: bool = False
-
-
-class Released(NamedTuple):
-    """A lease's nodes are gone but for `left`, and the kernel unbinds the device at the last close."""
-
-    left: tuple[Node, ...]
-
-
-class Restored(NamedTuple):
-    """The nodes that are there."""
-
-    refusal: tuple[str, str] | None
-    nodes: tuple[Node, ...]
-
-
-class Ready(NamedTuple):
-    """Every fd is closed: the helper takes the next job."""
-
-
-MESSAGES: tuple[type[Any], ...] = (
-    Take, Release, Restore, UseNumber, Taken, NumberPlease, Done, Released, Restored, Ready,
-)  # fmt: skip
-_TAGS = {kind: tag for tag, kind in enumerate(MESSAGES)}
-MAX_MESSAGE = 2 * wire.MAX_REQUEST + 65536
-MAX_MESSAGE_FDS = 8
-
-
-def _terms(*values: Any) -> Terms:
-    *flags, number = values
-    return Terms._make((*flags, number and Number(*number)))
-
-
-def _plain(value: Any) -> Any:
-    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
-
-
-def pack(message: Any) -> bytes:
-    """A message as bytes: marshal, for speed, of plain tuples."""
-    return marshal.dumps((_TAGS[type(message)], *_plain(message)))
-
-
-def unpack(payload: bytes) -> Any:
-    """The message that `pack` packed."""
-    tag, *values = marshal.loads(payload)
-    kind = MESSAGES[tag]
-    if kind is Take:
-        values[2] = Sender(*values[2])
-        values[5] = values[5] and Attach(*values[5])
-        values[6] = values[6] and _terms(*values[6])
-    elif kind is Release:
-        nodes = values[2] and tuple(Node(*node) for node in values[2])
-        values = [Binding(*values[0]), Client(*values[1]), nodes]
-    elif kind is UseNumber:
-        values[0] = values[0] and Number(*values[0])
-    elif kind is Restore:
-        values = [Binding(*values[0]), Client(*values[1]), values[2]]
-    elif kind is Restored:
-        values[1] = tuple(Node(*node) for node in values[1])
-    elif kind is Done:
-        values[2] = values[2] and Binding(*values[2])
-        values[3] = tuple(Node(*node) for node in values[3])
-    elif kind is Released:
-        values = [tuple(Node(*node) for node in values[0])]
-    return kind(*values)
+    @property
+    def fds(self) -> list[int]:
+        """What a helper keeps open of the main process's fds."""
+        listeners = [listener.fileno() for listener in self.listeners]
+        return [*listeners, self.control.fileno(), self.watches, *self.access.fds, *self.grants.fds]
 
 
 class _Vetted(NamedTuple):
-    """The sockets of a request. `lease` is what keeps it: "pidfd" or "socket" (lease_fd), "reply", or the "sender"."""
+    """The sockets of a request, and what else is known before its files are looked at; see `Taken`."""
 
     pidfd: int | None
     reply: int | None
     lease_fd: int | None
     lease: str
+    grant: str
     refusal: Refusal | None
-
-
-def _verdict(refusal: Refusal | None) -> tuple[str, str] | None:
-    return None if refusal is None else (refusal.code.value, refusal.message)
-
-
-# The process ------------------------------------------------------------------------------------------------------
 
 
 class Helper:
     """The loop of a helper process."""
 
-    def __init__(
-        self, channel: socket.socket, listeners: list[socket.socket], control: LoopControl, nodes: Nodes
-    ) -> None:
+    def __init__(self, channel: socket.socket, tools: Tools) -> None:
         self._channel = channel
-        self._listeners = listeners
-        self._control = control
-        self._nodes = nodes
-        self._number: int | None = None
+        self._tools = tools
 
     def run(self) -> None:
         """Serve jobs until the main process is gone."""
+        perform: dict[type[Any], Callable[[Any, FdSet], None]] = {
+            Take: self._take,
+            Release: self._release,
+            Arrange: self._arrange,
+            Resize: self._resize,
+        }
         while True:
-            payload, fds = transport.receive(self._channel, MAX_MESSAGE, MAX_MESSAGE_FDS)
+            payload, fds = transport.receive(self._channel, messages.MAX_MESSAGE, messages.MAX_FDS)
             if not payload:
                 return
             with fds:
-                job = unpack(payload)
-                if isinstance(job, Take):
-                    self._take(job, fds)
-                elif isinstance(job, Release):
-                    self._release(job, fds)
-                else:
-                    self._restore(job, fds)
+                job = messages.unpack(payload)
+                perform[type(job)](job, fds)
             self._send(Ready())
 
-    def _send(self, message: Any, fds: tuple[int, ...] = ()) -> None:
-        transport.send(self._channel, pack(message), fds)
+    def _send(self, message: Any, *fds: int | None) -> None:
+        transport.send(self._channel, messages.pack(message), [fd for fd in fds if fd is not None])
+
+    # Take: the sockets ------------------------------------------------------------------------------------------------
 
     def _take(self, job: Take, own: FdSet) -> None:
-        packet = transport.take(self._listeners[job.listener])
+        packet = transport.take(self._tools.listeners[job.listener])
         if packet is None:
-            self._send(Taken((Code.INTERNAL.value, "the queue was empty"), False, False, ""))
+            self._send(Taken(messages.bug("the queue was empty"), False, False, "", ""))
             return
         with packet.fds:
             vetted = self._vet_sockets(job, packet)
-            handed = (vetted.pidfd, vetted.reply, vetted.lease_fd)
-            flags = (vetted.pidfd is not None, vetted.reply is not None, vetted.lease)
-            self._send(Taken(_verdict(vetted.refusal), *flags), tuple(fd for fd in handed if fd is not None))
+            flags = (vetted.pidfd is not None, vetted.reply is not None)
+            taken = Taken(vetted.refusal, *flags, vetted.lease, vetted.grant)
+            self._send(taken, vetted.pidfd, vetted.reply, vetted.lease_fd)
             if vetted.refusal is not None or job.attach is None or job.terms is None:
                 return
-            self._number = None
             try:
                 self._attach(job, job.attach, job.terms, packet, vetted, own)
             except Refusal as refusal:
-                self._send(Done(_verdict(refusal), self._number))
-            except Exception as bug:  # noqa: BLE001  # the one boundary for bugs on this side
-                text = "".join(traceback.format_exception(bug))[-4000:]
-                self._send(Done((Code.INTERNAL.value, text), self._number))
+                self._send(Done(refusal))
+            except Exception as error:  # noqa: BLE001  # the one boundary for bugs on this side
+                self._send(Done(messages.bug("".join(traceback.format_exception(error)))))
 
     def _vet_sockets(self, job: Take, packet: Packet) -> _Vetted:
         """Check what the main process answers on and watches. None of it can block."""
         reply, refusal = self._reply_socket(job.reply, packet)
-        lease, lease_fd = "", None
+        lease, lease_fd, grant = "", None, ""
         pidfd = packet.pidfd
         try:
             if packet.payload != job.payload or packet.sender != job.sender:
-                raise Refusal(Code.INTERNAL, "the head of the queue changed: somebody else reads this socket")
+                raise messages.bug("the head of the queue changed: somebody else reads this socket")
             if packet.truncated:
                 raise Refusal(Code.MALFORMED, f"more than {wire.MAX_FDS} fds")
             if pidfd is None:  # before Linux 6.5
@@ -270,19 +134,22 @@ class Helper:
             if job.lease is not None:
                 candidate = borrow(packet.fds, job.lease, "lease_fd")
                 lease, lease_fd = transport.check_lease(candidate), candidate
+            if job.directory is not None:
+                identity = files.identify(borrow(packet.fds, job.directory, "dir_fd"))
+                grant = self._tools.grants.recognise(identity)
         except ProcessLookupError:
             # Its pid may belong to another process by now, and the account that was read for it to another tenant.
             refusal = refusal or Refusal(Code.NOT_PERMITTED, "the sender has ended")
         except OSError as error:
-            refusal = refusal or Refusal(Code.BAD_FD, f"lease_fd: {error.strerror}")
+            refusal = refusal or Refusal(Code.BAD_FD, f"an fd cannot be looked at: {error.strerror}")
         except Refusal as error:
             refusal = refusal or error
-        return _Vetted(pidfd, reply, lease_fd, lease or ("reply" if reply is not None else "sender"), refusal)
+        return _Vetted(pidfd, reply, lease_fd, lease or ("sender" if reply is None else "reply"), grant, refusal)
 
     def _reply_socket(self, index: int | None, packet: Packet) -> tuple[int | None, Refusal | None]:
         """The reply socket, or why there is none although there should be."""
         refusal = None
-        for candidate in () if index is None else range(len(packet.fds)) if index == SEARCH else (index,):
+        for candidate in () if index is None else range(len(packet.fds)) if index == messages.SEARCH else (index,):
             try:
                 fd = borrow(packet.fds, candidate, "reply_fd")
                 transport.check_reply_socket(fd, packet.sender)
@@ -293,51 +160,74 @@ class Helper:
                 refusal = Refusal(Code.BAD_FD, f"reply_fd: {error.strerror}")
         return None, refusal
 
+    # Take: the files --------------------------------------------------------------------------------------------------
+
     def _attach(self, job: Take, request: Attach, terms: Terms, packet: Packet, vetted: _Vetted, own: FdSet) -> None:
         pid = packet.sender.pid
-        warnings: tuple[str, ...] = ()
-        if rights.can_make_nodes(pid):
-            if not terms.mknod:
-                raise Refusal(Code.NOT_PERMITTED, "the client has CAP_MKNOD: run its container with --cap-drop MKNOD")
-            warnings = (MKNOD_WARNING,)
+        warnings = _check_mknod(pid, terms)
         fd = borrow(packet.fds, request.fd, "fd")
         backing = files.check_backing(fd, request, pid, terms.file_systems, block_devices=terms.block_devices)
         if not (terms.write or backing.read_only):
             raise Refusal(
                 Code.NOT_PERMITTED, "the administrator allows this client read-only devices alone (loopd.toml)"
             )
-        directory = None
-        if "node" in request.deliver and request.dir_fd is not None:
-            directory = borrow(packet.fds, request.dir_fd, "dir_fd")
-            files.check_directory(directory, pid, terms.file_systems)
-        bound = devices.bind(self._control, self._nodes, fd, request, backing, self._numbers(terms.number))
+        directory = self._directory(request, terms, packet, vetted)
+        bound = devices.bind(self._tools.control, self._tools.access, fd, request, backing, self._numbers(terms.number))
         with FdSet((bound.device, bound.lock)) as held, contextlib.ExitStack() as undo:
             lock = bound.lock if request.lock else None
-            if job.store:
+            place = None if directory is None else directory.fd
+            if len(own):
                 keeper = vetted.pidfd if vetted.lease == "sender" else vetted.lease_fd
-                kept = {"device": bound.device, "directory": directory, "lock": lock, "lease": keeper}
-                try:
-                    records.write(
-                        own.borrow(0), job.holder, vetted.lease, bound.binding, kept | {"reply": vetted.reply}
-                    )
-                except OSError as error:  # ETOOMANYREFS, ENOBUFS: too many fds are in flight
-                    raise Refusal(Code.NO_DEVICE, f"the lease cannot be booked: {error}") from error
+                kept = {"device": bound.device, "directory": place, "lock": lock, "lease": keeper}
+                self._book(own.borrow(0), job, vetted, bound.binding, kept | {"reply": vetted.reply})
                 undo.callback(records.clear, own.borrow(0))
-            nodes: list[Node] = []
-            if directory is not None:
-                wanted = _wanted(bound.binding, partitions=request.partscan)
-                client_rights = Client(packet.sender.uid, packet.sender.gid)
-                nodes = devices.place(directory, client_rights, bound.binding.devname, wanted)
-            client = None
-            if "fd" in request.deliver:
-                client = held.add(devices.reopen(bound.device, bound.binding.read_only))
-            handed = (bound.device, directory, lock, client)
-            flags = (directory is not None, lock is not None, client is not None)
-            self._send(
-                Done(None, bound.binding.number, bound.binding, tuple(nodes), warnings, *flags),
-                tuple(fd for fd in handed if fd is not None),
+            made, watch, table = self._deliver(directory, bound, request)
+            client = (
+                [held.add(devices.reopen(bound.device, bound.binding.read_only))] if "fd" in request.deliver else []
             )
+            flags = (directory is not None, lock is not None, len(client))
+            done = Done(None, bound.binding, tuple(made), warnings, watch, table, *flags)
+            self._send(done, bound.device, place, lock, *client)
             undo.pop_all()
+
+    def _directory(self, request: Attach, terms: Terms, packet: Packet, vetted: _Vetted) -> Directory | None:
+        if "node" not in request.deliver or request.dir_fd is None:
+            return None
+        fd = borrow(packet.fds, request.dir_fd, "dir_fd")
+        client = Client(packet.sender.uid, packet.sender.gid, bool(vetted.grant))
+        if vetted.grant:
+            return nodes.directory(packet.fds.add(self._tools.grants.open(vetted.grant)), client, fd)
+        files.check_directory(fd, packet.sender.pid, terms.file_systems)
+        return nodes.directory(fd, client)
+
+    def _book(self, slot: int, job: Take, vetted: _Vetted, binding: Binding, fds: dict[str, int | None]) -> None:
+        """Put the lease into the fd store before its node is made: whatever ends now, the node will be found."""
+        try:
+            records.write(slot, (job.holder or {}) | {"grant": vetted.grant}, vetted.lease, binding, fds)
+        except OSError as error:  # ETOOMANYREFS, ENOBUFS: too many fds are in flight
+            raise Refusal(Code.NO_DEVICE, f"the lease cannot be booked: {error}") from error
+
+    def _deliver(
+        self, directory: Directory | None, bound: devices.Bound, request: Attach
+    ) -> tuple[list[Node], int | None, int | None]:
+        if directory is None:
+            return [], None, None
+        binding = bound.binding
+        wanted = _wanted(binding, partitions=request.partscan)
+        made = nodes.place(directory, binding.devname, wanted, read_only=binding.read_only)
+        if not request.partscan:
+            return made, None, None
+        return made, self._watch(directory, binding), devices.table(bound.device)
+
+    def _watch(self, directory: Directory, binding: Binding) -> int | None:
+        """Have the main process told when somebody who could write has closed the node.
+
+        With the directory's rights: the watch needs permission to read the node, which is the client's.
+        """
+        path = f"/proc/self/fd/{directory.fd}/{binding.devname}"
+        with directory.rights(), contextlib.suppress(OSError):
+            return inotify.add_watch(self._tools.watches, path, inotify.IN_CLOSE_WRITE | inotify.IN_DONT_FOLLOW)
+        return None
 
     def _numbers(self, first: Number | None) -> Callable[[], Number]:
         numbers = iter(() if first is None else (first,))
@@ -346,46 +236,79 @@ class Helper:
             number = next(numbers, None)
             if number is None:
                 self._send(NumberPlease())
-                payload, fds = transport.receive(self._channel, MAX_MESSAGE, 0)
+                payload, fds = transport.receive(self._channel, messages.MAX_MESSAGE, 0)
                 fds.close()
                 if not payload:
                     raise SystemExit  # the main process is gone
-                answer = unpack(payload)
+                answer = messages.unpack(payload)
                 if answer.refusal is not None:
-                    raise Refusal(Code(answer.refusal[0]), answer.refusal[1])
+                    raise answer.refusal
                 number = answer.number
-            self._number = number.number
             return number
 
         return following
 
+    # The other jobs ---------------------------------------------------------------------------------------------------
+
     def _release(self, job: Release, fds: FdSet) -> None:
         left: list[Node] = []
         if len(fds) > 1:
-            nodes = self._find(fds.borrow(1), job) if job.nodes is None else list(job.nodes)
+            directory = nodes.directory(fds.borrow(1), job.client)
             with contextlib.suppress(OSError):
-                left = devices.displace(fds.borrow(1), job.client, nodes)
+                left = nodes.displace(directory, _known(directory, job.nodes, job.binding))
         with Loop.from_fd(fds.steal(0)) as loop:
             devices.let_go(loop)
         fds.close()
         self._send(Released(tuple(left)))
 
-    def _find(self, directory: int, job: Release | Restore) -> list[Node]:
-        return devices.find(directory, job.client, _wanted(job.binding, partitions=True))
+    def _arrange(self, job: Arrange, fds: FdSet) -> None:
+        try:
+            self._send(self._arranged(job, fds))
+        except Refusal as refusal:
+            self._send(Arranged(refusal))
+        except OSError as error:
+            self._send(Arranged(Refusal(Code.IO, f"the partitions cannot be read: {error}")))
 
-    def _restore(self, job: Restore, fds: FdSet) -> None:
-        directory = fds.borrow(0)
-        nodes = self._find(directory, job)
-        refusal = None
+    def _arranged(self, job: Arrange, fds: FdSet) -> Arranged:
+        binding = job.binding
+        with Loop.from_fd(fds.steal(0)) as loop:
+            table = devices.table(loop.fd) if binding.partscan else None
+            if job.rescan and (job.table is None or job.table != table):
+                devices.rescan(loop)
+        wanted = _wanted(binding, partitions=binding.partscan)
+        partitions = tuple(name for name in wanted if name != binding.devname)
+        if len(fds) < 2:  # the lease has no directory
+            return Arranged(None, (), partitions, None, table)
+        directory = nodes.directory(fds.borrow(1), job.client)
+        there = _known(directory, job.nodes, binding)
         if job.complete:
-            there = {node.name for node in nodes}
-            wanted = _wanted(job.binding, partitions=job.binding.partscan)
-            missing = {name: device for name, device in wanted.items() if name not in there}
+            names = {node.name for node in there}
+            missing = {name: device for name, device in wanted.items() if name not in names}
+            there += nodes.place(directory, binding.devname, missing, read_only=binding.read_only)
+        else:
+            there = nodes.update(directory, there, wanted, read_only=binding.read_only)
+        watch = self._watch(directory, binding) if binding.partscan else None
+        return Arranged(None, tuple(there), partitions, watch, table)
+
+    def _resize(self, job: Resize, fds: FdSet) -> None:
+        with Loop.from_fd(fds.steal(0)) as loop:
             try:
-                nodes += devices.place(directory, job.client, job.binding.devname, missing)
-            except Refusal as error:
-                refusal = error
-        self._send(Restored(_verdict(refusal), tuple(nodes)))
+                loop.set_capacity()
+                self._send(Resized(None, job.binding._replace(size=loop.size())))
+            except OSError as error:
+                self._send(Resized(Refusal(Code.IO, f"the size cannot be taken over: {error}")))
+
+
+def _check_mknod(pid: int, terms: Terms) -> tuple[str, ...]:
+    if not rights.can_make_nodes(pid) or files.on_host(pid):
+        return ()
+    if not terms.mknod:
+        raise Refusal(Code.NOT_PERMITTED, "the client has CAP_MKNOD: run its container with --cap-drop MKNOD")
+    return (MKNOD_WARNING,)
+
+
+def _known(directory: Directory, known: tuple[Node, ...] | None, binding: Binding) -> list[Node]:
+    return nodes.find(directory, _wanted(binding, partitions=True)) if known is None else list(known)
 
 
 def _wanted(binding: Binding, *, partitions: bool) -> dict[str, tuple[int, int]]:
@@ -408,9 +331,9 @@ def borrow(fds: FdSet, index: int, name: str) -> int:
         raise Refusal(Code.BAD_FD, f"{name}: the datagram has {len(fds)} fds, none of index {index}") from None
 
 
-def main(channel: socket.socket, listeners: list[socket.socket], control: LoopControl, nodes: Nodes) -> None:
+def main(channel: socket.socket, tools: Tools) -> None:
     """Be a helper process, from its fork to its end."""
     rights.drop_groups()
     os.umask(0)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the main process is gone
-        Helper(channel, listeners, control, nodes).run()
+        Helper(channel, tools).run()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 IN_MODIFY = 0x2
 IN_CLOSE_WRITE = 0x8
 IN_IGNORED = 0x8000
+IN_DONT_FOLLOW = 0x02000000
 IN_NONBLOCK, IN_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC
 
 _EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name: struct inotify_event
@@ -30,7 +31,9 @@ class Inotify:
         self.fd = _checked(_libc.inotify_init1(IN_NONBLOCK | IN_CLOEXEC), "inotify_init1")
 
     def add(self, path: str, mask: int) -> int:
-        """Watch a file; the number of the watch, the same again for a file that has one. OSError as inotify_add_watch(2)."""
+        """Watch a file; the number of the watch, the same again for a file that has one. OSError as
+        inotify_add_watch(2).
+        """
         return add_watch(self.fd, path, mask)
 
     def remove(self, watch: int) -> None:

@@ -1,7 +1,7 @@
 """Leases: the books of the main process, and their place in the fd store.
 
-A lease is a binding together with what keeps it alive and where its nodes are. Owns the fds of every lease and the slots.
-Changes no device: taking one away is a helper's job.
+A lease is a binding together with what keeps it alive and where its nodes are. Owns the fds of every lease and the
+slots. Changes no device: taking one away is a helper's job.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import enum
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from . import records, sd
 from .accounts import Account, Owner
-from .devices import Binding, Node
+from .devices import Binding
+from .nodes import Client, Node
 
 
 class Holder(NamedTuple):
-    """For whom a lease was made, as the kernel attested then; part of its record in the fd store."""
+    """For whom a lease was made, as the kernel attested then; part of its record. `since`: seconds since 1970."""
 
     account: str
     unit: str
@@ -29,10 +31,17 @@ class Holder(NamedTuple):
     gid: int
     since: float
     id: str | None = None
+    grant: str = ""
 
     @property
     def owner(self) -> Owner:
-        return Owner(self.account, self.uid)
+        """Who may list and detach: the holder of the directory grant, else the account and uid."""
+        return Owner(f"directory {self.grant}", 0) if self.grant else Owner(self.account, self.uid)
+
+    @property
+    def client(self) -> Client:
+        """With whose rights its nodes are made and removed."""
+        return Client(self.uid, self.gid, bool(self.grant))
 
 
 class State(enum.Enum):
@@ -45,11 +54,18 @@ class State(enum.Enum):
 
 
 class Lease:
-    """One binding and what belongs to it. The fds are owned here; `lease` says what the keeper fd is."""
+    """One binding and what belongs to it. The fds are owned here; `lease` says what the keeper fd is.
+
+    `nodes` is None as long as it is not known which there are. `jobs` are done one after the other: two helpers at once
+    in one directory would undo each other's work.
+    """
 
     FDS = ("device", "directory", "lock", "keeper")
 
-    __slots__ = (*FDS, "account", "binding", "holder", "lease", "nodes", "reason", "slot", "state", "waiting")
+    __slots__ = (
+        *FDS, "account", "again", "binding", "holder", "jobs", "lease", "nodes", "reason", "slot", "state", "table",
+        "waiting", "watch", "working",
+    )  # fmt: skip
 
     def __init__(self, binding: Binding, holder: Holder, account: Account, lease: str, fds: dict[str, int]) -> None:
         self.binding = binding
@@ -61,10 +77,20 @@ class Lease:
         self.lock = fds.get("lock")
         self.keeper = fds.get("keeper")
         self.nodes: tuple[Node, ...] | None = None
+        self.watch: int | None = None
+        self.table: int | None = None
         self.slot: socket.socket | None = None
         self.state = State.BOUND
         self.reason = ""
         self.waiting: list[Callable[[State], None]] = []
+        self.jobs: deque[Callable[[], None]] = deque()
+        self.working = False
+        self.again = False
+
+    @property
+    def partitions(self) -> tuple[str, ...]:
+        """Names of the partition nodes that are there."""
+        return tuple(node.name for node in self.nodes or () if node.name != self.binding.devname)
 
     @property
     def age(self) -> float:
@@ -82,7 +108,7 @@ class Lease:
 
 
 class Slots:
-    """Places for leases in the service manager's fd store. Without one there are none, and leases end with the daemon."""
+    """Places for leases in the service manager's fd store. Without one, leases end with the daemon."""
 
     BATCH = 64
     LOW = 16

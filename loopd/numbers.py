@@ -1,8 +1,9 @@
 """Numbers: which device number the next binding gets, making numbers ahead of need, and removing them after use.
 
-A node is a capability for whatever is bound to its number later, so a number that a client may have kept a node of is not
-handed out again until a quarantine is over. The counter is in the state directory and written before a number is used.
-LOOP_CTL_ADD and LOOP_CTL_REMOVE take from half a millisecond to fifty: a process of its own does them, several at once.
+A node is a capability for whatever is bound to its number later, so a number that a client may have kept a node of is
+not handed out again until a quarantine is over. The counter is in the state directory and written before a number is
+used. LOOP_CTL_ADD and LOOP_CTL_REMOVE take from half a millisecond to fifty: a process of its own does them, several at
+once.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def work(channel: socket.socket, control: LoopControl) -> None:
         if not idle.acquire(blocking=False) and len(threads) < THREADS:
             threads.append(threading.Thread(target=serve, daemon=True))
             threads[-1].start()
-        jobs.put(marshal.loads(payload))
+        jobs.put(marshal.loads(payload))  # noqa: S302  # of our own process
     os._exit(0)  # the main process is gone: what is left to remove, the next one finds
 
 
@@ -154,7 +155,9 @@ class Numbers:
     """
 
     KEPT = 4096
-    """Owners whose used numbers are remembered; those of the owner that came first are forgotten, never given to another."""
+    """Owners whose used numbers are remembered; those of the owner that came first are forgotten, never given to
+    another.
+    """
 
     def __init__(self, counter: Counter, channel: socket.socket) -> None:
         self._counter = counter
@@ -165,6 +168,7 @@ class Numbers:
         self._removing: dict[int, Owner | None] = {}
         self._lingering: dict[int, Owner | None] = {}
         self._used: dict[Owner, deque[int]] = {}
+        self._unburnt: set[int] = set()
 
     @property
     def channel(self) -> socket.socket:
@@ -221,6 +225,11 @@ class Numbers:
         self._counter.touch(number)
         self._remove(number, owner)
 
+    def retire_unburnt(self, number: int) -> None:
+        """Remove a number that no client can have kept a way to; afterwards it is anybody's."""
+        self._unburnt.add(number)
+        self._remove(number, None)
+
     def _remove(self, number: int, owner: Owner | None) -> None:
         self._removing[number] = owner
         self._send("remove", number)
@@ -235,7 +244,7 @@ class Numbers:
         payload = self._channel.recv(64)
         if not payload:
             raise EOFError
-        operation, number, error = marshal.loads(payload)
+        operation, number, error = marshal.loads(payload)  # noqa: S302  # of our own process
         if operation == "add":
             self._making -= 1
             if error == 0:
@@ -244,6 +253,9 @@ class Numbers:
             owner = self._removing.pop(number)
             if error == errno.EBUSY:
                 self._lingering[number] = owner
+            elif number in self._unburnt:
+                self._unburnt.discard(number)
+                self._fresh.append(number)
             elif owner is not None:
                 self._keep(number, owner)
 

@@ -47,7 +47,7 @@ class Poller:
         self._epoll.modify(fd, ONCE)
 
     def remove(self, fd: int) -> None:
-        """Watch `fd` no longer; call before it is closed: a description that lives on elsewhere would keep reporting."""
+        """Watch `fd` no longer; call before it is closed: a description open elsewhere would keep reporting."""
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 

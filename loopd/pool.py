@@ -1,7 +1,7 @@
 """The pool: the main process's side of its child processes.
 
-Owns their lives: fork, dispatch, answers, writing off one that does not come back, reaping. Keeps a base of helpers that
-respond, however many hang. What a message means is the task's business.
+Owns their lives: fork, dispatch, answers, writing off one that does not come back, reaping. Keeps a base of helpers
+that respond, however many hang. What a message means is the task's business.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import socket
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
-from . import helper, rights, transport
-from .devices import Nodes
-from .loop import LoopControl
+from . import helper, messages, rights, transport
+from .helper import Tools
 from .poller import Poller, Timer
 from .transport import FdSet
 
@@ -54,7 +54,7 @@ class Worker:
     def send(self, message: Any, fds: Iterable[int] = ()) -> None:
         """Send the helper a message; that it has ended is noticed where its channel is read."""
         with contextlib.suppress(OSError):
-            transport.send(self.channel, helper.pack(message), fds)
+            transport.send(self.channel, messages.pack(message), fds)
 
 
 class Pool:
@@ -67,25 +67,19 @@ class Pool:
     SLOW = 0.005
     """Seconds after which a busy helper no longer counts as one that responds."""
 
-    def __init__(
-        self,
-        poller: Poller,
-        listeners: list[socket.socket],
-        control: LoopControl,
-        nodes: Nodes,
-        ready: Callable[[], None],
-    ) -> None:
+    def __init__(self, poller: Poller, tools: Tools, ready: Callable[[], None]) -> None:
         self._poller = poller
-        self._arguments = (listeners, control, nodes)
+        self._tools = tools
         self._ready = ready
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
         self._lost: dict[int, Task] = {}
+        self._pending: deque[tuple[Task, messages.Job, list[int], float]] = deque()
 
     @property
     def busy(self) -> bool:
-        """Whether any helper has a task."""
-        return bool(self._busy)
+        """Whether any helper has a task, or a job waits for one."""
+        return bool(self._busy or self._pending)
 
     @property
     def lost(self) -> int:
@@ -101,7 +95,7 @@ class Pool:
                 self._spawn()
         return bool(self._idle)
 
-    def dispatch(self, task: Task, job: Any, fds: Iterable[int], timeout: float) -> None:
+    def dispatch(self, task: Task, job: messages.Job, fds: Iterable[int], timeout: float) -> None:
         """Give an available helper a job, which has `timeout` seconds to be done with it."""
         worker = self._idle.pop()
         worker.task, worker.since = task, time.monotonic()
@@ -109,11 +103,25 @@ class Pool:
         self._busy.add(worker)
         worker.send(job, fds)
 
+    def submit(self, task: Task, job: messages.Job, fds: list[int], timeout: float) -> None:
+        """Have a job done by the next helper that is available; the fds must stay open until then."""
+        self._pending.append((task, job, fds, timeout))
+        self._dispatch_pending()
+
+    def _dispatch_pending(self) -> None:
+        while self._pending and self.available():
+            self.dispatch(*self._pending.popleft())
+        if self._pending:
+            # Those that are busy now may turn out to be slow ones, and then there can be more.
+            self._poller.later(self.SLOW, self._dispatch_pending)
+
+    def _proceed(self) -> None:
+        self._dispatch_pending()
+        self._ready()
+
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listeners, control, nodes = self._arguments
-        keep = [theirs.fileno(), control.fileno(), *nodes.fds, *(listener.fileno() for listener in listeners)]
-        pid = fork(keep, lambda: helper.main(theirs, listeners, control, nodes))
+        pid = fork([theirs.fileno(), *self._tools.fds], lambda: helper.main(theirs, self._tools))
         theirs.close()
         worker = Worker(pid, ours)
         self._poller.add(ours.fileno(), lambda: self._readable(worker))
@@ -121,7 +129,7 @@ class Pool:
 
     def _readable(self, worker: Worker) -> None:
         try:
-            payload, fds = transport.receive(worker.channel, helper.MAX_MESSAGE, helper.MAX_MESSAGE_FDS)
+            payload, fds = transport.receive(worker.channel, messages.MAX_MESSAGE, messages.MAX_FDS)
         except ConnectionResetError:
             payload, fds = b"", FdSet()
         if not payload:
@@ -129,13 +137,13 @@ class Pool:
             self._forget(worker)
             if task is not None:
                 task.ended()
-            self._ready()
+            self._proceed()
             return
-        message = helper.unpack(payload)
-        if isinstance(message, helper.Ready):
+        message = messages.unpack(payload)
+        if isinstance(message, messages.Ready):
             self._rest(worker)
             self._idle.append(worker)
-            self._ready()
+            self._proceed()
             return
         with fds:
             if worker.task is not None:
@@ -162,7 +170,7 @@ class Pool:
         if task is not None:
             self._lost[worker.pid] = task
             task.timed_out()
-        self._ready()
+        self._proceed()
 
     def reap(self, pid: int) -> None:
         """Process `pid` has ended."""
@@ -178,9 +186,9 @@ def fork(keep: list[int], main: Callable[[], None]) -> int:
     """
     parent = os.getpid()
     pid = os.fork()
-    if pid:
-        return pid
-    _child(parent, keep, main)
+    if pid == 0:
+        _child(parent, keep, main)
+    return pid
 
 
 def _child(parent: int, keep: list[int], main: Callable[[], None]) -> NoReturn:
@@ -199,7 +207,7 @@ def _child(parent: int, keep: list[int], main: Callable[[], None]) -> NoReturn:
         main()
     except ProcessLookupError:
         pass
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # nothing may leave this frame
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)

@@ -1,8 +1,8 @@
 """The record of a lease in the fd store: what a new daemon needs to carry it on.
 
 A slot is a datagram socket connected to itself that the service manager holds; a lease is one message in its queue, the
-record with the lease's fds, written once by one system call. Owns the record's format: a field may be added, a change of
-meaning raises `VERSION`, and a record of a newer version is kept untouched.
+record with the lease's fds, written once by one system call. Owns the record's format: a field may be added, a change
+of meaning raises `VERSION`, and a record of a newer version is kept untouched.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from . import transport
 from .devices import Binding
-from .transport import FdSet
 
 VERSION = 1
 MAX_RECORD = 32768
@@ -44,7 +43,7 @@ def make_slot() -> socket.socket:
 
 
 def write(slot: int, holder: dict[str, Any], lease: str, binding: Binding, fds: dict[str, int | None]) -> None:
-    """Book a lease: the record and its fds into the empty slot, by one sendmsg. Without a device fd it is `releasing`."""
+    """Book a lease: the record and its fds into the empty slot, by one sendmsg. Without a device it is `releasing`."""
     present = [(name, fd) for name in FDS if (fd := fds.get(name)) is not None]
     record = {
         "version": VERSION,

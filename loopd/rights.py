@@ -1,7 +1,7 @@
 """Rights: act on a client's directory as that client, and drop what a process does not need.
 
-The one place that changes credentials. Works on the calling thread alone (fsuid, fsgid and capabilities are a thread's), so
-it is for single-threaded helper processes. Nothing here knows what is done under the rights it lends.
+The one place that changes credentials. Works on the calling thread alone (fsuid, fsgid and capabilities are a
+thread's), so it is for single-threaded helper processes. Nothing here knows what is done under the rights it lends.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """systemd's interfaces: passed sockets, notify messages, the watchdog, the journal's native protocol.
 
 All of them are documented, stable datagram and environment protocols of a few lines (sd_listen_fds(3), sd_notify(3),
-https://systemd.io/JOURNAL_NATIVE_PROTOCOL). They are spoken here directly because sd_journal_send(3) blocks when journald
-stalls, which the main process must never do. Nothing here may block and nothing here knows what loopd is.
+https://systemd.io/JOURNAL_NATIVE_PROTOCOL). They are spoken here directly because sd_journal_send(3) blocks when
+journald stalls, which the main process must never do. Nothing here may block and nothing here knows what loopd is.
 """
 
 from __future__ import annotations

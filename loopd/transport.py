@@ -1,7 +1,7 @@
 """Datagrams and file descriptors: look at the head of the queue, take it with its fds, drop it; own what was received.
 
-A received fd may belong to a file system that never answers, and even `close` on it can block. So `peek` and `drop` never
-install an fd, and `take` is for helper processes only. Nothing here interprets a payload.
+A received fd may belong to a file system that never answers, and even `close` on it can block. So `peek` and `drop`
+never install an fd, and `take` is for helper processes only. Nothing here interprets a payload.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from . import wire
 
@@ -30,7 +30,9 @@ _EVERYTHING = _CREDENTIALS_ONLY + socket.CMSG_SPACE(4 * wire.MAX_FDS) + socket.C
 
 
 class Sender(NamedTuple):
-    """Who sent a datagram, as the kernel attests (SCM_CREDENTIALS), and the address of the sending socket if it has one."""
+    """Who sent a datagram, as the kernel attests (SCM_CREDENTIALS), and the address of the sending socket if it has
+    one.
+    """
 
     pid: int
     uid: int
@@ -51,7 +53,7 @@ class FdSet:
     def __init__(self, fds: Iterable[int] = ()) -> None:
         self._fds: list[int | None] = list(fds)
 
-    def __enter__(self) -> FdSet:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -146,7 +148,9 @@ def _received(control: list[tuple[int, int, bytes]]) -> tuple[list[int], list[in
 
 
 def take(listener: socket.socket) -> Packet | None:
-    """The head of the queue with its fds, None when the queue is empty. Fds beyond wire.MAX_FDS are the kernel's to drop."""
+    """The head of the queue with its fds, None when the queue is empty. Fds beyond wire.MAX_FDS are the kernel's to
+    drop.
+    """
     try:
         payload, control, flags, address = listener.recvmsg(
             wire.MAX_REQUEST + 1, _EVERYTHING, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
@@ -239,8 +243,8 @@ def check_lease(fd: int) -> str:
 def seal_lease(fd: int) -> None:
     """End loopd's direction of a lease socket.
 
-    If a client sends both ends of one pair as two leases, neither would ever hang up. After this the other end reads EOF,
-    so as a lease it is over at once; the client's holding it is noticed as before.
+    If a client sends both ends of one pair as two leases, neither would ever hang up. After this the other end reads
+    EOF, so as a lease it is over at once; the client's holding it is noticed as before.
     """
     with borrowed(fd) as peer, contextlib.suppress(OSError):  # ENOTCONN: closed at the other end, which the poll shows
         peer.shutdown(socket.SHUT_WR)

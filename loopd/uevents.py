@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import re
 import socket
+from typing import NamedTuple
 
 NETLINK_KOBJECT_UEVENT = 15
 KERNEL_GROUP = 1
 
-_DISK = re.compile(rb"^[a-z]+@/devices/virtual/block/(loop\d{1,7})(?:/loop\d+p\d+)?$")
+_DISK = re.compile(rb"^[a-z]+@/devices/virtual/block/(loop\d{1,7})(/loop\d+p\d+)?$")
+
+
+class Changes(NamedTuple):
+    """The loop devices that something happened to, and those of which a partition came or went."""
+
+    disks: set[str]
+    partitioned: set[str]
 
 
 def listen() -> socket.socket:
@@ -19,16 +27,16 @@ def listen() -> socket.socket:
     return netlink
 
 
-def receive(netlink: socket.socket) -> set[str] | None:
-    """The loop devices that events have come for; None when events were lost and everything is to be looked at again."""
-    disks: set[str] = set()
+def receive(netlink: socket.socket) -> Changes | None:
+    """What events have come for; None when some were lost and everything is to be looked at again."""
+    changes = Changes(set(), set())
     while True:
         try:
             message, address = netlink.recvfrom(8192)
         except BlockingIOError:
-            return disks
+            return changes
         except OSError:  # ENOBUFS: the queue was full
             return None
         match = _DISK.match(message.partition(b"\0")[0])
         if address[0] == 0 and match:  # port 0 is the kernel: any process of the namespace may send
-            disks.add(match[1].decode())
+            (changes.partitioned if match[2] else changes.disks).add(match[1].decode())

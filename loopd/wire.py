@@ -1,18 +1,22 @@
 """The wire: messages, codes and refusals, and their strict encoding as JSON.
 
-Owns what may be said over the socket: every field of every request, its type, its default and its limits; the closed list
-of codes; the shape of the replies. Pure data: no I/O, no file descriptors (a request names them by index), nothing of the
-package imported. Shared by daemon and client, so it keeps to Python 3.8 and the standard library.
+Owns what may be said over the socket: every field of every request, its type, its default and its limits; the closed
+list of codes; the shape of the replies. Pure data: no I/O, no file descriptors (a request names them by index), nothing
+of the package imported. Shared by daemon and client, so it keeps to Python 3.8 and the standard library.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
+import re
 from typing import Any, Callable, NamedTuple, NoReturn, Union
 
 VERSION = 1
-"""Version of the protocol, in the reply to ``hello``. A field that is added does not raise it, a change of meaning does."""
+"""Version of the protocol, in the reply to ``hello``. A field that is added does not raise it, a change of meaning
+does.
+"""
 
 MAX_REQUEST = 8192
 """Bytes of one request datagram."""
@@ -61,6 +65,9 @@ class Refusal(Exception):
         self.code = code
         self.message = message
 
+    def __reduce__(self) -> tuple[type[Refusal], tuple[Code, str]]:
+        return Refusal, (self.code, self.message)
+
     def __str__(self) -> str:
         return f"{self.code.value}: {self.message}"
 
@@ -93,16 +100,45 @@ class Detach(NamedTuple):
     devname: str
     reply_fd: int | None = None
     id: str | None = None
+    dir_fd: int | None = None
     wait: float = 0
     force: bool = False
 
 
 class Leases(NamedTuple):
-    """``list``: the owner's leases, all of them on the admin socket; `after` continues behind an earlier reply's last."""
+    """``list``: the owner's leases, all of them on the admin socket; `after` continues an earlier reply."""
 
     reply_fd: int | None = None
     id: str | None = None
+    dir_fd: int | None = None
     after: str = ""
+
+
+class Directory(NamedTuple):
+    """Make a directory to be bound into a container, or `remove` it. Asked from the host, not from a container."""
+
+    name: str
+    reply_fd: int | None = None
+    id: str | None = None
+    remove: bool = False
+
+
+class Rescan(NamedTuple):
+    """Read the partition table again."""
+
+    devname: str
+    reply_fd: int | None = None
+    id: str | None = None
+    dir_fd: int | None = None
+
+
+class Resize(NamedTuple):
+    """Take over the size of the backing file, after it grew or shrank."""
+
+    devname: str
+    reply_fd: int | None = None
+    id: str | None = None
+    dir_fd: int | None = None
 
 
 class Hello(NamedTuple):
@@ -112,9 +148,17 @@ class Hello(NamedTuple):
     id: str | None = None
 
 
-Request = Union[Attach, Detach, Leases, Hello]
+Request = Union[Attach, Detach, Leases, Directory, Rescan, Resize, Hello]
 
-OPERATIONS: dict[str, type[Request]] = {"attach": Attach, "detach": Detach, "list": Leases, "hello": Hello}
+OPERATIONS: dict[str, type[Request]] = {
+    "attach": Attach,
+    "detach": Detach,
+    "list": Leases,
+    "directory": Directory,
+    "rescan": Rescan,
+    "resize": Resize,
+    "hello": Hello,
+}
 
 
 class Envelope(NamedTuple):
@@ -122,11 +166,12 @@ class Envelope(NamedTuple):
 
     op: str = ""
     reply_fd: int | None = None
+    dir_fd: int | None = None
     id: str | None = None
 
 
-# Decoding. A validator returns the value or raises ValueError with what is expected; `bool` is an `int` to Python and is
-# told apart by `type() is`.
+# Decoding. A validator returns the value or raises ValueError with what is expected; `bool` is an `int` to Python and
+# is told apart by `type() is`.
 
 
 def _index(value: Any) -> int:
@@ -181,6 +226,13 @@ def _devname(value: Any) -> str:
     raise ValueError('the name of a device, as "loop4096"')
 
 
+def _name(value: Any) -> str:
+    # One component of a path: no slash, nothing hidden, no surprise in a shell.
+    if type(value) is str and re.match(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z", value):
+        return value
+    raise ValueError("a name of at most 64 letters, digits and any of _.- that begins with a letter or digit")
+
+
 def _direct_io(value: Any) -> str:
     if type(value) is str and value in DIRECT_IO:
         return value
@@ -211,6 +263,8 @@ VALIDATORS: dict[str, Callable[[Any], Any]] = {
     "ref": _text(MAX_REF, _encoded, "bytes of UTF-8"),
     "deliver": _deliver,
     "devname": _devname,
+    "name": _name,
+    "remove": _flag,
     "wait": _seconds,
     "force": _flag,
     "after": _text(MAX_ID, len, "characters"),
@@ -235,7 +289,8 @@ _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_consta
 def _object(payload: bytes) -> dict[str, Any]:
     try:
         value = _decoder.decode(payload.decode())
-    # RecursionError: nested arrays. ValueError: bad JSON, bad UTF-8, and an integer of more digits than Python converts.
+    # RecursionError: nested arrays. ValueError: bad JSON, bad UTF-8, and an integer of more digits than Python
+    # converts.
     except (ValueError, RecursionError) as error:
         raise Refusal(Code.MALFORMED, f"the request is no JSON object: {error}") from None
     if type(value) is not dict:
@@ -281,11 +336,9 @@ def decode(payload: bytes) -> tuple[Envelope, Request | Refusal]:
     except Refusal as refusal:
         return Envelope(), refusal
     known: dict[str, Any] = {}
-    for name in ("reply_fd", "id"):
-        try:
+    for name in ("reply_fd", "dir_fd", "id"):
+        with contextlib.suppress(KeyError, Refusal):
             known[name] = _check(name, fields[name])
-        except (KeyError, Refusal):
-            continue
     op = fields.get("op", "attach")
     envelope = Envelope(op if type(op) is str and op in OPERATIONS else "", **known)
     try:
@@ -298,7 +351,7 @@ def decode(payload: bytes) -> tuple[Envelope, Request | Refusal]:
 
 
 class Attached(NamedTuple):
-    """Reply to ``attach``. Sizes in bytes; `diskseq` is None before Linux 5.15; flags are what the kernel has in force."""
+    """Reply to ``attach``. Sizes in bytes, flags are the kernel's; `diskseq` is None before Linux 5.15."""
 
     devname: str
     diskseq: int | None
@@ -319,7 +372,7 @@ class Detached(NamedTuple):
 
 
 class LeaseInfo(NamedTuple):
-    """One row of the reply to ``list``. Times in seconds, sizes in bytes; who owns it is told on the admin socket only."""
+    """One row of the reply to ``list``. Times in seconds, sizes in bytes; the owner is for the admin socket."""
 
     devname: str
     diskseq: int | None
@@ -354,6 +407,24 @@ class LeaseList(NamedTuple):
     more: bool = False
 
 
+class Granted(NamedTuple):
+    """Reply to ``directory``: where it is, or was, on the host."""
+
+    path: str
+
+
+class Rescanned(NamedTuple):
+    """Reply to ``rescan``: the partitions that there are now."""
+
+    partitions: tuple[str, ...]
+
+
+class Resized(NamedTuple):
+    """Reply to ``resize``: the size now, in bytes."""
+
+    size: int
+
+
 class Greeting(NamedTuple):
     """Reply to ``hello``: versions, the operations of this socket, and limits in bytes, numbers and seconds."""
 
@@ -363,7 +434,7 @@ class Greeting(NamedTuple):
     limits: dict[str, int]
 
 
-Reply = Union[Attached, Detached, LeaseList, Greeting]
+Reply = Union[Attached, Detached, LeaseList, Granted, Rescanned, Resized, Greeting]
 
 
 def _jsonable(value: Any) -> Any:
@@ -383,7 +454,7 @@ def encode_request(request: Request) -> bytes:
     fields: dict[str, Any] = {"op": op}
     for name, value in zip(request._fields, request):
         if name not in request._field_defaults or request._field_defaults[name] != value:
-            fields[name] = value
+            fields[name] = value  # noqa: PERF403  # three conditions in a comprehension read worse
     return _encoder.encode(fields).encode()
 
 

@@ -1,0 +1,388 @@
+"""The life of a lease: booked, watched, its nodes kept in line, released, gone; and carried on after a crash.
+
+Part of the main process, the one writer. Whatever touches a device or a directory is a helper's job, one at a time for
+each lease. Knows no requests: who may ask for what is decided before.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from . import cgroups, devices, leases, messages, records, transport, wire
+from .accounts import Account, Accounts, Owner
+from .audit import Audit, Event
+from .devices import Binding
+from .inotify import Inotify
+from .leases import Lease, Leases, Slots, State
+from .numbers import Numbers, ours
+from .policy import Policy
+from .poller import HUNG_UP, Poller
+from .pool import Pool, Worker
+from .transport import FdSet
+from .wire import Code, Refusal
+
+
+class LeaseTask:
+    """A helper's job on a lease; a `pool.Task`. `done` is called once, with the answer or None."""
+
+    def __init__(self, done: Callable[[Any], None]) -> None:
+        self._done: Callable[[Any], None] | None = done
+
+    def message(self, worker: Worker, message: Any, fds: FdSet) -> None:
+        self._finish(message)
+
+    def ended(self) -> None:
+        self._finish(None)
+
+    def timed_out(self) -> None:
+        self._finish(None)
+
+    def reaped(self) -> None:
+        pass
+
+    def _finish(self, message: Any) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(message)
+
+
+class Lifecycle:
+    """Every lease of the daemon, and what happens to it."""
+
+    HELD_CHECK = 5.0
+    """Seconds between looks at devices that others keep open, in case a uevent was missed."""
+    ARRANGE_PAUSE = 0.05
+    """Seconds after a look at a partition table before the next one: closing the node is free for the client."""
+
+    def __init__(
+        self, poller: Poller, pool: Pool, watches: Inotify, numbers: Numbers, slots: Slots, audit: Audit, policy: Policy
+    ) -> None:
+        self.policy = policy
+        self.accounts = Accounts()
+        self.leases = Leases()
+        self._poller = poller
+        self._pool = pool
+        self._watches = watches
+        self._numbers = numbers
+        self._slots = slots
+        self._audit = audit
+        self._cgroups = cgroups.Watcher(self._account_ended)
+        self._held: dict[str, Lease] = {}
+        self._watched: dict[int, Lease] = {}
+        self._kept: list[socket.socket] = []
+        self._replies: dict[str, int] = {}
+        self._looking = False
+        poller.add(self._cgroups.fd, self._cgroups.receive)
+        poller.add(watches.fd, self._on_watches)
+
+    # Beginning --------------------------------------------------------------------------------------------------------
+
+    def adopt(self, lease: Lease) -> None:
+        """Take a new lease into the books, and end it when what keeps it ends."""
+        self.leases.add(lease)
+        self._watch(lease)
+
+    def _watch(self, lease: Lease) -> None:
+        assert lease.keeper is not None
+        self._poller.add(lease.keeper, lambda: self.release(lease, "expired"), HUNG_UP)
+        if lease.watch is not None:
+            self._watched[lease.watch] = lease
+        if lease.account.ended:
+            self.release(lease, "expired")
+        else:
+            self._cgroups.watch(lease.holder.account)
+
+    def _account_ended(self, name: str) -> None:
+        """An account's cgroup is empty: nobody is left who could use its devices, and its name may come again."""
+        self.accounts.end(name)
+        self._numbers.forget(name)
+        for lease in list(self.leases):
+            if lease.account.ended:
+                self.release(lease, "expired")
+
+    # Recovery ---------------------------------------------------------------------------------------------------------
+
+    def recover(self, slot: socket.socket) -> None:
+        """Take over what an earlier daemon left in a slot of the fd store."""
+        self._slots.known()
+        try:
+            found = leases.stored(slot, self.accounts.get)
+        except (ValueError, KeyError, TypeError) as error:
+            # Most likely a newer loopd's, before a downgrade: it stays in the store, and its device bound.
+            self._kept.append(slot)
+            self._audit.record(Event.WARNED, f"A lease in the fd store cannot be read and is kept as it is: {error}")
+            return
+        if found is None:
+            self._slots.give_back(slot)
+            return
+        lease, reply = found
+        name = lease.binding.devname
+        if reply is not None:
+            self._replies[name] = reply
+        twin = self.leases.get(name)
+        if twin is None:
+            self.leases.add(lease)
+            return
+        # The daemon ended between the two records of a release: the one that still has the device goes on.
+        lease, twin = (lease, twin) if lease.state is State.BOUND else (twin, lease)
+        assert twin.slot is not None
+        self._slots.give_back(twin.slot)
+        self.leases.replace(lease)
+
+    def resume(self) -> None:
+        """Go on with every lease that was recovered, and tidy up after a daemon that died."""
+        for lease in list(self.leases):
+            if lease.state is State.HELD:
+                self._after_close(lease)
+                continue
+            self._watch(lease)
+            self._restore(lease, self._replies.pop(lease.binding.devname, None))
+        self._numbers.sweep({lease.binding.number for lease in self.leases})
+        self._numbers.keep_low_free()
+
+    def _restore(self, lease: Lease, reply: int | None) -> None:
+        # A client that closed its end of the reply socket has the answer, or wants it no more.
+        complete = reply is not None and not transport.hung_up(reply)
+
+        def restored(refusal: Refusal | None) -> None:
+            if reply is not None:
+                answer = refusal or attached(lease)
+                transport.reply(reply, wire.encode_reply(answer, lease.holder.id))
+                os.close(reply)
+            if refusal is not None and complete:
+                self.release(lease, "undeliverable")
+
+        self._arrange(lease, restored, complete=complete)
+
+    def abandon(self, slot: socket.socket) -> None:
+        """Free a slot whose attach failed; a helper that was killed may have booked the lease and made its nodes."""
+        found = leases.stored(slot, self.accounts.get)
+        if found is None:
+            self._slots.give_back(slot)
+            return
+        lease, reply = found
+        if reply is not None:
+            os.close(reply)
+        self.leases.add(lease)
+        self.release(lease, "failed")
+
+    # Partitions -------------------------------------------------------------------------------------------------------
+
+    def rescan(self, lease: Lease, done: Callable[[Refusal | tuple[str, ...]], None]) -> None:
+        """Have the kernel read the partition table again, and the nodes made that belong to it."""
+
+        def arranged(refusal: Refusal | None) -> None:
+            done(refusal or tuple(devices.partitions(lease.binding.devname)))
+
+        self._arrange(lease, arranged, rescan=True)
+
+    def resize(self, lease: Lease, done: Callable[[Refusal | int], None]) -> None:
+        """Have the device take over the size of its file."""
+
+        def resized(message: messages.Resized | None) -> None:
+            self._proceed(lease)
+            if message is None or message.binding is None:
+                done((message and message.refusal) or Refusal(Code.TIMEOUT, "the device did not answer in time"))
+                return
+            lease.account.bytes += message.binding.size - lease.binding.size
+            lease.binding = message.binding
+            done(lease.binding.size)
+
+        self._job(lease, lambda: self._submit(lease, messages.Resize(lease.binding), resized))
+
+    def on_partitions(self, devname: str) -> None:
+        """The kernel made or removed a partition."""
+        lease = self.leases.get(devname)
+        if lease is not None and lease.state is State.BOUND and lease.binding.partscan:
+            self._arrange_soon(lease)
+
+    def _on_watches(self) -> None:
+        for watch, _ in list(self._watches.events()):
+            lease = self._watched.get(watch)
+            if lease is not None and lease.state is State.BOUND:
+                self._arrange_soon(lease)
+
+    def _arrange_soon(self, lease: Lease) -> None:
+        """Look at the table and the nodes; what comes while one look is under way is answered by one more."""
+        if lease.again:
+            return
+        lease.again = True
+
+        def arrange() -> None:
+            lease.again = False
+            if lease.state is State.BOUND:
+                self._arrange(lease, lambda _: None, rescan=True, unless=lease.table)
+
+        self._poller.later(self.ARRANGE_PAUSE, arrange)
+
+    def _arrange(
+        self, lease: Lease, done: Callable[[Refusal | None], None], *,
+        complete: bool = False, rescan: bool = False, unless: int | None = None,
+    ) -> None:  # fmt: skip
+        def arranged(message: messages.Arranged | None) -> None:
+            self._proceed(lease)
+            if message is None:
+                done(Refusal(Code.TIMEOUT, "the request was not done in time: do its files answer?"))
+                return
+            if message.refusal is None:
+                lease.nodes, lease.table = message.nodes, message.table
+                if message.watch is not None and lease.state is State.BOUND:
+                    lease.watch = message.watch
+                    self._watched[message.watch] = lease
+            done(message.refusal)
+
+        def start() -> None:
+            job = messages.Arrange(lease.binding, lease.holder.client, lease.nodes, complete, rescan, unless)
+            self._submit(lease, job, arranged)
+
+        self._job(lease, start)
+
+    def _job(self, lease: Lease, start: Callable[[], None]) -> None:
+        lease.jobs.append(start)
+        if not lease.working:
+            self._proceed(lease)
+
+    def _proceed(self, lease: Lease) -> None:
+        lease.working = bool(lease.jobs) and lease.state in (State.BOUND, State.RELEASING)
+        if lease.working:
+            lease.jobs.popleft()()
+
+    def _submit(self, lease: Lease, job: messages.Job, done: Callable[[Any], None]) -> None:
+        fds = [fd for fd in (lease.device, lease.directory) if fd is not None]
+        self._pool.submit(LeaseTask(done), job, fds, self.policy.request_timeout)
+
+    # The end ----------------------------------------------------------------------------------------------------------
+
+    def release(self, lease: Lease, reason: str) -> None:
+        """End a lease: a helper removes the nodes and partitions, then the last fd is closed."""
+        if lease.state is not State.BOUND:
+            return
+        lease.state, lease.reason = State.RELEASING, reason
+        if lease.keeper is not None:
+            self._poller.remove(lease.keeper)
+        if lease.watch is not None:
+            self._watched.pop(lease.watch, None)
+            self._watches.remove(lease.watch)
+
+        def released(message: messages.Released | None) -> None:
+            # Without an answer the helper hangs with its own copy of the device, or has ended and closed it.
+            lease.nodes = message.left if message is not None else lease.nodes
+            self._close(lease)
+
+        def start() -> None:
+            self._submit(lease, messages.Release(lease.binding, lease.holder.client, lease.nodes), released)
+
+        self._job(lease, start)
+
+    def _close(self, lease: Lease) -> None:
+        """Nodes and partitions are gone; loopd's own fds go now, and the kernel unbinds at the last close."""
+        after = self._slots.take() if lease.slot is not None else None
+        if after is not None:
+            # Written before the device's fds go: at no moment is the binding in no record.
+            records.write(after.fileno(), lease.holder._asdict(), lease.lease, lease.binding, {})
+        lease.close()
+        if lease.slot is not None:
+            self._slots.give_back(lease.slot)
+        lease.slot = after
+        lease.state = State.HELD
+        self._after_close(lease)
+
+    def _after_close(self, lease: Lease) -> None:
+        if not devices.still_bound(lease.binding):
+            self._gone(lease)
+            return
+        self._held[lease.binding.devname] = lease
+        self.record(Event.HELD, lease, "is still open elsewhere and goes at its last close")
+        self._tell(lease)
+        self.look_after()
+
+    def on_disk(self, devname: str) -> None:
+        """The kernel says that something changed about a disk."""
+        if not ours(devname):
+            # Perhaps the host bound the device that was kept free for it.
+            self._numbers.keep_low_free()
+            return
+        lease = self._held.get(devname)
+        if lease is not None and not devices.still_bound(lease.binding):
+            self._gone(lease)
+
+    def look_again(self) -> None:
+        """Look at everything that is waited for, in case an event was lost."""
+        self._numbers.retry()
+        for devname in list(self._held):
+            self.on_disk(devname)
+        self.look_after()
+
+    def look_after(self) -> None:
+        """Look again now and then while others keep devices open."""
+        if self._looking or not (self._held or self._numbers.lingering):
+            return
+        self._looking = True
+
+        def look() -> None:
+            self._looking = False
+            self.look_again()
+
+        self._poller.later(self.HELD_CHECK, look)
+
+    def _gone(self, lease: Lease) -> None:
+        self._held.pop(lease.binding.devname, None)
+        self.leases.drop(lease)
+        if lease.slot is not None:
+            self._slots.give_back(lease.slot)
+            lease.slot = None
+        holder = lease.holder
+        if holder.grant and holder.uid != 0:
+            # Its nodes were out of the client's reach, and nobody has the device open, else it could not be removed.
+            lease.account.unspend()
+            self._numbers.retire_unburnt(lease.binding.number)
+        else:
+            self.retire(lease.binding.number, lease.account, Owner(holder.account, holder.uid))
+        lease.state = State.RELEASED
+        expired = lease.reason == "expired"
+        self.record(Event.EXPIRED if expired else Event.DETACHED, lease, "expired" if expired else "was detached")
+        self._tell(lease)
+
+    def retire(self, number: int, account: Account, owner: Owner) -> None:
+        """A number that a client may have kept a node of goes; if ever, only the same owner gets it again."""
+        self._numbers.retire(number, None if account.ended else owner)
+
+    def _tell(self, lease: Lease) -> None:
+        for told in lease.waiting:
+            told(lease.state)
+
+    def transient(self) -> list[Lease]:
+        """Leases that nothing keeps when the daemon ends."""
+        return [lease for lease in self.leases if lease.slot is None and lease.state is not State.HELD]
+
+    def record(self, event: Event, lease: Lease, text: str, **details: object) -> None:
+        """Write the audit's record of something that happened to a lease."""
+        binding, holder = lease.binding, lease.holder
+        self._audit.record(
+            event, f"{binding.devname} of {holder.unit or holder.account} on {binding.backing_file} {text}",
+            device=binding.devname, number=binding.number, diskseq=binding.diskseq,
+            backing_file=binding.backing_file, backing_dev=binding.backing_dev, backing_inode=binding.backing_inode,
+            account=holder.account, owner=str(holder.owner.account), unit=holder.unit,
+            pid=holder.pid, uid=holder.uid, gid=holder.gid,
+            reason=lease.reason or None, lease=lease.lease, **details,
+        )  # fmt: skip
+
+
+def attached(lease: Lease, warnings: tuple[str, ...] = ()) -> wire.Attached:
+    """The reply to the attach that made a lease."""
+    binding: Binding = lease.binding
+    return wire.Attached(
+        binding.devname,
+        binding.diskseq,
+        binding.major,
+        binding.minor,
+        binding.size,
+        binding.sector_size,
+        binding.read_only,
+        binding.direct_io,
+        lease.partitions,
+        warnings,
+    )

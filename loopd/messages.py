@@ -1,0 +1,170 @@
+"""Messages between the main process and its helpers: jobs one way, answers the other.
+
+Both ends are forks of one image on a private socketpair, and neither sends the other anything of a client's but values
+that `wire` has decoded; so a message is pickled and has no versions.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, NamedTuple
+
+from .devices import Binding, Number
+from .nodes import Client, Node
+from .transport import Sender
+from .wire import Attach, Code, Refusal
+
+MAX_MESSAGE = 1 << 17
+"""Bytes of a message: a record of 8 KiB of request, and the nodes of a device with 256 partitions."""
+MAX_FDS = 8
+SEARCH = -1
+"""In place of the index of reply_fd: the request could not be decoded, so answer on the first fd that will do."""
+
+# Jobs -------------------------------------------------------------------------------------------------------------
+
+
+class Terms(NamedTuple):
+    """What policy lets this request do, and the first number to try; without one the helper asks when it gets there."""
+
+    file_systems: frozenset[str]
+    write: bool
+    block_devices: bool
+    mknod: bool
+    number: Number | None
+
+
+class Take(NamedTuple):
+    """Take the datagram that was peeked; if `attach` is there, perform it.
+
+    `reply`, `lease` and `directory` are indices of its fds. `holder` is for the record. Fds: a free slot, where there
+    is one.
+    """
+
+    listener: int
+    payload: bytes
+    sender: Sender
+    reply: int | None
+    directory: int | None
+    lease: int | None = None
+    attach: Attach | None = None
+    terms: Terms | None = None
+    holder: dict[str, Any] | None = None
+
+
+class Release(NamedTuple):
+    """Take a lease's nodes, partitions and binding away. Fds: the device, and the directory if it has one.
+
+    Without `nodes` it is not known which there are.
+    """
+
+    binding: Binding
+    client: Client
+    nodes: tuple[Node, ...] | None
+
+
+class Arrange(NamedTuple):
+    """Bring a lease's nodes in line with the partitions that the kernel has. Fds: the device, and the directory if any.
+
+    Without `nodes` it is not known which there are. `complete`: the client still waits for the answer to its attach, so
+    a node that cannot be made is a refusal. `rescan`: have the kernel read the table first; if `table` is given, only
+    when that has changed.
+    """
+
+    binding: Binding
+    client: Client
+    nodes: tuple[Node, ...] | None
+    complete: bool = False
+    rescan: bool = False
+    table: int | None = None
+
+
+class Resize(NamedTuple):
+    """Have the device take over its file's size. Fds: the device."""
+
+    binding: Binding
+
+
+class UseNumber(NamedTuple):
+    """Answer to NumberPlease, or why there is none."""
+
+    number: Number | None
+    refusal: Refusal | None = None
+
+
+Job = Take | Release | Arrange | Resize
+
+# Answers ----------------------------------------------------------------------------------------------------------
+
+
+class Taken(NamedTuple):
+    """The datagram is off the queue. Fds, each if its flag says so: the sender's pidfd, the reply socket, the lease fd.
+
+    `lease` is what keeps a lease: "pidfd" or "socket" (the lease fd), "reply", or "sender". `grant` is the directory of
+    loopd's that was sent along. With a refusal nothing more is done with the request.
+    """
+
+    refusal: Refusal | None
+    pidfd: bool
+    reply: bool
+    lease: str
+    grant: str
+
+
+class NumberPlease(NamedTuple):
+    """The last number was lost to somebody else, or there was none yet."""
+
+
+class Done(NamedTuple):
+    """The attach is done, or refused. Fds: device; then, if so flagged, directory, lock, the client's fds."""
+
+    refusal: Refusal | None
+    binding: Binding | None = None
+    nodes: tuple[Node, ...] = ()
+    warnings: tuple[str, ...] = ()
+    watch: int | None = None
+    table: int | None = None
+    directory: bool = False
+    lock: bool = False
+    client: int = 0
+
+
+class Released(NamedTuple):
+    """A lease's nodes are gone but for `left`, and the kernel unbinds the device at the last close."""
+
+    left: tuple[Node, ...]
+
+
+class Arranged(NamedTuple):
+    """The nodes that are there now, the partitions that the kernel has, and the state of the table and of the watch."""
+
+    refusal: Refusal | None
+    nodes: tuple[Node, ...] = ()
+    partitions: tuple[str, ...] = ()
+    watch: int | None = None
+    table: int | None = None
+
+
+class Resized(NamedTuple):
+    """The binding as it is now."""
+
+    refusal: Refusal | None
+    binding: Binding | None = None
+
+
+class Ready(NamedTuple):
+    """Every fd is closed: the helper takes the next job."""
+
+
+def pack(message: Any) -> bytes:
+    """A message as bytes."""
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+
+
+def unpack(payload: bytes) -> Any:
+    """The message that `pack` packed."""
+    return pickle.loads(payload)  # noqa: S301  # of our own process: see above
+
+
+def bug(text: str) -> Refusal:
+    """What a helper says of a bug on its side; the main process records the text and does not send it on."""
+    return Refusal(Code.INTERNAL, text)

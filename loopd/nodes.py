@@ -1,0 +1,244 @@
+"""Nodes: put device nodes into a directory and take them away, each directory in the way that is safe for it.
+
+A client's own directory is changed with that client's rights alone. A directory of loopd's (a grant, or one made for a
+mount) is changed with loopd's own, and its nodes stay loopd's, with an access list for the client: the client can open
+them, but neither link, rename, chmod nor remove them. Runs in helper processes. Knows no leases and no policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import struct
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+from . import rights
+from .wire import Code, Refusal
+
+Numbers = tuple[int, int]
+"""Major and minor of a device."""
+
+
+class Node(NamedTuple):
+    """A node that loopd made: it is removed only while the name still leads to this inode with this device number."""
+
+    name: str
+    major: int
+    minor: int
+    inode: int
+
+
+class Client(NamedTuple):
+    """Whose rights are used in a directory of the client's, and who gets the nodes where the directory is loopd's
+    `own`.
+    """
+
+    uid: int
+    gid: int
+    own: bool
+
+
+class Directory(Protocol):
+    """A directory for nodes: `fd` is where they are made, `view` is as the client sees it."""
+
+    fd: int
+    view: int
+
+    def rights(self) -> contextlib.AbstractContextManager[None]:
+        """The rights under which everything in the directory is done."""
+
+    def finish(self, name: str, *, read_only: bool) -> None:
+        """What a new node needs before the client can use it."""
+
+
+class ClientDirectory:
+    """A directory of the client's own.
+
+    Every step is taken with the client's uid and gid, no supplementary groups and CAP_MKNOD alone, so that it reaches
+    only what the client could change itself: an fd proves no more than that it could be opened.
+    """
+
+    def __init__(self, fd: int, client: Client) -> None:
+        self.fd = self.view = fd
+        self._client = client
+
+    def rights(self) -> contextlib.AbstractContextManager[None]:
+        return rights.acting_as(self._client.uid, self._client.gid)
+
+    def finish(self, name: str, *, read_only: bool) -> None:
+        """Nothing: made with its fsuid, the node is the client's already."""
+
+
+_ACL_HEADER = struct.Struct("<I")  # POSIX_ACL_XATTR_VERSION of <linux/posix_acl_xattr.h>
+_ACL_ENTRY = struct.Struct("<HHI")  # tag, permissions, id
+ACL_USER_OBJ, ACL_USER, ACL_GROUP_OBJ, ACL_MASK, ACL_OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
+ACL_UNDEFINED_ID = 0xFFFFFFFF
+READ, WRITE, SEARCH = 4, 2, 1
+
+
+def access_list(uid: int, owner: int, permissions: int) -> bytes:
+    """The value of system.posix_acl_access that gives `uid` these permissions, and nobody else but the owner any."""
+    entries = (
+        (ACL_USER_OBJ, owner, ACL_UNDEFINED_ID),
+        (ACL_USER, permissions, uid),
+        (ACL_GROUP_OBJ, 0, ACL_UNDEFINED_ID),
+        (ACL_MASK, permissions, ACL_UNDEFINED_ID),
+        (ACL_OTHER, 0, ACL_UNDEFINED_ID),
+    )
+    return _ACL_HEADER.pack(2) + b"".join(_ACL_ENTRY.pack(*entry) for entry in entries)
+
+
+class OwnDirectory:
+    """A directory of loopd's own that the client can see; `view` is the client's fd of it, which may be read-only."""
+
+    def __init__(self, fd: int, view: int, uid: int) -> None:
+        self.fd = fd
+        self.view = view
+        self._uid = uid
+
+    def rights(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def finish(self, name: str, *, read_only: bool) -> None:
+        acl = access_list(self._uid, READ | WRITE, READ if read_only else READ | WRITE)
+        os.setxattr(f"/proc/self/fd/{self.fd}/{name}", "system.posix_acl_access", acl)
+
+
+def directory(fd: int, client: Client, view: int | None = None) -> Directory:
+    """The directory `fd` for this client; `view` is the client's own fd of it, where it has one of its own."""
+    return OwnDirectory(fd, fd if view is None else view, client.uid) if client.own else ClientDirectory(fd, client)
+
+
+_MKNOD = {
+    errno.EEXIST: (Code.EXISTS, "the name is taken in the directory"),
+    errno.EACCES: (Code.NOT_PERMITTED, "the client itself may not create a file in the directory"),
+    errno.EPERM: (Code.NOT_PERMITTED, "the directory does not take device nodes from the client"),
+    errno.EROFS: (Code.NOT_PERMITTED, "the directory is on a read-only mount"),
+    errno.ENOSPC: (Code.IO, "the directory's file system is full"),
+    errno.EDQUOT: (Code.IO, "the client's disk quota in the directory is used up"),
+    errno.ENOENT: (Code.NOT_FOUND, "the directory has been removed"),
+}
+
+_PROVE = {
+    errno.EACCES: "its mount is nodev or belongs to a user namespace: use a directory of the host or another delivery",
+    errno.ENOENT: "it was removed at once",
+    errno.ENXIO: "the device went away",
+}
+
+
+def place(directory: Directory, devname: str, wanted: dict[str, Numbers], *, read_only: bool = False) -> list[Node]:
+    """Make the nodes of `wanted`, all or none, and prove that the disk's can be opened where the client sees it."""
+    made: list[Node] = []
+    with directory.rights():
+        try:
+            for name, numbers in wanted.items():
+                made.append(_make(directory, name, numbers))
+                directory.finish(name, read_only=read_only)
+                if name == devname:
+                    _prove(directory, made[-1])
+        except BaseException:
+            for node in made:
+                _remove(directory, node)
+            raise
+    return made
+
+
+def displace(directory: Directory, nodes: Iterable[Node]) -> list[Node]:
+    """Remove nodes; returns those that could not be removed."""
+    with directory.rights():
+        return [node for node in nodes if not _remove(directory, node)]
+
+
+def update(directory: Directory, nodes: Iterable[Node], wanted: dict[str, Numbers], *, read_only: bool) -> list[Node]:
+    """Have exactly the nodes of `wanted` in place of `nodes`: one whose numbers changed is replaced."""
+    kept = []
+    with directory.rights():
+        for node in nodes:
+            if wanted.get(node.name) == (node.major, node.minor):
+                kept.append(node)
+            else:
+                _remove(directory, node)
+        there = {node.name for node in kept}
+        for name, numbers in wanted.items():
+            if name not in there:
+                # A name that the client took meanwhile stays the client's.
+                with contextlib.suppress(Refusal, OSError):
+                    kept.append(_make(directory, name, numbers))
+                    directory.finish(name, read_only=read_only)
+    return kept
+
+
+def find(directory: Directory, names: dict[str, Numbers]) -> list[Node]:
+    """The nodes among `names` that are in the directory: what a daemon that died may have made there."""
+    found = []
+    with directory.rights():
+        for name, (major, minor) in names.items():
+            with contextlib.suppress(OSError):
+                status = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
+                node = Node(name, major, minor, status.st_ino)
+                if _is(status, node):
+                    found.append(node)
+    return found
+
+
+def _make(directory: Directory, name: str, numbers: Numbers) -> Node:
+    try:
+        os.mknod(name, stat.S_IFBLK | 0o600, os.makedev(*numbers), dir_fd=directory.fd)
+        status = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
+    except OSError as error:
+        code, meaning = _MKNOD.get(error.errno or 0, (Code.IO, "the node could not be made"))
+        raise Refusal(code, f"dir_fd: {meaning}: {name}: {os.strerror(error.errno or 0)}") from error
+    return Node(name, *numbers, status.st_ino)
+
+
+def _is(status: os.stat_result, node: Node) -> bool:
+    same = status.st_ino == node.inode and status.st_rdev == os.makedev(node.major, node.minor)
+    return same and stat.S_ISBLK(status.st_mode)
+
+
+def _prove(directory: Directory, node: Node) -> None:
+    """Open the node the way the client will.
+
+    O_PATH pins the inode, so that what is opened is what was looked at: the client may swap the name for a FIFO, on
+    which an open blocks, or for a device on which an open has effects.
+    """
+    try:
+        pinned = os.open(node.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.view)
+        try:
+            if not _is(os.fstat(pinned), node):
+                raise Refusal(Code.UNDELIVERABLE, f"dir_fd: {node.name} was replaced as soon as it was made")
+            os.close(os.open(f"/proc/self/fd/{pinned}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        finally:
+            os.close(pinned)
+    except OSError as error:
+        meaning = _PROVE.get(error.errno or 0, "it cannot be opened")
+        why = f"dir_fd: {node.name} is there, but {meaning}: {os.strerror(error.errno or 0)}"
+        raise Refusal(Code.UNDELIVERABLE, why) from error
+
+
+def _remove(directory: Directory, node: Node) -> bool:
+    try:
+        pinned = os.open(node.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        if not _is(os.fstat(pinned), node):
+            return True  # the client's own, by that name
+        with contextlib.suppress(OSError):
+            # Whoever kept another way to the node (a mount, a hard link) cannot open it any more, but for its owner: in
+            # a client's directory the client itself. By way of the pinned inode: a name may have become a symbolic
+            # link, to be followed in this process's namespace.
+            os.chmod(f"/proc/self/fd/{pinned}", 0)
+        os.unlink(node.name, dir_fd=directory.fd)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(pinned)
+    return True
