@@ -176,7 +176,7 @@ class Demo:
             path = self.container("loopctl attach disk.img").split()[-1]
             device = path.removeprefix("/dev/")
             self.container(f"ls -ln {path}", f"brw------- 1 {NOBODY} {NOBODY} 7, ")
-            self.container(f"mke2fs -q -t ext4 -L demo -d files {path} && e2fsck -fn {path}", "demo: 12/")
+            self.container(f"mke2fs -q -t ext4 -L demo -d files {path} && e2fsck -fn {path}", "\ndemo: ")
             self.container(f"debugfs -R 'cat hello' {path}", "hello from the container")
             self.container("loopctl list", device)
 

@@ -1,10 +1,11 @@
-"""Other processes for the tests: forked clients with rights and namespaces of their own, and a daemon whose service manager the test is."""
+"""Other processes for the tests: clients with rights and namespaces of their own, a daemon whose manager the test is."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -102,7 +103,7 @@ class Child:
         self._ended = True
         return status
 
-    def __enter__(self) -> Child:
+    def __enter__(self) -> Child:  # noqa: PYI034  # Child has no subclasses
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -151,8 +152,13 @@ class Activated(Daemon):
     """
 
     def __init__(
-        self, directory: Path, options: list[str], wrapper: list[str], environment: dict[str, str], listener: socket.socket | None = None
-    ) -> None:  # fmt: skip
+        self,
+        directory: Path,
+        options: list[str],
+        wrapper: list[str],
+        environment: dict[str, str],
+        listener: socket.socket | None = None,
+    ) -> None:
         super().__init__(directory, options, wrapper, environment)
         self.listener = listener or socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         if listener is None:
@@ -172,8 +178,14 @@ class Activated(Daemon):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **names, **self._environment}
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment, pass_fds=fds
-            )  # fmt: skip
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=environment,
+                pass_fds=fds,
+            )
 
     @property
     def pid(self) -> int:
@@ -213,6 +225,10 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
+def _traced(pid: int, tracer: int) -> bool:
+    return f"TracerPid:\t{tracer}\n" in Path(f"/proc/{pid}/status").read_text()
+
+
 @contextlib.contextmanager
 def injected(pids: Iterable[int], *injections: str) -> Iterator[None]:
     """strace(1) on these processes and their children to come, with these arguments of ``--inject``."""
@@ -225,8 +241,7 @@ def injected(pids: Iterable[int], *injections: str) -> Iterator[None]:
     tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         for pid in pids:
-            status = Path(f"/proc/{pid}/status")
-            eventually(lambda status=status: f"TracerPid:\t{tracer.pid}\n" in status.read_text(), "strace is attached")
+            eventually(functools.partial(_traced, pid, tracer.pid), "strace is attached")
         yield
     finally:
         tracer.send_signal(signal.SIGINT)  # it detaches

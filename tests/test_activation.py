@@ -1,4 +1,4 @@
-"""What the daemon and its service manager say to each other: sockets passed, signals, notify messages, the journal, a start that fails."""
+"""What daemon and service manager say to each other: sockets, signals, notify messages, records, a start that fails."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from processes import IN_NAMESPACE, NOBODY, Activated, Child, stays
 from loopd import wire
 
 HELLO = wire.encode_request(wire.Hello(0))
-PROMPT = 1.0
-"""Seconds for an answer that waits for nothing."""
+PROMPT = 2.0
+"""Seconds for an answer that waits for nothing, of a daemon that has started."""
 
 
 @pytest.fixture
@@ -109,8 +109,13 @@ def test_no_request_is_lost_between_two_daemons(activated: Callable[..., Activat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_and_the_leases_that_nothing_keeps(
-    activated: Callable[..., Activated], make_image: Callable[..., int], directory: int, devices: Path, tmp_path: Path, number: int
-) -> None:  # fmt: skip
+    activated: Callable[..., Activated],
+    make_image: Callable[..., int],
+    directory: int,
+    devices: Path,
+    tmp_path: Path,
+    number: int,
+) -> None:
     daemon = activated()
     daemon.start()
     leases = [daemon.attach(make_image(name=f"image{i}"), directory) for i in range(3)]
@@ -242,7 +247,9 @@ def test_a_manager_that_does_not_read_holds_nobody_up(
     assert daemon.wait() == 0
 
 
-def test_a_watchdog_that_is_for_another_process(activated: Callable[..., Activated], manager: tuple[Manager, str]) -> None:
+def test_a_watchdog_that_is_for_another_process(
+    activated: Callable[..., Activated], manager: tuple[Manager, str]
+) -> None:
     told, path = manager
     # The launcher sets WATCHDOG_PID to the daemon's own pid; env puts another in its place.
     daemon = activated(NOTIFY_SOCKET=path, WATCHDOG_USEC="100000", wrapper=("env", "WATCHDOG_PID=1"))
@@ -335,7 +342,11 @@ def test_loop_control_without_the_module(activated: Callable[..., Activated]) ->
 def test_loop_control_is_not_permitted(activated: Callable[..., Activated]) -> None:
     user = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs")
     # So that it can read the interpreter and the tree wherever they are; it lets nobody write.
-    reader = ("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search", "--bounding-set=-all,+dac_read_search")
+    reader = (
+        "--inh-caps=-all,+dac_read_search",
+        "--ambient-caps=-all,+dac_read_search",
+        "--bounding-set=-all,+dac_read_search",
+    )
     said = refused(activated(wrapper=(*user, *reader)))
     assert "opening /dev/loop-control is not permitted" in said
     assert "run as root" in said
@@ -352,8 +363,12 @@ def test_no_loop_device_can_be_opened(activated: Callable[..., Activated]) -> No
     assert "no loop device can be opened" in refused(activated(wrapper=in_namespace(prepare)))
 
 
-@pytest.mark.parametrize("prepare", ["touch STATE", "mkdir STATE; mount -t tmpfs -o ro tmpfs STATE"], ids=["file", "read-only"])
-def test_the_state_directory_cannot_be_written(activated: Callable[..., Activated], tmp_path: Path, prepare: str) -> None:
+@pytest.mark.parametrize(
+    "prepare", ["touch STATE", "mkdir STATE; mount -t tmpfs -o ro tmpfs STATE"], ids=["file", "read-only"]
+)
+def test_the_state_directory_cannot_be_written(
+    activated: Callable[..., Activated], tmp_path: Path, prepare: str
+) -> None:
     state = tmp_path / "elsewhere"
     daemon = activated("--state-directory", str(state), wrapper=in_namespace(prepare.replace("STATE", str(state))))
     said = refused(daemon)
@@ -371,7 +386,7 @@ def test_an_option_that_is_none(activated: Callable[..., Activated]) -> None:
 
 
 class Journal:
-    """journald's end of its native protocol (https://systemd.io/JOURNAL_NATIVE_PROTOCOL), read as the document has it."""
+    """journald's end of its native protocol, read as https://systemd.io/JOURNAL_NATIVE_PROTOCOL has it."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "socket"
@@ -418,9 +433,11 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 @pytest.fixture
 def journalled(activated: Callable[..., Activated], journal: Journal) -> Activated:
     """A daemon in a mount namespace where that journal is the system's."""
-    prepare = f"mount -t tmpfs tmpfs /run; mkdir -p /run/systemd/journal; mount --bind {journal.path.parent} /run/systemd/journal"
+    place = "/run/systemd/journal"
+    prepare = f"mount -t tmpfs tmpfs /run; mkdir -p {place}; mount --bind {journal.path.parent} {place}"
     daemon = activated(wrapper=in_namespace(prepare))
     daemon.start()
+    daemon.hello()
     return daemon
 
 

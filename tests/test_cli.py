@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pty
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Iterator, NamedTuple, Sequence
 
 import pytest
 from scripted import DEADLINE, Loop, Peer, Request, loop, no_fd_is_left, released
@@ -40,19 +41,22 @@ class Ctl:
         self.image = folder / "disk.img"
         self.image.write_bytes(bytes(4096))
 
-    def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+    @contextlib.contextmanager
+    def start(self, *arguments: object, before: Sequence[str] = (), **options: Any) -> Iterator[subprocess.Popen[str]]:
+        """The process; it and its command are ended with the block."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOOPD_SOCKET": str(self.sock)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        argv = [sys.executable, "-m", "loopd.cli", *map(str, arguments)]
-        return subprocess.Popen(argv, env=environment, text=True, **pipes)
+        argv = [*before, sys.executable, "-m", "loopd.cli", *map(str, arguments)]
+        with subprocess.Popen(argv, env=environment, text=True, start_new_session=True, **pipes) as process:
+            try:
+                yield process
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def __call__(self, *arguments: object, **options: Any) -> Result:
         with self.start(*arguments, **options) as process:
-            try:
-                out, err = process.communicate(timeout=DEADLINE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
+            out, err = process.communicate(timeout=DEADLINE)
         return Result(process.returncode, out, err)
 
 
@@ -234,8 +238,7 @@ sys.exit(9)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_run_forwards_a_signal(ctl: Ctl, loop: Loop, number: signal.Signals) -> None:
     with Peer(ctl.sock, loop.deliver, released):
-        process = ctl.start("run", loop.image, "-d", ctl.dev, "--", sys.executable, "-c", COUNTS)
-        with process:
+        with ctl.start("run", loop.image, "-d", ctl.dev, "--", sys.executable, "-c", COUNTS) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             process.send_signal(number)
@@ -247,23 +250,13 @@ def test_run_forwards_a_signal(ctl: Ctl, loop: Loop, number: signal.Signals) -> 
 def test_a_ctrl_c_at_the_terminal_is_not_forwarded(ctl: Ctl, loop: Loop) -> None:
     """The terminal has sent it to the command too, if that is in the foreground; this one has left it."""
     counts = COUNTS.replace("seen = []", "seen = []; os.setpgid(0, 0)").replace("while not seen", "if False")
+    # The first terminal that the leader of a session opens is the session's.
+    claim = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execv(sys.argv[1], sys.argv[1:])"
+    command = ["run", loop.image, "-d", ctl.dev, "--", sys.executable, "-c", counts]
     leader, terminal = pty.openpty()
     try:
         with Peer(ctl.sock, loop.deliver, released):
-            # A session of its own, whose terminal is the first that it opens.
-            claim = (
-                "import os, sys; os.setsid(); os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.argv[1], sys.argv[1:])"
-            )
-            argv = [sys.executable, "-c", claim, sys.executable, "-m", "loopd.cli", "run", loop.image]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOOPD_SOCKET": str(ctl.sock)}
-            process = subprocess.Popen(
-                [*map(str, argv), "-d", str(ctl.dev), "--", sys.executable, "-c", counts],
-                env=environment,
-                stdin=terminal,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            with process:
+            with ctl.start(*command, before=[sys.executable, "-c", claim], stdin=terminal) as process:
                 assert process.stdout is not None
                 assert process.stdout.readline() == "ready\n"
                 os.write(leader, b"\x03")
@@ -294,14 +287,11 @@ def test_the_device_ends_with_loopctl(ctl: Ctl, loop: Loop) -> None:
         with ctl.start("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", "echo $$; exec sleep 30") as process:
             assert process.stdout is not None
             command = int(process.stdout.readline())
-            try:
-                assert not peer.hung_up()
-                process.kill()
-                process.wait()
-                assert peer.hung_up()  # while the command lives
-                os.kill(command, 0)
-            finally:
-                os.kill(command, signal.SIGKILL)
+            assert not peer.hung_up()
+            process.kill()
+            process.wait()
+            assert peer.hung_up()  # while the command lives
+            os.kill(command, 0)
 
 
 # detach, list, hello ----------------------------------------------------------------------------------------

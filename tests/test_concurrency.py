@@ -99,7 +99,7 @@ def losetup(directory: Path) -> Callable[[Callable[[Any], None]], None]:
             names.append(os.path.basename(path))
             try:
                 assert (Path("/sys/block") / names[-1] / "loop/backing_file").read_text() == f"{image}\n"
-                assert Path(path).open("rb").read(10) == b"the host's"
+                assert Path(path).read_bytes()[:10] == b"the host's"
             finally:
                 command("--detach", path)
             time.sleep(0.01)

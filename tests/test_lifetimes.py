@@ -109,16 +109,18 @@ def test_a_killed_clients_device_goes_within_a_second(
 
     with Child(body, keep=[image, directory]) as client:
         name = client.hear()
-        stays(lambda: bound_to(tmp_path) == [name] and [p.name for p in devices.iterdir()] == [name], 0.5, "the lease holds")
+        stays(
+            lambda: bound_to(tmp_path) == [name] and [p.name for p in devices.iterdir()] == [name],
+            0.5,
+            "the lease holds",
+        )
         client.kill()
         gone(devices, tmp_path)
     assert expired(daemon, name)["LOOPD_LEASE"] == {"stream": "socket"}.get(kind, kind)
     assert daemon.ask(wire.Leases(0), []).fields["leases"] == []
 
 
-def test_the_end_of_pid_1_ends_the_containers_lease(
-    daemon: Daemon, image: int, devices: Path, tmp_path: Path
-) -> None:
+def test_the_end_of_pid_1_ends_the_containers_lease(daemon: Daemon, image: int, devices: Path, tmp_path: Path) -> None:
     """`lifetime="container"`: the client that asked has ended long before."""
     script = f"""
 import os, signal, sys, loopd
@@ -175,7 +177,7 @@ def test_a_copy_in_another_process_keeps_the_lease(
 def test_a_detach_right_after_the_reply_finds_the_device_idle(
     daemon: Daemon, image: int, directory: int, tmp_path: Path
 ) -> None:
-    """The helper's own copies, still open for a moment, are no reason to tell the client that somebody has the device open."""
+    """The helper's own copies, open for a moment more, are no reason to say that somebody has the device open."""
     daemon.hello().close()
     helpers = [pid for pid in daemon.family() if pid != daemon.pid]
     with injected(helpers, "sendmsg:delay_exit=300ms"):  # the helper tells that it is done, and lets go after that
@@ -272,7 +274,7 @@ def test_an_end_queued_in_the_other_does_not_keep_the_lease(
 def test_an_end_queued_in_itself_does_not_keep_the_lease(
     daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:
-    """Nobody can reach that end any more; the kernel's garbage collector for sockets finds it, and loopd hears a hang-up."""
+    """Nobody can reach that end any more; the kernel collects it as garbage, and loopd hears a hang-up."""
     ours, theirs = seqpacket()
     with theirs:
         _send_fd(theirs, ours.fileno())
@@ -393,9 +395,7 @@ NO_LEASES = {
 
 
 @pytest.mark.parametrize("kind", NO_LEASES)
-def test_what_is_no_lease(
-    daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path, kind: str
-) -> None:
+def test_what_is_no_lease(daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path, kind: str) -> None:
     daemon.hello().close()
     before = len(daemon.fds())
     with NO_LEASES[kind]() as fd:
@@ -430,9 +430,7 @@ def test_the_pidfd_of_a_process_that_has_ended(
         expired(daemon, reply.fields["devname"])
 
 
-def test_the_pidfd_of_a_thread(
-    daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path
-) -> None:
+def test_the_pidfd_of_a_thread(daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path) -> None:
     """`PIDFD_THREAD` (Linux 6.9): the lease is over when the thread ends, though its process goes on."""
     ours, theirs = seqpacket()
 

@@ -1,9 +1,8 @@
-"""Containers without a runtime: clients in namespaces of their own get their reply and a device that works, and nobody else's."""
+"""Clients in namespaces of their own get their reply and a device that works, and nobody else's."""
 
 from __future__ import annotations
 
 import array
-import contextlib
 import json
 import os
 import shutil
@@ -42,7 +41,9 @@ except loopd.Refused as error:
 def run(sandbox: list[str], *arguments: object) -> Any:
     command = [*sandbox, sys.executable, "-c", CLIENT, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, env=environment)  # fmt: skip
+    done = subprocess.run(
+        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -73,7 +74,15 @@ def test_bubblewrap_with_a_directory_of_the_host(
     daemon: Daemon, image: int, tmp_path: Path, devices: Path, delivery: str
 ) -> None:
     require(shutil.which("bwrap"), "needs bwrap (package bubblewrap)")
-    sandbox = [*BWRAP, "--bind", str(tmp_path / "image"), str(tmp_path / "image"), "--dev-bind", str(devices), "/dev/loopd"]
+    sandbox = [
+        *BWRAP,
+        "--bind",
+        str(tmp_path / "image"),
+        str(tmp_path / "image"),
+        "--dev-bind",
+        str(devices),
+        "/dev/loopd",
+    ]
     name, listing, _ = run(sandbox, "/dev/loopd", daemon.path, tmp_path / "image", delivery)
     assert listing == ([name] if delivery == "node" else [])
     assert os.pread(image, len(CONTENT), 4096) == CONTENT
@@ -84,7 +93,15 @@ def test_bubblewrap_with_a_directory_of_the_host(
 def test_bubblewrap_with_a_dev_of_its_own(daemon: Daemon, image: int, tmp_path: Path) -> None:
     """No device opens on a tmpfs of a user namespace: that is said, not delivered. An open fd works."""
     require(shutil.which("bwrap"), "needs bwrap (package bubblewrap)")
-    sandbox = [*BWRAP, "--unshare-user", "--bind", str(tmp_path / "image"), str(tmp_path / "image"), "--tmpfs", "/dev/loopd"]
+    sandbox = [
+        *BWRAP,
+        "--unshare-user",
+        "--bind",
+        str(tmp_path / "image"),
+        str(tmp_path / "image"),
+        "--tmpfs",
+        "/dev/loopd",
+    ]
     code, listing, message = run(sandbox, "/dev/loopd", daemon.path, tmp_path / "image", "node")
     assert (code, listing) == ("undeliverable", []), message
     assert "user namespace" in message
@@ -114,9 +131,7 @@ def in_user_namespace(daemon: Daemon, image: int, uid: int, deliver: tuple[str, 
     return Child(body, keep=[image])
 
 
-def test_a_tmpfs_of_a_user_namespace_is_refused_and_left_as_it_was(
-    daemon: Daemon, image: int, tmp_path: Path
-) -> None:
+def test_a_tmpfs_of_a_user_namespace_is_refused_and_left_as_it_was(daemon: Daemon, image: int, tmp_path: Path) -> None:
     with in_user_namespace(daemon, image, NOBODY, ("node",)) as client:
         fields, listing, _ = client.hear()
         assert fields["error"]["code"] == "undeliverable"
@@ -148,7 +163,7 @@ def test_an_open_fd_reaches_a_user_namespace(daemon: Daemon, image: int, tmp_pat
 
 
 def test_an_unprivileged_user_owns_the_node(daemon: Daemon, image: int, directory: int, tmp_path: Path) -> None:
-    """Made with its rights, so it is the client's from the start; an fd of root's directory gives none to make one there."""
+    """Made with its rights, it is the client's from the start; an fd of root's directory gives no right to make it there."""
     os.chmod(daemon.path, 0o666)
     (tmp_path / "own").mkdir()
     os.chown(tmp_path / "own", NOBODY, NOBODY)
@@ -202,7 +217,7 @@ def test_a_reply_without_reply_fd_reaches_nobody_else(
     """In the client's namespaces the address is its own; in the host's, where loopd would send, it is the decoy's."""
     address = decoy.getsockname()
     # Shows that the decoy would hear what is sent to it: an answer to a request of its own.
-    with contextlib.closing(seed(daemon.path, b"\0loopd-test-" + uuid.uuid4().hex.encode(), [image, directory])) as honest:
+    with seed(daemon.path, b"\0loopd-test-" + uuid.uuid4().hex.encode(), [image, directory]) as honest:
         honest.settimeout(10)
         assert b"devname" in honest.recv(4096)
         honest.sendto(b"heard", address)

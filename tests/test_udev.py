@@ -34,7 +34,7 @@ class Udev:
         self._stamps = stamps
 
     def handled(self, devname: str, diskseq: int) -> list[float]:
-        """When udevd handled changes of that binding, in seconds since 1970: after it got its own lock of the device."""
+        """When udevd, its own lock of the device taken, handled changes of that binding: seconds since 1970."""
         found = []
         for line in self._stamps.read_text().splitlines():
             name, sequence, at = line.split()
@@ -49,7 +49,8 @@ class Udev:
 
 
 def ping() -> bool:
-    return subprocess.run(["udevadm", "control", "--ping", "--timeout=5"], check=False, capture_output=True).returncode == 0
+    command = ["udevadm", "control", "--ping", "--timeout=5"]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
 
 @contextlib.contextmanager
@@ -97,7 +98,7 @@ def udev(tmp_path: Path) -> Iterator[Udev]:
 
 @pytest.fixture(params=["by hand", "as the service"])
 def placed(request: pytest.FixtureRequest, tmp_path: Path, start_daemon: Callable[..., Daemon]) -> Iterator[Daemon]:
-    """loopd opens devices through /dev, or as its unit has it through nodes of its own: both are to be locked against udev."""
+    """loopd opens devices through /dev, or through nodes of its own as its unit has it: both keep udev off."""
     if request.param == "by hand":
         yield start_daemon()
         return
@@ -145,7 +146,9 @@ def test_no_probe_before_the_reply(placed: Daemon, udev: Udev, image: int, direc
     assert first >= answered - 0.1
 
 
-def test_the_lock_is_gone_after_the_reply(placed: Daemon, udev: Udev, image: int, directory: int, devices: Path) -> None:
+def test_the_lock_is_gone_after_the_reply(
+    placed: Daemon, udev: Udev, image: int, directory: int, devices: Path
+) -> None:
     reply = placed.attach(image, directory)
     name = reply.fields["devname"]
     node = devices / name
@@ -181,7 +184,7 @@ def test_the_lock_is_held_for_the_lease_when_asked_for(
 def test_a_device_that_udevd_probes_is_bound_all_the_same(
     placed: Daemon, udev: Udev, make_image: Callable[..., int], directory: int
 ) -> None:
-    """A number made ahead of need is probed as it appears, under udevd's own lock: the bind waits, or takes the next."""
+    """A number made ahead of need is probed as it appears, under udevd's own lock: the bind waits or takes the next."""
     replies = [placed.attach(make_image(name=f"image{number}"), directory) for number in range(30)]
     assert [reply.code for reply in replies] == [None] * 30
     assert len({reply.fields["devname"] for reply in replies}) == 30
@@ -198,7 +201,7 @@ def test_the_shipped_rule_keeps_it_off_for_good(
     link = Path("/dev/disk/by-label", label)
 
     name = placed.attach(image, directory).fields["devname"]
-    eventually(lambda: link.exists(), "udevd made the link: without the rule it probes")
+    eventually(link.exists, "udevd made the link: without the rule it probes")
     assert reads(name) > 0
     assert placed.ask(wire.Detach(name, 0, wait=10), []).fields == {"state": "released"}
     eventually(lambda: not link.is_symlink(), "udevd has removed the link")

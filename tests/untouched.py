@@ -37,8 +37,8 @@ def _names(links: list[str]) -> Counter[str]:
 
 Fds = tuple[tuple[str, int], ...]
 """How many fds of each name a process has."""
-Held = tuple[Counter[str], set[Fds], list[Fds], set[str]]
-"""The fds of the main process, of its helpers, of its other children, and the states of those."""
+Held = tuple[Counter[str], set[Fds], list[Fds], list[int]]
+"""The fds of the main process, of its helpers, of its other children, and those of them that were not waited for."""
 
 
 def _fds(pid: int) -> Fds:
@@ -94,7 +94,7 @@ class Untouched:
         # Each helper has one channel; their number follows the load.
         main["socket:"] -= len(workers)
         kinds = {_fds(worker) for worker in workers}
-        return main, kinds, [_fds(other) for other in others], {state(child) for child in others}
+        return main, kinds, [_fds(other) for other in others], [child for child in others if state(child) == "Z"]
 
     def check(self, *places: Path) -> None:
         """Nothing is left: no fd in any process, no process, no device bound to a file of `places`, no node there."""

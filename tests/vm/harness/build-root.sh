@@ -18,6 +18,8 @@ inside() { chroot root "$@"; }
 
 mount -t proc proc root/proc
 mount --rbind /sys root/sys
+mkdir -p root/dev/pts
+mount -t devpts -o newinstance,ptmxmode=666 devpts root/dev/pts
 cp --dereference /etc/resolv.conf root/etc/resolv.conf
 # Nothing is started while the image is built, and nothing of it needs to survive a power cut.
 printf '#!/bin/sh\nexit 101\n' >root/usr/sbin/policy-rc.d
@@ -48,9 +50,10 @@ while read -r name prefix suites; do
         [ "$prefix" = - ] || [[ $version == "$prefix"* ]] || continue
         [ -n "$best" ] && dpkg --compare-versions "$version" lt "$best" || best=$version
     done < <(inside apt-cache madison linux-image-cloud-amd64 | awk '{ print $3 }')
-    package=$(inside apt-cache show "linux-image-cloud-amd64=$best" | sed -n 's/^Depends: *\(linux-image-[^ ,]*\).*/\1/p')
+    package=$(inside apt-cache show "linux-image-cloud-amd64=$best" | sed -n 's/^Depends: .*\(linux-image-[0-9][^ ,]*\).*/\1/p')
     suite=$(inside apt-cache madison "$package" | awk 'NR == 1 { sub("/.*", "", $6); print $6 }')
     step "kernel $name is $package of $suite"
+    [ -n "$package" ]
     before=$(ls root/lib/modules)
     install -t "$suite" install "$package"
     versions[$name]=$(comm -13 <(echo "$before") <(ls root/lib/modules))
@@ -128,11 +131,11 @@ for name in "${!versions[@]}"; do
     cp "root/boot/vmlinuz-$version" .
     json+="${json:+, }\"$name\": \"$version\""
 done
-umount -R root/proc root/sys
+umount -R root/proc root/sys root/dev/pts
 
 step "root.img"
 truncate -s "$SIZE" root.img
 mkfs.ext4 -q -L vmroot -d root root.img
-rm -rf --one-file-system root ./*.log.tmp
+rm -rf --one-file-system root
 echo "{$json}" >kernels.json
 step "done: $(du -h root.img | cut -f1), kernels $json"

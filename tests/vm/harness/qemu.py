@@ -215,7 +215,7 @@ class Run:
             _, found, after = text.partition(f"]: begin {test}\n")
             inner, ended, _ = after.partition(f"]: end {test}\n")
             if ended or time.monotonic() > deadline:
-                return last_lines(inner if found else text, JOURNAL_LINES)
+                return last_lines((inner if found else text).rpartition("\n")[0], JOURNAL_LINES)
             time.sleep(0.2)
 
     def _read(self, name: str) -> str:
