@@ -8,6 +8,7 @@ nodes are `nodes`'s.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 
@@ -41,7 +42,32 @@ class Grants:
         if self._fd is None or identity.dev != self._dev:
             return ""
         with os.scandir(self._fd) as entries:
-            return next((entry.name for entry in entries if entry.inode() == identity.inode), "")
+            found = next((entry.name for entry in entries if entry.inode() == identity.inode), "")
+        return "" if found.startswith(".") else found
+
+    def make_for(self, devname: str) -> tuple[str, int]:
+        """A directory for the nodes of one device, to be handed over as a mount: its name, and loopd's own fd of it."""
+        if self._fd is None:
+            raise Refusal(Code.UNSUPPORTED, f"deliver: {self.root} is not there, so there is nothing to mount")
+        key = f".{devname}"
+        os.mkdir(key, 0o700, dir_fd=self._fd)
+        return key, self.open(key)
+
+    def admit(self, key: str, uid: int) -> None:
+        """Let `uid` look into the directory."""
+        path = f"/proc/self/fd/{self._fd}/{key}"
+        os.setxattr(path, "system.posix_acl_access", access_list(uid, READ | WRITE | SEARCH, READ | SEARCH))
+
+    def unmake(self, key: str) -> None:
+        """Remove a directory of `make_for`; one with a node in it stays."""
+        with contextlib.suppress(OSError):
+            os.rmdir(key, dir_fd=self._fd)
+
+    def sweep(self, known: set[str]) -> None:
+        """Remove the empty directories of devices that are not among the `known` ones."""
+        for key in [] if self._fd is None else os.listdir(self._fd):
+            if key.startswith(".") and key not in known:
+                self.unmake(key)
 
     def open(self, key: str) -> int:
         """loopd's own fd of a grant, which can be written through whatever the client's mount of it allows."""
@@ -56,9 +82,8 @@ class Grants:
             raise Refusal(Code.QUOTA, f"uid {uid} has {MOST} directories; remove some")
         with contextlib.suppress(FileExistsError):
             os.mkdir(key, 0o700, dir_fd=self._fd)
-        path = os.path.join(self.root, key)
-        os.setxattr(path, "system.posix_acl_access", access_list(uid, READ | WRITE | SEARCH, READ | SEARCH))
-        return path
+        self.admit(key, uid)
+        return os.path.join(self.root, key)
 
     def remove(self, uid: int, name: str) -> str:
         """Remove a directory that holds no device; its path."""
@@ -72,6 +97,24 @@ class Grants:
                 raise Refusal(Code.BUSY, f"directory {name}: there are devices in it; detach them first") from error
             raise Refusal(Code.NOT_FOUND, f"directory {name}: {error.strerror}") from error
         return os.path.join(self.root, key)
+
+
+SYS_OPEN_TREE = 428  # the same on every architecture; Linux 5.2
+OPEN_TREE_CLONE = 1
+AT_EMPTY_PATH = 0x1000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def detached_mount(directory: int) -> int:
+    """A mount of the directory that is attached nowhere yet: whoever has CAP_SYS_ADMIN in its own user namespace can
+    attach it there (move_mount(2)). Needs CAP_SYS_ADMIN, and a tmpfs that is attached in this mount namespace.
+    """
+    fd = int(_libc.syscall(SYS_OPEN_TREE, directory, b"", OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH))
+    if fd < 0:
+        error = ctypes.get_errno()
+        raise Refusal(Code.UNDELIVERABLE, f"deliver: the directory cannot be made a mount: {os.strerror(error)}")
+    return fd
 
 
 def _key(uid: int, name: str) -> str:

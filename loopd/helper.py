@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from . import devices, files, inotify, messages, nodes, records, rights, transport, wire
 from .devices import Access, Binding, Number
-from .grants import Grants
+from .grants import Grants, detached_mount
 from .loop import Loop, LoopControl
 from .messages import (
     Arrange,
@@ -171,22 +171,24 @@ class Helper:
             raise Refusal(
                 Code.NOT_PERMITTED, "the administrator allows this client read-only devices alone (loopd.toml)"
             )
-        directory = self._directory(request, terms, packet, vetted)
+        directory, grant = self._directory(request, terms, packet, vetted), vetted.grant
         bound = devices.bind(self._tools.control, self._tools.access, fd, request, backing, self._numbers(terms.number))
         with FdSet((bound.device, bound.lock)) as held, contextlib.ExitStack() as undo:
+            if "mount" in request.deliver:
+                directory, grant = self._mount_directory(bound.binding, packet, held)
+                undo.callback(self._tools.grants.unmake, grant)
             lock = bound.lock if request.lock else None
             place = None if directory is None else directory.fd
             if len(own):
                 keeper = vetted.pidfd if vetted.lease == "sender" else vetted.lease_fd
                 kept = {"device": bound.device, "directory": place, "lock": lock, "lease": keeper}
-                self._book(own.borrow(0), job, vetted, bound.binding, kept | {"reply": vetted.reply})
+                holder = (job.holder or {}) | {"grant": grant}
+                self._book(own.borrow(0), holder, vetted.lease, bound.binding, kept | {"reply": vetted.reply})
                 undo.callback(records.clear, own.borrow(0))
             made, watch, table = self._deliver(directory, bound, request)
-            client = (
-                [held.add(devices.reopen(bound.device, bound.binding.read_only))] if "fd" in request.deliver else []
-            )
+            client = self._client_fds(request, bound, directory, grant, packet.sender.uid, held)
             flags = (directory is not None, lock is not None, len(client))
-            done = Done(None, bound.binding, tuple(made), warnings, watch, table, *flags)
+            done = Done(None, bound.binding, tuple(made), warnings, watch, table, grant, *flags)
             self._send(done, bound.device, place, lock, *client)
             undo.pop_all()
 
@@ -200,10 +202,30 @@ class Helper:
         files.check_directory(fd, packet.sender.pid, terms.file_systems)
         return nodes.directory(fd, client)
 
-    def _book(self, slot: int, job: Take, vetted: _Vetted, binding: Binding, fds: dict[str, int | None]) -> None:
+    def _client_fds(
+        self, request: Attach, bound: devices.Bound, directory: Directory | None, grant: str, uid: int, held: FdSet
+    ) -> list[int]:
+        """The fds of the reply, in the order of `deliver`."""
+        found = []
+        for delivery in request.deliver:
+            if delivery == "fd":
+                found.append(held.add(devices.reopen(bound.device, bound.binding.read_only)))
+            elif delivery == "mount" and directory is not None:
+                self._tools.grants.admit(grant, uid)
+                found.append(held.add(detached_mount(directory.fd)))
+        return found
+
+    def _mount_directory(self, binding: Binding, packet: Packet, held: FdSet) -> tuple[Directory, str]:
+        grant, fd = self._tools.grants.make_for(binding.devname)
+        held.add(fd)
+        return nodes.directory(fd, Client(packet.sender.uid, packet.sender.gid, own=True)), grant
+
+    def _book(
+        self, slot: int, holder: dict[str, Any], lease: str, binding: Binding, fds: dict[str, int | None]
+    ) -> None:
         """Put the lease into the fd store before its node is made: whatever ends now, the node will be found."""
         try:
-            records.write(slot, (job.holder or {}) | {"grant": vetted.grant}, vetted.lease, binding, fds)
+            records.write(slot, holder, lease, binding, fds)
         except OSError as error:  # ETOOMANYREFS, ENOBUFS: too many fds are in flight
             raise Refusal(Code.NO_DEVICE, f"the lease cannot be booked: {error}") from error
 
@@ -256,6 +278,8 @@ class Helper:
             directory = nodes.directory(fds.borrow(1), job.client)
             with contextlib.suppress(OSError):
                 left = nodes.displace(directory, _known(directory, job.nodes, job.binding))
+            if job.grant.startswith("."):
+                self._tools.grants.unmake(job.grant)
         with Loop.from_fd(fds.steal(0)) as loop:
             devices.let_go(loop)
         fds.close()

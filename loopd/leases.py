@@ -22,7 +22,10 @@ from .nodes import Client, Node
 
 
 class Holder(NamedTuple):
-    """For whom a lease was made, as the kernel attested then; part of its record. `since`: seconds since 1970."""
+    """For whom a lease was made, as the kernel attested then; part of its record. `since`: seconds since 1970.
+
+    `grant` names the directory of loopd's that the nodes are in, with a dot before it where it was made for this lease.
+    """
 
     account: str
     unit: str
@@ -36,7 +39,8 @@ class Holder(NamedTuple):
     @property
     def owner(self) -> Owner:
         """Who may list and detach: the holder of the directory grant, else the account and uid."""
-        return Owner(f"directory {self.grant}", 0) if self.grant else Owner(self.account, self.uid)
+        granted = self.grant and not self.grant.startswith(".")
+        return Owner(f"directory {self.grant}", 0) if granted else Owner(self.account, self.uid)
 
     @property
     def client(self) -> Client:
@@ -63,8 +67,8 @@ class Lease:
     FDS = ("device", "directory", "lock", "keeper")
 
     __slots__ = (
-        *FDS, "account", "again", "binding", "holder", "jobs", "lease", "nodes", "reason", "slot", "state", "table",
-        "waiting", "watch", "working",
+        *FDS, "account", "again", "binding", "had_directory", "holder", "jobs", "lease", "nodes", "reason", "slot",
+        "state", "table", "waiting", "watch", "working",
     )  # fmt: skip
 
     def __init__(self, binding: Binding, holder: Holder, account: Account, lease: str, fds: dict[str, int]) -> None:
@@ -74,6 +78,7 @@ class Lease:
         self.lease = lease
         self.device = fds.get("device")
         self.directory = fds.get("directory")
+        self.had_directory = self.directory is not None
         self.lock = fds.get("lock")
         self.keeper = fds.get("keeper")
         self.nodes: tuple[Node, ...] | None = None

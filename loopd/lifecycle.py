@@ -15,6 +15,7 @@ from . import cgroups, devices, leases, messages, records, transport, wire
 from .accounts import Account, Accounts, Owner
 from .audit import Audit, Event
 from .devices import Binding
+from .grants import Grants
 from .inotify import Inotify
 from .leases import Lease, Leases, Slots, State
 from .numbers import Numbers, ours
@@ -58,8 +59,9 @@ class Lifecycle:
     """Seconds after a look at a partition table before the next one: closing the node is free for the client."""
 
     def __init__(
-        self, poller: Poller, pool: Pool, watches: Inotify, numbers: Numbers, slots: Slots, audit: Audit, policy: Policy
-    ) -> None:
+        self, poller: Poller, pool: Pool, watches: Inotify, numbers: Numbers, slots: Slots, grants: Grants,
+        audit: Audit, policy: Policy,
+    ) -> None:  # fmt: skip
         self.policy = policy
         self.accounts = Accounts()
         self.leases = Leases()
@@ -68,6 +70,7 @@ class Lifecycle:
         self._watches = watches
         self._numbers = numbers
         self._slots = slots
+        self._grants = grants
         self._audit = audit
         self._cgroups = cgroups.Watcher(self._account_ended)
         self._held: dict[str, Lease] = {}
@@ -140,6 +143,7 @@ class Lifecycle:
                 continue
             self._watch(lease)
             self._restore(lease, self._replies.pop(lease.binding.devname, None))
+        self._grants.sweep({lease.holder.grant for lease in self.leases})
         self._numbers.sweep({lease.binding.number for lease in self.leases})
         self._numbers.keep_low_free()
 
@@ -273,7 +277,9 @@ class Lifecycle:
             self._close(lease)
 
         def start() -> None:
-            self._submit(lease, messages.Release(lease.binding, lease.holder.client, lease.nodes), released)
+            self._submit(
+                lease, messages.Release(lease.binding, lease.holder.client, lease.nodes, lease.holder.grant), released
+            )
 
         self._job(lease, start)
 
@@ -335,8 +341,8 @@ class Lifecycle:
             self._slots.give_back(lease.slot)
             lease.slot = None
         holder = lease.holder
-        if holder.grant and holder.uid != 0:
-            # Its nodes were out of the client's reach, and nobody has the device open, else it could not be removed.
+        if holder.uid != 0 and (holder.grant or not lease.had_directory):
+            # Its nodes, if any, were out of the client's reach, and it is removed only when nobody has it open.
             lease.account.unspend()
             self._numbers.retire_unburnt(lease.binding.number)
         else:

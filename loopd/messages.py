@@ -60,6 +60,7 @@ class Release(NamedTuple):
     binding: Binding
     client: Client
     nodes: tuple[Node, ...] | None
+    grant: str
 
 
 class Arrange(NamedTuple):
@@ -123,6 +124,7 @@ class Done(NamedTuple):
     warnings: tuple[str, ...] = ()
     watch: int | None = None
     table: int | None = None
+    grant: str = ""
     directory: bool = False
     lock: bool = False
     client: int = 0

@@ -365,7 +365,7 @@ class Service:
         keeper = keepers.get(exchange.lease, exchange.lease_fd)
         assert keeper is not None and exchange.holder is not None and message.binding is not None  # noqa: PT018
         own["keeper"] = os.dup(keeper)
-        holder = exchange.holder._replace(grant=exchange.grant)
+        holder = exchange.holder._replace(grant=message.grant)
         lease = Lease(message.binding, holder, exchange.account, exchange.lease, own)
         lease.nodes, lease.watch, lease.table = message.nodes, message.watch, message.table
         lease.slot, exchange.slot, exchange.number = exchange.slot, None, None
@@ -576,8 +576,6 @@ def _check_allowed(request: Attach, allow: Allow) -> None:
             raise Refusal(Code.NOT_PERMITTED, f"the administrator does not allow this client {permission} (loopd.toml)")
     if request.sector_size not in allow.sector_sizes:
         raise Refusal(Code.NOT_PERMITTED, f"sector_size: the administrator allows {sorted(allow.sector_sizes)}")
-    if "mount" in request.deliver:
-        raise Refusal(Code.UNSUPPORTED, "deliver: mount is not available here")
 
 
 def _info(lease: Lease, admin: bool) -> wire.LeaseInfo:
