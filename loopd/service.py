@@ -440,6 +440,8 @@ class Service:
         if request.force and not self._admin(exchange):
             raise Refusal(Code.NOT_PERMITTED, "force: for the administrator, on the admin socket")
         lease = self._lease(exchange, request.devname)
+        if request.diskseq not in (None, lease.binding.diskseq):
+            raise Refusal(Code.NOT_FOUND, f"{request.devname} carries another binding by now")
         deadline = time.monotonic() + request.wait
 
         def told(state: State) -> None:

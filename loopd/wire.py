@@ -95,13 +95,14 @@ class Attach(NamedTuple):
 
 
 class Detach(NamedTuple):
-    """End a lease. `wait`: seconds that the reply may take to say ``released``; `force` is the administrator's."""
+    """End a lease, if it is still the binding of `diskseq`. `wait`: seconds that the reply may take to say ``released``."""
 
     devname: str
     reply_fd: int | None = None
     id: str | None = None
     dir_fd: int | None = None
     wait: float = 0
+    diskseq: int | None = None
     force: bool = False
 
 
@@ -263,6 +264,7 @@ VALIDATORS: dict[str, Callable[[Any], Any]] = {
     "ref": _text(MAX_REF, _encoded, "bytes of UTF-8"),
     "deliver": _deliver,
     "devname": _devname,
+    "diskseq": _size,
     "name": _name,
     "remove": _flag,
     "wait": _seconds,

@@ -26,7 +26,9 @@ RUNS = pytest.StashKey[dict[str, qemu.Run]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--vm-machines", default="", metavar="NAME,…", help="run the VM tests on these machines")
-    parser.addoption("--vm-folder", default=qemu.INSIDE, help="the tests to run; others than the default go without loopd")
+    parser.addoption(
+        "--vm-folder", default=qemu.INSIDE, help="the tests to run; others than the default go without loopd"
+    )
     parser.addoption("--vm-table", default="", metavar="FILE", help="write the results as a table to FILE")
 
 
@@ -45,8 +47,15 @@ def inside_tests(folder: str) -> list[str]:
     path = qemu.PROJECT / folder
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
     command += ["-p", "report", f"--rootdir={path}", f"--confcutdir={path}", "."]
-    environment = {**os.environ, "PYTHONPATH": str(HERE / "guest"), "LOOPD_VM_RESULTS": "2", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HERE / "guest"),
+        "LOOPD_VM_RESULTS": "2",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        command, cwd=path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     if done.returncode != 0 or not tests:
         raise pytest.UsageError(f"the tests in {folder} cannot be collected:\n{done.stdout}")
@@ -57,7 +66,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"machine", "test"} <= set(metafunc.fixturenames):
         tests = inside_tests(metafunc.config.getoption("--vm-folder"))
         pairs = [(machine, test) for machine in machines(metafunc.config) for test in tests]
-        metafunc.parametrize("machine, test", pairs, ids=[f"{machine}-{test}" for machine, test in pairs], scope="session")
+        metafunc.parametrize(
+            "machine, test", pairs, ids=[f"{machine}-{test}" for machine, test in pairs], scope="session"
+        )
 
 
 @pytest.fixture(scope="session")

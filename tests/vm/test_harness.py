@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from harness import image, qemu
@@ -28,7 +28,14 @@ def sample(*names: str) -> list[str]:
 
 def test_outcomes(any_machine: str, tmp_path: Path) -> None:
     """Through pytest, as `make check-vm` does it: each outcome arrives as it was, and the VM's early end fails the rest."""
-    command = [sys.executable, "-m", "pytest", "tests/vm/test_vm.py", f"--vm-machines={any_machine}", f"--vm-folder={SAMPLE}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/vm/test_vm.py",
+        f"--vm-machines={any_machine}",
+        f"--vm-folder={SAMPLE}",
+    ]
     command += ["-p", "no:cacheprovider", f"--basetemp={tmp_path}/base", f"--junitxml={tmp_path}/junit.xml"]
     command += ["-k", "not hangs and not closing"]
     environment = {**os.environ, "LOOPD_TEST_REQUIRE_ALL": "0"}
@@ -83,7 +90,9 @@ def test_no_closing_line(any_machine: str, tmp_path: Path) -> None:
 def test_failed_install(any_machine: str, tmp_path: Path) -> None:
     plan = qemu.Plan(sample("test_passes"), SAMPLE, ("echo first", "echo second; exit 3", "echo third"))
     with qemu.run(any_machine, tmp_path, plan) as run:
-        with pytest.raises(qemu.RunFailed, match=r"could not be installed(.|\n)*first\n(.|\n)*second\nexit status 3\n---"):
+        with pytest.raises(
+            qemu.RunFailed, match=r"could not be installed(.|\n)*first\n(.|\n)*second\nexit status 3\n---"
+        ):
             run.result("test_sample.py::test_passes")
 
 

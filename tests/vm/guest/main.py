@@ -57,7 +57,11 @@ def main() -> int:
     )
     release = subprocess.run(["systemctl", "--version"], stdout=subprocess.PIPE, check=True).stdout.split()[1]
     results.say(
-        "hello", kernel=os.uname().release, systemd=release.decode(), python=sys.version.split()[0], uptime=time.monotonic()
+        "hello",
+        kernel=os.uname().release,
+        systemd=release.decode(),
+        python=sys.version.split()[0],
+        uptime=time.monotonic(),
     )
     failure = install(run["install"])
     results.say("installed", failure=failure, uptime=time.monotonic())
@@ -71,7 +75,18 @@ def main() -> int:
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         # The project's own settings and conftest.py are for the machine's tests; these start with a clean slate.
-        command = ["/usr/bin/python3", "-m", "pytest", "-p", "report", "-p", "no:cacheprovider", "-c", "/dev/null", "-q"]
+        command = [
+            "/usr/bin/python3",
+            "-m",
+            "pytest",
+            "-p",
+            "report",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            "/dev/null",
+            "-q",
+        ]
         folder = PROJECT / run["folder"]
         command += [f"--rootdir={folder}", f"--confcutdir={folder}", f"--deadline={run['deadline']}"]
         status = subprocess.run(

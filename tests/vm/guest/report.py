@@ -1,7 +1,7 @@
 """A pytest plugin: one JSON line for each test that starts and ends, a mark in the journal around each, a deadline for each.
 
-    {"event": "start", "test": ID}
-    {"event": "result", "test": ID, "outcome": "passed" | "failed" | "skipped", "text": …, "duration": seconds}
+{"event": "start", "test": ID}
+{"event": "result", "test": ID, "outcome": "passed" | "failed" | "skipped", "text": …, "duration": seconds}
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ JOURNAL = "/run/systemd/journal/socket"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--deadline", type=int, default=120, help="seconds a test may take, where it has no mark of its own")
+    parser.addoption(
+        "--deadline", type=int, default=120, help="seconds a test may take, where it has no mark of its own"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,7 +58,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     mark(f"end {item.nodeid}")
     reports = item.stash[REPORTS]
     outcome = next((o for o in ("failed", "skipped", "passed") if any(r.outcome == o for r in reports)), "failed")
-    text = "\n".join(text_of(r) for r in reports if r.outcome == outcome != "passed") or ("" if reports else "no report")
+    text = "\n".join(text_of(r) for r in reports if r.outcome == outcome != "passed") or (
+        "" if reports else "no report"
+    )
     say("result", test=item.nodeid, outcome=outcome, text=text, duration=sum(r.duration for r in reports))
 
 

@@ -91,8 +91,33 @@ def payload(target: Path, plan: Plan) -> None:
 def command_line(built: Built, folder: Path, mode: str) -> list[str]:
     # -cx16: Linux crashes under software emulation with the default CPU.
     # A VM does not outlive whoever started it, not even when that is killed.
-    command = ["setpriv", "--pdeathsig", "KILL", "--", "qemu-system-x86_64", "-accel", ACCEL, "-cpu", "qemu64,-cx16", "-smp", "2", "-m", "3072"]
-    command += ["-no-reboot", "-nodefaults", "-nic", "none", "-display", "none", "-monitor", "none", "-device", "virtio-rng-pci"]
+    command = [
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        "--",
+        "qemu-system-x86_64",
+        "-accel",
+        ACCEL,
+        "-cpu",
+        "qemu64,-cx16",
+        "-smp",
+        "2",
+        "-m",
+        "3072",
+    ]
+    command += [
+        "-no-reboot",
+        "-nodefaults",
+        "-nic",
+        "none",
+        "-display",
+        "none",
+        "-monitor",
+        "none",
+        "-device",
+        "virtio-rng-pci",
+    ]
     command += ["-kernel", str(built.vmlinuz), "-initrd", str(built.initrd)]
     for name, options in (
         ("root", f"file={built.disk},snapshot=on"),

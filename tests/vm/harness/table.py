@@ -24,7 +24,9 @@ def table(runs: Mapping[str, Run]) -> str:
         count = Counter(result.outcome for result in run.results.values())
         lost = len(set(run.plan.tests) - set(run.results))
         figures = f"{count['passed']} | {count['failed']} | {count['skipped']} | {lost}"
-        rows.append(f"| {run.hello.get('kernel', name)} | {run.hello.get('systemd', '?')} | {run.hello.get('python', '?')} | {figures} |")
+        rows.append(
+            f"| {run.hello.get('kernel', name)} | {run.hello.get('systemd', '?')} | {run.hello.get('python', '?')} | {figures} |"
+        )
         for result in run.results.values():
             if result.outcome != "passed":
                 first = (result.text.strip() or "?").splitlines()[-1]

@@ -39,7 +39,12 @@ def options_from_a_file() -> None:
     drop_in = host.DROP_IN.with_name("options.conf")
     drop_in.parent.mkdir(parents=True)
     program = "/usr/local/sbin/loopd"
-    settings = ("Environment=OPTIONS=", f"EnvironmentFile=-{host.OPTIONS}", "ExecStart=", f"ExecStart={program} $OPTIONS")
+    settings = (
+        "Environment=OPTIONS=",
+        f"EnvironmentFile=-{host.OPTIONS}",
+        "ExecStart=",
+        f"ExecStart={program} $OPTIONS",
+    )
     drop_in.write_text("\n".join(("[Service]", *settings, "")))
     host.run("systemctl", "daemon-reload")
 

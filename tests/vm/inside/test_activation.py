@@ -111,7 +111,9 @@ def test_a_lease_keeps_it_from_being_idle(disk: Path) -> None:
         wait_for("the idle service is gone", lambda: state(SERVICE) == "inactive")
 
 
-@pytest.mark.parametrize("verb", ["restart", "try-restart", "stop", "reload", "kill --signal=KILL", "kill --signal=TERM"])
+@pytest.mark.parametrize(
+    "verb", ["restart", "try-restart", "stop", "reload", "kill --signal=KILL", "kill --signal=TERM"]
+)
 def test_socket_survives(verb: str, inode: int) -> None:
     is_served()
     run("systemctl", *verb.split(), SERVICE)

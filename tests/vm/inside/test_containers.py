@@ -108,7 +108,14 @@ def docker_image() -> Iterator[str]:
 @pytest.mark.deadline(480)
 def test_docker(work: Path, docker_image: str, journal: Journal) -> None:
     command = "docker run --rm --network=none --cap-drop=MKNOD --device-cgroup-rule".split()
-    command += ["b 7:* rw", *binds("--volume="), f"--volume={work}:/work", "--workdir=/work", "--cidfile", f"{work}/cid"]
+    command += [
+        "b 7:* rw",
+        *binds("--volume="),
+        f"--volume={work}:/work",
+        "--workdir=/work",
+        "--cidfile",
+        f"{work}/cid",
+    ]
     run(*command, docker_image, "/work/builder.sh", timeout=200)
     check_image(work / "disk.img")
     assert journal.records(f"LOOPD_UNIT=docker-{(work / 'cid').read_text()}.scope", f"MESSAGE_ID={ATTACHED}")
@@ -118,7 +125,12 @@ def test_docker(work: Path, docker_image: str, journal: Journal) -> None:
 def test_nspawn(work: Path, journal: Journal) -> None:
     command = "systemd-nspawn --quiet --pipe --private-network --volatile=overlay --machine=builds".split()
     command += [f"--directory={ROOT}", "--drop-capability=CAP_MKNOD", "--property=DeviceAllow=block-loop rw"]
-    command += ["--bind=/run/loopd", *(f"--bind-ro={path}" for path in PROGRAMS), f"--bind={work}:/work", "--chdir=/work"]
+    command += [
+        "--bind=/run/loopd",
+        *(f"--bind-ro={path}" for path in PROGRAMS),
+        f"--bind={work}:/work",
+        "--chdir=/work",
+    ]
     run(*command, "/work/builder.sh", timeout=200)
     check_image(work / "disk.img")
     assert len(journal.records(f"MESSAGE_ID={ATTACHED}")) == 5
@@ -129,12 +141,30 @@ def test_bubblewrap(work: Path, journal: Journal) -> None:
     """Its own /dev is a tmpfs with nodev, so a directory of the host holds the nodes."""
     nodes = work / "nodes"
     nodes.mkdir()
-    command = ["bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup", "--die-with-parent"]
+    command = [
+        "bwrap",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-ipc",
+        "--unshare-uts",
+        "--unshare-cgroup",
+        "--die-with-parent",
+    ]
     command += ["--bind", str(ROOT), "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/run", "--tmpfs", "/tmp"]
     for path in ("/run/loopd", *PROGRAMS):
         command += ["--ro-bind", path, path]
     command += ["--bind", str(work), "/work", "--dev-bind", str(nodes), "/dev/loopd", "--chdir", "/work"]
-    run("systemd-run", "--quiet", "--wait", "--pipe", "--unit=sandbox.service", *command, "./builder.sh", "/dev/loopd", timeout=200)
+    run(
+        "systemd-run",
+        "--quiet",
+        "--wait",
+        "--pipe",
+        "--unit=sandbox.service",
+        *command,
+        "./builder.sh",
+        "/dev/loopd",
+        timeout=200,
+    )
     check_image(work / "disk.img")
     assert len(journal.records("LOOPD_UNIT=sandbox.service", f"MESSAGE_ID={ATTACHED}")) == 5
     assert list(nodes.iterdir()) == []

@@ -34,7 +34,19 @@ def test_by_unit_of_the_client(disk: Path, journal: Journal) -> None:
     scope = "a-build.scope"
     nodes = disk.parent / "dev"
     nodes.mkdir()
-    run("systemd-run", "--quiet", "--scope", f"--unit={scope}", "loopctl", "run", "--directory", nodes, disk, "--", "true")
+    run(
+        "systemd-run",
+        "--quiet",
+        "--scope",
+        f"--unit={scope}",
+        "loopctl",
+        "run",
+        "--directory",
+        nodes,
+        disk,
+        "--",
+        "true",
+    )
     with_device(disk, "true")
     records = journal.records(f"LOOPD_UNIT={scope}")
     assert [record["MESSAGE_ID"] for record in records][:1] == [ATTACHED]
