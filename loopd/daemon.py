@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 
 from . import __version__, leases, numbers, policy, pool, sd, transport, uevents
 from .audit import Audit, Event
@@ -130,11 +131,16 @@ class Daemon:
     STOP_TIMEOUT = 5.0
     """Seconds that the end may take: requests under way, and the nodes of leases that nothing else will keep."""
 
+    MOST_BUGS = 100
+    """Bugs outside of any request that one daemon survives."""
+
     def __init__(self, options: argparse.Namespace) -> None:
+        self._bugs = 0
         if os.uname().sysname != "Linux" or sys.version_info < (3, 11):
             raise CannotStart("loopd needs Linux and Python 3.11 or later")
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         passed = sd.listen_fds()
         self._notifier = sd.Notifier()
         self._watchdog = sd.watchdog_interval()
@@ -253,8 +259,20 @@ class Daemon:
             self._ping()
         self._idle_check()
         while not self._stopping:
-            self._poller.run_once()
+            self._turn()
         self._stop()
+
+    def _turn(self) -> None:
+        """One round of events. A bug in one is recorded and the others go on; one that does not pass ends the daemon,
+        and the service manager starts it again with every lease.
+        """
+        try:
+            self._poller.run_once()
+        except Exception:
+            self._bugs += 1
+            self._audit.record(Event.FAILED, traceback.format_exc()[-4000:])
+            if self._bugs > self.MOST_BUGS:
+                raise
 
     def _idle_check(self) -> None:
         idle = time.monotonic() - self._service.last_activity
@@ -263,6 +281,7 @@ class Daemon:
             self._stopping = True
             return
         self._report()
+        self._audit.flush()
         self._poller.later(max(0.05, timeout - idle) if idle < timeout else min(timeout, 5.0), self._idle_check)
 
     def _stop(self) -> None:
@@ -272,7 +291,7 @@ class Daemon:
         deadline = time.monotonic() + self.STOP_TIMEOUT
         self._poller.later(self.STOP_TIMEOUT, lambda: None)
         while self._service.ending and time.monotonic() < deadline:
-            self._poller.run_once()
+            self._turn()
         self._audit.drain(1.0)
 
 

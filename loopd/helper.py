@@ -93,7 +93,11 @@ class Helper:
             self._send(Ready())
 
     def _send(self, message: Any, *fds: int | None) -> None:
-        transport.send(self._channel, messages.pack(message), [fd for fd in fds if fd is not None])
+        try:
+            transport.send(self._channel, messages.pack(message), [fd for fd in fds if fd is not None])
+        except (BrokenPipeError, ConnectionResetError):
+            # The main process is gone. What is booked is its successor's already: nothing is undone here.
+            os._exit(0)
 
     # Take: the sockets ------------------------------------------------------------------------------------------------
 
@@ -261,7 +265,7 @@ class Helper:
                 payload, fds = transport.receive(self._channel, messages.MAX_MESSAGE, 0)
                 fds.close()
                 if not payload:
-                    raise SystemExit  # the main process is gone
+                    os._exit(0)  # the main process is gone
                 answer = messages.unpack(payload)
                 if answer.refusal is not None:
                     raise answer.refusal
@@ -359,5 +363,4 @@ def main(channel: socket.socket, tools: Tools) -> None:
     """Be a helper process, from its fork to its end."""
     rights.drop_groups()
     os.umask(0)
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the main process is gone
-        Helper(channel, tools).run()
+    Helper(channel, tools).run()

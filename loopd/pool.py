@@ -205,8 +205,6 @@ def _child(parent: int, keep: list[int], main: Callable[[], None]) -> NoReturn:
         os.closerange(low, os.sysconf("SC_OPEN_MAX"))
         rights.die_with_parent(parent)
         main()
-    except ProcessLookupError:
-        pass
     except BaseException:  # noqa: BLE001  # nothing may leave this frame
         traceback.print_exc()
         sys.stderr.flush()

@@ -53,10 +53,10 @@ def drop_groups() -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the parent process ends; ProcessLookupError if it has ended already."""
+    """Be killed when the parent process ends, or end now if it has ended already."""
     _call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:
-        raise ProcessLookupError("the parent process is gone")
+        os._exit(0)
 
 
 def can_make_nodes(pid: int) -> bool:
@@ -79,6 +79,7 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
     setfsuid(2) and setfsgid(2) do not report failure, so the ids are read back: an id of -1 changes nothing and returns
     what is in force. Raises PermissionError when the ids could not be taken.
     """
+    parent = os.getppid()
     permitted, inheritable = _capabilities()
     fsuid, fsgid = _libc.setfsuid(-1), _libc.setfsgid(-1)
     try:
@@ -94,3 +95,4 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
         _libc.setfsuid(fsuid)
         _libc.setfsgid(fsgid)
         _set_effective(permitted, permitted, inheritable)
+        die_with_parent(parent)  # the kernel forgets the wish with every change of fsuid or capabilities

@@ -95,7 +95,7 @@ class Attach(NamedTuple):
 
 
 class Detach(NamedTuple):
-    """End a lease, if it is still the binding of `diskseq`. `wait`: seconds that the reply may take to say ``released``."""
+    """End a lease, if it is still that of `diskseq`. `wait`: seconds that the reply may take to say ``released``."""
 
     devname: str
     reply_fd: int | None = None
