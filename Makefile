@@ -22,7 +22,7 @@ SYSTEM = 00-loopd.rules:udev/rules.d/00-loopd.rules loopd.catalog:systemd/catalo
 	sysusers.conf:sysusers.d/loopd.conf tmpfiles.conf:tmpfiles.d/loopd.conf
 # A program that a target cannot do without, and the Debian package that has it.
 FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd
-FOR_CHECK = $(FOR_DEMO) fusermount3:fuse3 git:git ip:iproute2 modprobe:kmod sfdisk:fdisk strace:strace udevadm:udev
+FOR_CHECK = $(FOR_DEMO) bwrap:bubblewrap losetup:mount modprobe:kmod strace:strace udevadm:udev
 
 # A user's PATH has no sbin on Debian.
 export PATH := $(PATH):/usr/sbin:/sbin

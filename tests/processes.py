@@ -1,4 +1,4 @@
-"""Other processes for the tests: clients with rights and namespaces of their own, a daemon whose manager the test is."""
+"""Processes for the tests: clients with rights and namespaces of their own, a daemon whose manager the test is."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_an_open_fd_reaches_a_user_namespace(daemon: Daemon, image: int, tmp_pat
 
 
 def test_an_unprivileged_user_owns_the_node(daemon: Daemon, image: int, directory: int, tmp_path: Path) -> None:
-    """Made with its rights, it is the client's from the start; an fd of root's directory gives no right to make it there."""
+    """Made with its rights, it is the client's; an fd of root's directory gives no right to make it there."""
     os.chmod(daemon.path, 0o666)
     (tmp_path / "own").mkdir()
     os.chown(tmp_path / "own", NOBODY, NOBODY)

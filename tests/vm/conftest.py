@@ -1,9 +1,9 @@
 """Collection of the VM's tests, and the VMs themselves.
 
-The tests below `inside/` are collected on the host to know what is expected, and run in the VM; each is a test of its own on the
-host: `test_inside[MACHINE-FILE::TEST]`. A VM boots when its first test starts, and runs exactly the tests that were
-selected on the host, in that order. Which machines: `--vm-machines` (none by default, so that the machine's own tests do
-not need QEMU).
+The tests below `inside/` are collected on the host to know what is expected, and run in the VM; each is a test of its
+own on the host: `test_inside[MACHINE-FILE::TEST]`. A VM boots when its first test starts, and runs exactly the tests
+that were selected on the host, in that order. Which machines: `--vm-machines` (none by default, so that the machine's
+own tests do not need QEMU).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def inside_tests(folder: str) -> list[str]:
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     done = subprocess.run(
-        command, cwd=path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, check=False, cwd=path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     if done.returncode != 0 or not tests:

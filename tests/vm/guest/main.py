@@ -1,8 +1,9 @@
 """The guest's side of a run: installs loopd, runs the chosen tests, says how each ended.
 
-Everything goes out through two virtio ports: `loopd.results` takes one JSON object a line (see `report`), `loopd.journal` the
-journal as it grows, so that there is something to read after a run that hung. The last line is `{"event": "end", …}`: without
-it the host fails the run. What is to be done is in `run.json` beside the project's files.
+Everything goes out through two virtio ports: `loopd.results` takes one JSON object a line (see `report`),
+`loopd.journal` the journal as it grows, so that there is something to read after a run that hung. The last line is
+`{"event": "end", …}`: without it the host fails the run. What is to be done is in `run.json` beside the project's
+files.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ def install(steps: list[str]) -> str:
     log = ""
     for step in steps:
         done = subprocess.run(
-            step, shell=True, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            step,
+            check=False,
+            shell=True,
+            cwd=PROJECT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         log += f"# {step}\n{done.stdout.decode(errors='replace')}"
         if done.returncode != 0:
@@ -90,7 +97,12 @@ def main() -> int:
         folder = PROJECT / run["folder"]
         command += [f"--rootdir={folder}", f"--confcutdir={folder}", f"--deadline={run['deadline']}"]
         status = subprocess.run(
-            [*command, *run["tests"]], cwd=folder, env=environment, pass_fds=[results.fd], stdin=subprocess.DEVNULL
+            [*command, *run["tests"]],
+            check=False,
+            cwd=folder,
+            env=environment,
+            pass_fds=[results.fd],
+            stdin=subprocess.DEVNULL,
         ).returncode
     results.say("end", status=status, uptime=time.monotonic())
     return 0

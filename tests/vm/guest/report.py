@@ -1,4 +1,4 @@
-"""A pytest plugin: one JSON line for each test that starts and ends, a mark in the journal around each, a deadline for each.
+"""A pytest plugin: a JSON line for each test that starts and ends, marks in the journal around it, a deadline for it.
 
 {"event": "start", "test": ID}
 {"event": "result", "test": ID, "outcome": "passed" | "failed" | "skipped", "text": …, "duration": seconds}

@@ -103,7 +103,7 @@ def image(name: str, kernel: str = "default") -> Iterator[Built]:
         if not folder.is_dir():
             build(spec, folder)
         remove_others(cache, name, keep=folder)
-        in_use = open(use_lock(folder), "w")
+        in_use = open(use_lock(folder), "w")  # noqa: SIM115 - closed below, outlives this lock
         fcntl.flock(in_use, fcntl.LOCK_SH)
     with in_use:
         version = json.loads((folder / "kernels.json").read_text())[kernel]
@@ -115,7 +115,7 @@ def use_lock(folder: Path) -> Path:
 
 
 def remove_others(cache: Path, name: str, keep: Path) -> None:
-    """Remove left-overs of ended builds and images with an older key, those in use excepted; the lock of NAME is held."""
+    """Remove left-overs of ended builds and images with an older key, not those in use; the lock of NAME is held."""
     for folder in cache.glob(f"{name}-*"):
         if not folder.is_dir() or folder == keep:
             continue
@@ -144,10 +144,12 @@ def build(spec: Image, folder: Path) -> None:
         "SIZE": spec.size,
         "OVERLAY": str(OVERLAY),
     }
-    # Namespaces of its own: what debootstrap mounts and what maintainer scripts start ends with the build, however it ends.
+    # Namespaces of its own: what debootstrap mounts and scripts start ends with the build, however that ends.
     command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", str(BUILD)]
     with open(work / "build.log", "wb") as log:
-        done = subprocess.run(command, cwd=work, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        done = subprocess.run(
+            command, cwd=work, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
+        )
     if done.returncode != 0:
         tail = (work / "build.log").read_text(errors="replace").splitlines()[-40:]
         raise ImageError("\n".join([f"the image was not built; {work}/build.log ends with:", *tail]))

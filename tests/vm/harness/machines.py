@@ -1,4 +1,4 @@
-"""What the VMs are made of: images (a suite, its packages, extra kernels) and machines (an image booted with one kernel).
+"""What the VMs are made of: images (a suite, packages, extra kernels) and machines (an image booted with one kernel).
 
 Only values; `image` builds them and `qemu` boots them.
 """

@@ -1,7 +1,8 @@
 """Boots a machine, hands it the project, follows what it reports, and gives up on it at a deadline.
 
-The project goes in as a tar archive on a raw disk, so that the VM sees exactly one state of it. Results come out as lines
-of JSON in a file that QEMU writes, so nothing the guest does can block on the host, and what was said is there however the run ended.
+The project goes in as a tar archive on a raw disk, so that the VM sees exactly one state of it. Results come out as
+lines of JSON in a file that QEMU writes, so nothing the guest does can block on the host, and what was said is there
+however the run ended.
 """
 
 from __future__ import annotations
@@ -155,9 +156,9 @@ class Run:
             built = self.stack.enter_context(image(spec.image, spec.kernel))
             payload(self.folder / "payload.tar", self.plan)
             (self.folder / "results").touch()
-            self.stream = self.stack.enter_context(open(self.folder / "results", "rb"))
+            self.stream = self.stack.enter_context((self.folder / "results").open("rb"))
             self.rest = b""
-            log = self.stack.enter_context(open(self.folder / "qemu", "wb"))
+            log = self.stack.enter_context((self.folder / "qemu").open("wb"))
             command = command_line(built, self.folder, "test")
             self.qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             self.stack.callback(self._kill)
@@ -281,4 +282,4 @@ def shell(machine: str, folder: Path) -> int:
         command = command_line(built, folder, "shell")
         command[command.index("stdio")] = "mon:stdio"
         print("booting; log in is automatic, `poweroff` ends it, Ctrl-A X kills it", file=sys.stderr)
-        return subprocess.run(command).returncode
+        return subprocess.run(command, check=False).returncode

@@ -10,8 +10,8 @@ from .qemu import Run
 HEAD = """\
 # Kernels that loopd was tested on
 
-Written by `make check-kernels` from the run itself; do not edit. Every machine is a Debian system in QEMU that runs all tests of
-`tests/vm/inside`.
+Written by `make check-kernels` from the run itself; do not edit. Every machine is a Debian system in QEMU that runs all
+tests of `tests/vm/inside`.
 
 | kernel | systemd | Python | passed | failed | skipped | no result |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -21,14 +21,20 @@ Written by `make check-kernels` from the run itself; do not edit. Every machine 
 def table(runs: Mapping[str, Run]) -> str:
     rows, notes = [], []
     for name, run in runs.items():
+        kernel, systemd, python = (run.hello.get(key, "?") for key in ("kernel", "systemd", "python"))
         count = Counter(result.outcome for result in run.results.values())
         lost = len(set(run.plan.tests) - set(run.results))
-        figures = f"{count['passed']} | {count['failed']} | {count['skipped']} | {lost}"
-        rows.append(
-            f"| {run.hello.get('kernel', name)} | {run.hello.get('systemd', '?')} | {run.hello.get('python', '?')} | {figures} |"
-        )
-        for result in run.results.values():
-            if result.outcome != "passed":
-                first = (result.text.strip() or "?").splitlines()[-1]
-                notes.append(f"- {run.hello.get('kernel', name)}, `{result.test}` {result.outcome}: {first}")
+        cells = (kernel, systemd, python, count["passed"], count["failed"], count["skipped"], lost)
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+        notes += [
+            f"- {name} ({kernel}), `{result.test}` {result.outcome}: {reason(result.text)}"
+            for result in run.results.values()
+            if result.outcome != "passed"
+        ]
     return HEAD + "\n".join(rows) + "\n" + ("\n## Not passed\n\n" + "\n".join(notes) + "\n" if notes else "")
+
+
+def reason(text: str) -> str:
+    """The one line of a failure's text that says most: pytest marks the error's own lines with E."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["?"]
+    return next((line[1:].strip() for line in lines if line.startswith("E ")), lines[-1])

@@ -1,4 +1,4 @@
-"""Fixtures of the tests inside of a VM. After each test nothing may be left of it: no lease, no bound device, no failed unit."""
+"""Fixtures of the tests inside of a VM. After each, no lease, no bound device and no failed unit may be left."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def drop_in(text: str) -> Iterator[None]:
 
 @contextmanager
 def idle_timeout(seconds: float) -> Iterator[None]:
-    """The service with another patience: by an option that conftest.py lets it read from a file, since a reload of systemd is slow."""
+    """The service with another patience, by an option in a file that conftest.py made it read (a reload is slow)."""
     run("systemctl", "stop", SERVICE)
     OPTIONS.write_text(f"OPTIONS=--idle-timeout={seconds}\n")
     try:

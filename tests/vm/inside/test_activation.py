@@ -143,7 +143,7 @@ def test_restart_keeps_what_is_attached(disk: Path) -> None:
 
 @pytest.mark.deadline(300)
 def test_no_timing_of_requests_ends_the_socket(inode: int) -> None:
-    """Each request starts the service anew: more starts than any default limit of systemd allows (5 in 10 s, 20 in 2 s)."""
+    """Each request starts the service anew, more often than systemd's default limits allow (5 in 10 s, 20 in 2 s)."""
     with idle_timeout(0.2):
         started = time.monotonic()
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""An image is hostile: whatever is on it, the host's udev, LVM, MD, btrfs and udisks leave it alone, and `udevadm settle` is quick."""
+"""An image is hostile: whatever is on it, udev, LVM, MD, btrfs and udisks leave it alone; `udevadm settle` is quick."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_partitions_cannot_either(disk: Path) -> None:
 
 
 def test_without_loopd_udev_does_look(disk: Path) -> None:
-    """The counter-check: the host's own losetup, below loopd's numbers, gets its links. Else the tests above show nothing."""
+    """The counter-check: the host's own losetup, below loopd's numbers, has its links; else the others show nothing."""
     run("mkfs.ext4", "-q", "-L", "seen-by-udev", disk)
     device = run("losetup", "--find", "--show", disk).strip()
     try:

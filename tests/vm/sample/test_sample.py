@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 
@@ -53,15 +55,11 @@ def test_after_the_end() -> None:
 
 def test_hangs() -> None:
     """Like a process in D state: the test's own deadline does not reach it."""
-    import signal
-
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     time.sleep(600)
 
 
 def test_no_closing_line() -> None:
     """Ends pytest's caller, so that the VM powers off in good order, but with no closing line."""
-    import os
-
     os.kill(os.getppid(), 9)
     time.sleep(1)
