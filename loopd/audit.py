@@ -33,6 +33,7 @@ class Event(_Kind, enum.Enum):
     SHED = _Kind("5169384b458e4ce4952db5f9b13e1a7d", WARNING)
     STUCK = _Kind("43eb208a7d8d4897828523e7cfce1227", WARNING)
     WARNED = _Kind("dc9aa196d7cf4d08b446fbf6444ced31", WARNING)
+    FOREIGN = _Kind("5b8b0d6a3b0c4f0e9f0a5c1d7e2f4a68", WARNING)
     RELOADED = _Kind("0d9b0ff1b0a44b5e8a4c6f9ce1a2d7b3", INFO)
     FAILED = _Kind("e2d1b4c07cf64a5ea1a5f5b7a4f1d0c9", ERR)
 

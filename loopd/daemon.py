@@ -112,10 +112,10 @@ def _control(access: Access) -> LoopControl:
     return control
 
 
-def _counter(directory: str, audit: Audit) -> Counter:
+def _counter(directory: str, instance: str, audit: Audit) -> Counter:
     try:
         os.makedirs(directory, 0o700, exist_ok=True)
-        counter = Counter(os.path.join(directory, "numbers"))
+        counter = Counter(os.path.join(directory, "numbers"), instance)
     except OSError as error:
         raise CannotStart(f"the number counter cannot be kept in {directory}: {error}") from error
     if counter.started_from_clock:
@@ -153,7 +153,7 @@ class Daemon:
         self._catch_signals()
         self._options = options
         self._policy = self._load_policy()
-        self._numbers = Numbers(_counter(options.state_directory, self._audit), self._fork_numbers())
+        self._numbers = Numbers(_counter(options.state_directory, options.instance, self._audit), self._fork_numbers())
         slots = leases.Slots(self._notifier)
         watches = Inotify()
         grants = Grants(options.grant_directory)
@@ -202,11 +202,10 @@ class Daemon:
 
     def _on_number(self) -> None:
         try:
-            self._numbers.receive()
+            self._lifecycle.on_number()
         except EOFError:
             self._poller.remove(self._numbers.channel.fileno())
             self._numbers.restart(self._fork_numbers())
-        self._lifecycle.look_after()
 
     def _on_uevent(self) -> None:
         changes = uevents.receive(self._uevents)

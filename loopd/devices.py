@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from .files import Backing
-from .loop import Loop, LoopControl, UnexpectedDevice, supports_configure
+from .loop import LOOP_MAJOR, Loop, LoopControl, UnexpectedDevice, supports_configure
 from .wire import Attach, Code, Refusal
 
 PRIVATE_NODES = "/run/loopd-nodes"
@@ -99,6 +99,20 @@ class Access:
         name = f"loop{number}"
         with self._made(name, stat.S_IFBLK, device_number(name)):
             yield self._private
+
+    @contextlib.contextmanager
+    def stale_node(self, number: int) -> Iterator[str]:
+        """The path of a node for a number that need not exist, where the whole disk's minor is the number."""
+        if self._private is None:
+            path = f"/dev/.loopd-{number}"
+            os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(LOOP_MAJOR, number))
+            try:
+                yield path
+            finally:
+                os.unlink(path)
+            return
+        with self._made(f"stale{number}", stat.S_IFBLK, (LOOP_MAJOR, number)):
+            yield f"{PRIVATE_NODES}/stale{number}"
 
     @contextlib.contextmanager
     def _made(self, name: str, kind: int, device: tuple[int, int]) -> Iterator[None]:

@@ -18,6 +18,7 @@ from .devices import Binding
 from .grants import Grants
 from .inotify import Inotify
 from .leases import Lease, Leases, Slots, State
+from .loop import backing_file
 from .numbers import Numbers, ours
 from .policy import Policy
 from .poller import HUNG_UP, Poller
@@ -55,6 +56,8 @@ class Lifecycle:
 
     HELD_CHECK = 5.0
     """Seconds between looks at devices that others keep open, in case a uevent was missed."""
+    FOREIGN_CHECK = 1.0
+    """Seconds after which a device that was bound must be a lease's."""
     ARRANGE_PAUSE = 0.05
     """Seconds after a look at a partition table before the next one: closing the node is free for the client."""
 
@@ -74,6 +77,7 @@ class Lifecycle:
         self._audit = audit
         self._cgroups = cgroups.Watcher(self._account_ended)
         self._held: dict[str, Lease] = {}
+        self._foreign: dict[str, Account] = {}
         self._watched: dict[int, Lease] = {}
         self._kept: list[socket.socket] = []
         self._replies: dict[str, int] = {}
@@ -146,6 +150,7 @@ class Lifecycle:
         self._grants.sweep({lease.holder.grant for lease in self.leases})
         self._numbers.sweep({lease.binding.number for lease in self.leases})
         self._numbers.keep_low_free()
+        self._numbers.probe()
 
     def _restore(self, lease: Lease, reply: int | None) -> None:
         # A client that closed its end of the reply socket has the answer, or wants it no more.
@@ -314,12 +319,54 @@ class Lifecycle:
         lease = self._held.get(devname)
         if lease is not None and not devices.still_bound(lease.binding):
             self._gone(lease)
+        elif self.leases.get(devname) is None:
+            # An attach under way has bound its device before it is in the books.
+            self._poller.later(self.FOREIGN_CHECK, lambda: self._look_at_foreign(devname))
+
+    def _look_at_foreign(self, devname: str) -> None:
+        """Report a binding of one of this instance's numbers that is not of its making; it may be the host's own.
+
+        Most likely a client kept a node, and opening that made the device again (no max_loop): charged to who had
+        the number last. It is never cleared: nothing proves whose it is.
+        """
+        number = int(devname[4:])
+        file = backing_file(number)
+        known = self._foreign.get(devname)
+        if file is None or self.leases.get(devname) is not None:
+            if known is not None:
+                del self._foreign[devname]
+                known.devices -= 1
+                self._numbers.retire(number, None)
+            return
+        if known is not None or not self._numbers.used(number):
+            return
+        owner = self._numbers.had(number)
+        account = self.accounts.get(owner.account if owner else "")
+        account.devices += 1
+        self._foreign[devname] = account
+        text = f"{devname} is bound to {file}, and not by loopd: a client may have kept its node; it is left as it is"
+        self._audit.record(
+            Event.FOREIGN, text, device=devname, number=number, backing_file=file,
+            account=account.name or None, uid=owner.uid if owner else None,
+        )  # fmt: skip
 
     def look_again(self) -> None:
         """Look at everything that is waited for, in case an event was lost."""
         self._numbers.retry()
         for devname in list(self._held):
             self.on_disk(devname)
+        self.look_after()
+
+    def on_number(self) -> None:
+        """The process that makes and removes numbers has answered; EOFError when it has ended instead."""
+        known = self._numbers.remade
+        self._numbers.receive()
+        if self._numbers.remade and not known:
+            self._audit.record(
+                Event.WARNED,
+                "Opening a kept node of a removed loop device makes the device again: set loop.max_loop=8 (modprobe.d,"
+                " or the kernel's command line where loop is built in)",
+            )
         self.look_after()
 
     def look_after(self) -> None:

@@ -18,12 +18,13 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 
 from . import transport
 from .accounts import Owner
-from .devices import Number
+from .devices import Access, Number
 from .loop import LoopControl
 
 FIRST = 4096
@@ -34,7 +35,7 @@ QUARANTINE = 30 * 86400
 """Seconds for which a number that was used is not given to another."""
 
 _HEADER = struct.Struct("<8sQ")  # magic, the block that comes next
-_ENTRY = struct.Struct("<Q")  # for each block: when it was last used, seconds since 1970
+_ENTRY = struct.Struct("<QQ")  # for each block: when it was last used, seconds since 1970, and by which instance
 _MAGIC = b"loopd\x00n1"
 
 
@@ -45,8 +46,9 @@ class Exhausted(Exception):
 class Counter:
     """Hands out blocks of numbers, each once in a quarantine; instances share the file under its lock."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, instance: str = "") -> None:
         """Open or make the file; OSError when that cannot be done. `started_from_clock` tells that it was not there."""
+        self._instance = zlib.crc32(instance.encode())
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self.started_from_clock = False
         with self._locked():
@@ -79,20 +81,27 @@ class Counter:
             now = int(time.time())
             for offset in range(BLOCKS):
                 block = (start + offset) % BLOCKS
-                (used,) = _ENTRY.unpack_from(entries, block * _ENTRY.size)
+                used, _ = _ENTRY.unpack_from(entries, block * _ENTRY.size)
                 if used == 0 or used + QUARANTINE < now:
-                    os.pwrite(self._fd, _ENTRY.pack(now), _HEADER.size + block * _ENTRY.size)
+                    self._mark(block, now)
                     os.pwrite(self._fd, _HEADER.pack(_MAGIC, (block + 1) % BLOCKS), 0)
                     os.fdatasync(self._fd)
                     return range(FIRST + block * BLOCK, FIRST + (block + 1) * BLOCK)
         raise Exhausted
 
+    def _mark(self, block: int, now: int) -> None:
+        os.pwrite(self._fd, _ENTRY.pack(now, self._instance), _HEADER.size + block * _ENTRY.size)
+
     def touch(self, number: int) -> None:
         """The number's use ends now: its quarantine is counted from here."""
-        block = (number - FIRST) // BLOCK
-        if 0 <= block < BLOCKS:
-            with contextlib.suppress(OSError):  # the time of its reservation stays
-                os.pwrite(self._fd, _ENTRY.pack(int(time.time())), _HEADER.size + block * _ENTRY.size)
+        with contextlib.suppress(OSError):  # the time of its reservation stays
+            self._mark((number - FIRST) // BLOCK, int(time.time()))
+
+    def has(self, number: int) -> bool:
+        """Whether the number is of a block that this instance used last."""
+        entry = os.pread(self._fd, _ENTRY.size, _HEADER.size + (number - FIRST) // BLOCK * _ENTRY.size)
+        used, instance = _ENTRY.unpack(entry)
+        return bool(used) and bool(instance == self._instance)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -135,10 +144,24 @@ def _keep_low_free(control: LoopControl, number: int) -> None:
         control.add()
 
 
+def _probe(control: LoopControl, number: int) -> None:
+    """Whether opening a node makes its removed device again: raises OSError(EEXIST) if so."""
+    control.add(number)
+    control.remove(number)
+    with Access().stale_node(number) as path:
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            return
+    control.remove(number)
+    raise FileExistsError(errno.EEXIST, "made again")
+
+
 _OPERATIONS: dict[str, Callable[[LoopControl, int], object]] = {
     "add": LoopControl.add,
     "remove": LoopControl.remove,
     "low": _keep_low_free,
+    "probe": _probe,
 }
 
 THREADS = 32
@@ -169,6 +192,7 @@ class Numbers:
         self._lingering: dict[int, Owner | None] = {}
         self._used: dict[Owner, deque[int]] = {}
         self._unburnt: set[int] = set()
+        self.remade: bool | None = None
 
     @property
     def channel(self) -> socket.socket:
@@ -225,6 +249,14 @@ class Numbers:
         self._counter.touch(number)
         self._remove(number, owner)
 
+    def had(self, number: int) -> Owner | None:
+        """Who had a number last, as far as it is remembered."""
+        return next((owner for owner, used in self._used.items() if number in used), None)
+
+    def used(self, number: int) -> bool:
+        """Whether this instance has handed out the number."""
+        return self._counter.has(number)
+
     def retire_unburnt(self, number: int) -> None:
         """Remove a number that no client can have kept a way to; afterwards it is anybody's."""
         self._unburnt.add(number)
@@ -245,7 +277,10 @@ class Numbers:
         if not payload:
             raise EOFError
         operation, number, error = marshal.loads(payload)  # noqa: S302  # of our own process
-        if operation == "add":
+        if operation == "probe":
+            self.remade = error == errno.EEXIST
+            self._fresh.append(number)  # no client ever saw it
+        elif operation == "add":
             self._making -= 1
             if error == 0:
                 self._made.append(number)
@@ -282,6 +317,11 @@ class Numbers:
         for name in os.listdir("/sys/block"):
             if name.startswith("loop") and ours(name) and int(name[4:]) not in known:
                 self._send("remove", int(name[4:]))
+
+    def probe(self) -> None:
+        """Find out whether a kept node brings its removed number back; `remade` says so when it is known."""
+        with contextlib.suppress(Exhausted, OSError):
+            self._send("probe", self._take())
 
     def keep_low_free(self) -> None:
         """Look after the free device that is there for the host."""
