@@ -29,7 +29,7 @@ from loopd import wire
 UNANSWERED = pytest.mark.xfail(strict=True, reason="leases.stored: the reply socket that keeps its lease is not answered on")
 
 EVERY = os.environ.get("LOOPD_TEST_EVERY_CRASH") == "1"
-SAMPLE = 36
+SAMPLE = 60
 """Points of one test, unless EVERY."""
 ANSWER = 10.0
 """Seconds for an answer, a restart of the daemon included."""
@@ -54,11 +54,6 @@ def traced(pids: list[int], *options: str) -> Iterator[None]:
         finally:
             tracer.terminate()
             tracer.stderr.read()
-
-
-def killing(pids: list[int], point: Point) -> contextlib.AbstractContextManager[None]:
-    name, count = point
-    return traced(pids, "-o/dev/null", f"-etrace={name}", f"-einject={name}:signal=KILL:when={count}")
 
 
 # A client that bears with crashes, and believes nothing ------------------------------------------------------------
@@ -184,19 +179,19 @@ def processes(daemon: Kept, role: str) -> list[int]:
     return [daemon.pid] if role == "main" else helpers(daemon)
 
 
-def recorded(daemon: Kept, role: str, site: Site, tmp_path: Path) -> list[Point]:
+def recorded(daemon: Kept, role: str, kind: str, site: Site, tmp_path: Path) -> list[Point]:
     """Every system call of that role from the datagram of an attach to the answer of its detach."""
     output = tmp_path / "recording"
     with traced(processes(daemon, role), f"-o{output}"):
-        assert site.come_and_go(daemon.path, "socket") == "detached"
-    names = [match[1] for match in re.finditer(r"^(?:\d+ +)?(\w+)\(", output.read_text(errors="replace"), re.MULTILINE)]
-    seen: Counter[str] = Counter()
+        assert site.come_and_go(daemon.path, kind) == "detached"
+    seen: Counter[tuple[str, str]] = Counter()
     points = []
-    for name in names:
-        seen[name] += 1
-        points.append((name, seen[name]))
-    assert {"recvmsg", "sendmsg", "close"} <= seen.keys(), seen
-    return points
+    for match in re.finditer(r"^(\d* *)(\w+)\(", output.read_text(errors="replace"), re.MULTILINE):
+        pid, name = match.groups()
+        seen[pid, name] += 1
+        points.append((name, seen[pid, name]))
+    assert {"recvmsg", "sendmsg", "close"} <= {name for name, _ in points}
+    return list(dict.fromkeys(points))
 
 
 @pytest.mark.parametrize("load", [False, True], ids=["alone", "under-load"])
@@ -212,27 +207,29 @@ def test_killed_at_every_system_call(
         assert other.come_and_go(path, "reply") == "detached"
         files = daemon.stored()
         leases = [stack.enter_context(hold(daemon, kind, standing.image, standing.directory)) for kind in KINDS]
-        points = recorded(daemon, role, one, tmp_path)
-        step = 1 if EVERY else max(1, len(points) // SAMPLE)
+        points = [(kind, point) for kind in kinds for point in recorded(daemon, role, kind, one, tmp_path)]
+        points = points if EVERY else points[:: max(1, len(points) // SAMPLE)]
         beside = [stack.enter_context(watcher(leases))]
         if load:
             keep = (other.image, other.directory)
-            beside.append(stack.enter_context(Beside(lambda: other.come_and_go(path, "reply"), 0.05, keep)))
+            beside.append(stack.enter_context(Beside(lambda: other.come_and_go(path, kinds[0]), 0.05, keep)))
         killed: list[Point] = []
         results: Counter[str] = Counter()
-        for turn, point in enumerate(points[::step]):
+        for kind, (name, count) in points:
             pids = processes(daemon, role)
-            with killing(pids, point):
+            with traced(pids, "-o/dev/null", f"-etrace={name}", f"-einject={name}:signal=KILL:when={count}"):
                 try:
-                    results[one.come_and_go(path, kinds[turn % len(kinds)])] += 1
+                    results[one.come_and_go(path, kind)] += 1
                 except BaseException as error:
-                    error.add_note(f"killed at {point[0]} number {point[1]} of the {role}")
+                    error.add_note(f"killed at {name} number {count} of the {role}, with a lease by {kind}")
                     raise
             if any(not Path(f"/proc/{pid}").exists() for pid in pids):
-                killed.append(point)
+                killed.append((name, count))
+                if role == "main":
+                    eventually(lambda pids=pids: daemon.running not in (0, *pids), "the next one is started")
         turns = [process.stop() for process in beside]
-        print(f"{len(killed)} of {len(points[::step])} points, {results}, beside it {turns}")
-        assert len(killed) >= len(points[::step]) * 0.7, "most points were reached"
+        print(f"{len(killed)} of {len(points)} points, {results}, beside it {turns}")
+        assert len(killed) >= len(points) * 0.7, "most points were reached"
         assert all(lease.bound() for lease in leases)
         assert sorted(daemon.leases()) == sorted(lease.name for lease in leases) == daemon.in_store()
         assert sorted(node.name for node in standing.place.iterdir()) == sorted(lease.name for lease in leases)

@@ -778,7 +778,7 @@ def _answered(daemon: Daemon, image: int, directory: int) -> Reply:
     return reply
 
 
-@pytest.mark.parametrize("limit", [48, 96, 160])
+@pytest.mark.parametrize("limit", [400, 540, 600])
 def test_the_limit_of_open_files(
     start_daemon: Callable[..., Daemon], image: int, directory: int, devices: Path, tmp_path: Path, limit: int
 ) -> None:

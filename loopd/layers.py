@@ -1,0 +1,258 @@
+"""The layers between a client and its device: what a directory, a mount, a namespace or a right lets through.
+
+Owns what can be found out on the client's side alone, and says it in words with a remedy; and the two things
+that a client does with a mount: to attach it and to take it away. Asks no daemon and imports nothing of the
+package. Standard library of Python 3.8 and later.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from typing import NamedTuple
+
+CAP_SYS_ADMIN, CAP_MKNOD = 21, 27
+SYS_MOVE_MOUNT = 429  # the same on every architecture but Alpha; Linux 5.2
+MOVE_MOUNT_F_EMPTY_PATH = 0x4
+AT_FDCWD = -100
+MNT_DETACH = 2
+
+BIND = (
+    "on the host, bind a directory of loopd's into the container: "
+    "podman run -v /run/loopd:/run/loopd -v $(loopctl directory NAME):/dev/loopd:ro"
+)
+"""The remedy that is recommended: works in every kind of container."""
+
+
+class Obstacle(NamedTuple):
+    """What refuses a device: `layer` as `DeviceInaccessible` has it, the reason, and what helps."""
+
+    layer: str
+    reason: str
+    hint: str
+
+
+class Mount(NamedTuple):
+    """A line of mountinfo; `root` is the directory of the file system that is mounted at `point`."""
+
+    id: int
+    root: str
+    point: str
+    type: str
+    source: str
+
+
+def _unescaped(text: str) -> str:
+    """A path as mountinfo has it: space, tab, newline and backslash are octal there."""
+    for escape, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(escape, character)
+    return text
+
+
+def parsed_mount(line: str) -> Mount:
+    """One line of /proc/PID/mountinfo (proc_pid_mountinfo(5))."""
+    before, _, behind = line.rstrip("\n").partition(" - ")
+    fields, (kind, source) = before.split(" "), behind.split(" ")[:2]
+    return Mount(int(fields[0]), _unescaped(fields[3]), _unescaped(fields[4]), kind, _unescaped(source))
+
+
+def mounts() -> list[Mount]:
+    """What is mounted for this process; empty where that cannot be read."""
+    # surrogateescape: a path is bytes.
+    with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        return [parsed_mount(line) for line in table]
+    return []
+
+
+def mount_of(fd: int) -> Mount | None:
+    """The mount that an open file is on, None where it cannot be told."""
+    with suppress(OSError, ValueError, IndexError), open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
+        wanted = int(info.read().split("mnt_id:")[1].split()[0])
+        return next((mount for mount in mounts() if mount.id == wanted), None)
+    return None
+
+
+def is_devtmpfs(dir_fd: int) -> bool:
+    """Whether a directory is the top of a devtmpfs: there the kernel itself makes and removes the nodes."""
+    mount = mount_of(dir_fd)
+    if mount is None or (mount.type, mount.root) != ("devtmpfs", "/"):
+        return False
+    with suppress(OSError):
+        return os.path.samestat(os.stat(mount.point), os.fstat(dir_fd))
+    return False
+
+
+def capable(capability: int) -> bool:
+    """Whether this process has a capability in effect, in the user namespace that it is in."""
+    with suppress(OSError, ValueError, IndexError), open("/proc/self/status", encoding="ascii") as status:
+        return bool(int(status.read().split("CapEff:\t")[1][:16], 16) & 1 << capability)
+    return False
+
+
+def foreign_user_namespace() -> bool:
+    """Whether the user namespace is another one than the host's."""
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        return file.read().split() != ["0", "0", str(2**32 - 1)]
+
+
+# A directory for a node -------------------------------------------------------------------------------------
+
+
+def _of_user_namespace(dir_fd: int) -> bool:
+    """Whether the file system of a directory was mounted in a user namespace: no device opens there.
+
+    Found out with a whiteout, the one character device that everybody may make (Linux 5.8), in a directory that
+    can be written: where devices open it is ENXIO, since it has no driver, else EACCES.
+    """
+    name = f".loopd-{os.urandom(8).hex()}"
+    try:
+        os.mknod(name, stat.S_IFCHR | 0o600, 0, dir_fd=dir_fd)
+    except OSError:
+        return False  # it is not known: the daemon will find out
+    try:
+        os.close(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd))
+    except OSError as error:
+        return error.errno == errno.EACCES
+    finally:
+        with suppress(OSError):
+            os.unlink(name, dir_fd=dir_fd)
+    return False
+
+
+def obstacle(dir_fd: int, *, own: bool) -> Obstacle | None:
+    """What keeps a device from being opened in a directory, as far as it can be known without asking loopd.
+
+    `own`: the directory is to be the client's, so that it must be able to write there.
+    """
+    if os.fstatvfs(dir_fd).f_flag & os.ST_NODEV:
+        return Obstacle(
+            "nodev",
+            "its mount has the option nodev",
+            f"{BIND}; any directory does where it is bound in with the option dev, as by -v DIRECTORY:/dev/loopd:dev",
+        )
+    writable = os.access(".", os.W_OK | os.X_OK, dir_fd=dir_fd, effective_ids=True)
+    if own and not writable:
+        return Obstacle("permission", f"uid {os.geteuid()} may not make a file in it", BIND)
+    if writable and foreign_user_namespace() and _of_user_namespace(dir_fd):
+        return USER_NAMESPACE
+    return None
+
+
+USER_NAMESPACE = Obstacle(
+    "user namespace",
+    "its file system is one of a user namespace, where no device opens",
+    f"take a directory that was bind-mounted from the host ({BIND}), or let an fd be delivered",
+)
+
+
+def unopened(dir_fd: int, name: str, device: tuple[int, int], read_only: bool, error: int) -> Obstacle:
+    """Which layer made open(2) of a node fail, by its errno (fs/namei.c, security/device_cgroup.c)."""
+    if error == errno.EPERM:
+        rule = f"--device-cgroup-rule 'b {device[0]}:* {'r' if read_only else 'rw'}'"
+        return Obstacle(
+            "device cgroup", "the device cgroup of this container denies it", f"podman or docker run {rule}"
+        )
+    if error != errno.EACCES:
+        return Obstacle("device", os.strerror(error), "`loopctl list` shows whether it is still attached")
+    known = obstacle(dir_fd, own=False)
+    if known is not None:
+        return known
+    # access(2) asks for mode, ACL and the LSM's hook on the inode, not for what a mount allows.
+    if os.access(name, os.R_OK if read_only else os.R_OK | os.W_OK, dir_fd=dir_fd, effective_ids=True):
+        if foreign_user_namespace():
+            return USER_NAMESPACE
+    else:
+        node = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        if node.st_uid != os.geteuid():
+            return Obstacle(
+                "permission",
+                f"it is uid {node.st_uid}'s, mode {stat.S_IMODE(node.st_mode):04o}, not uid {os.geteuid()}'s",
+                "ask as the user who is to use the device, or take a directory of that user's: -d DIRECTORY",
+            )
+    return Obstacle(
+        "lsm",
+        "a security module, SELinux or AppArmor, denies it",
+        "its audit log on the host tells why; for SELinux: podman run --security-opt label=disable",
+    )
+
+
+# A mount ----------------------------------------------------------------------------------------------------
+
+
+def no_mount() -> Obstacle | None:
+    """What keeps this process from attaching a mount."""
+    if capable(CAP_SYS_ADMIN):
+        return None
+    return Obstacle(
+        "mount",
+        "attaching a mount needs CAP_SYS_ADMIN, in the user namespace of the container",
+        f"{BIND}; in a rootless container --cap-add SYS_ADMIN does, too",
+    )
+
+
+def _mount_points(devname: str, folders: tuple[str, ...]) -> list[str]:
+    runtime, temporary = os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    if not folders:
+        folders = ("/dev/loopd", *((os.path.join(runtime, "loopd"),) if runtime else ()))
+        # Where others can write too, no name may be known before.
+        last = [os.path.join(temporary, f"{devname}-{os.urandom(8).hex()}")]
+    else:
+        last = []
+    return [os.path.join(folder, devname) for folder in folders] + last
+
+
+def make_mount_point(devname: str, folder: str | None = None) -> str:
+    """Make an empty directory for a mount: in `folder`, else in the first that can be had of /dev/loopd,
+    $XDG_RUNTIME_DIR/loopd, and $TMPDIR under a name of its own; its path. OSError of the last that was tried.
+    """
+    refused: OSError | None = None
+    for path in _mount_points(devname, () if folder is None else (folder,)):
+        try:
+            with suppress(FileExistsError, FileNotFoundError):
+                os.mkdir(os.path.dirname(path), 0o700)
+            os.mkdir(path, 0o700)
+        except OSError as error:
+            refused = error
+        else:
+            return path
+    assert refused is not None
+    raise refused
+
+
+def attach_mount(mount: int, point: str) -> None:
+    """Attach a detached mount at a directory (move_mount(2)); OSError."""
+    import ctypes  # noqa: PLC0415  # costs all who need no mount
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    result = libc.syscall(
+        ctypes.c_long(SYS_MOVE_MOUNT),
+        ctypes.c_int(mount),
+        b"",
+        ctypes.c_int(AT_FDCWD),
+        os.fsencode(point),
+        ctypes.c_uint(MOVE_MOUNT_F_EMPTY_PATH),
+    )
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), point)
+
+
+def mount_points(devname: str) -> list[str]:
+    """Where a mount of this device's own is attached; one whose directory loopd has removed counts as well."""
+    roots = (f"/.{devname}", f"/.{devname}//deleted")
+    return [mount.point for mount in mounts() if mount.type == "tmpfs" and mount.root in roots]
+
+
+def detach_mounts(devname: str) -> None:
+    """Take the mounts of a device away, and the directories that they were attached at, as far as possible."""
+    points = mount_points(devname)
+    if not points:
+        return
+    import ctypes  # noqa: PLC0415  # likewise
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    for point in points:
+        if libc.umount2(os.fsencode(point), ctypes.c_int(MNT_DETACH)) == 0:
+            with suppress(OSError):
+                os.rmdir(point)
