@@ -26,7 +26,7 @@ from .inotify import Inotify
 from .lifecycle import Lifecycle
 from .loop import LoopControl
 from .numbers import Counter, Numbers
-from .poller import Poller
+from .poller import ONCE, Poller
 from .pool import Pool
 from .service import Listener, Service
 
@@ -170,7 +170,7 @@ class Daemon:
             if name == SLOT:
                 self._lifecycle.recover(socket.socket(fileno=fd))
         self._uevents = uevents.listen()
-        self._poller.add(self._uevents.fileno(), self._on_uevent)
+        self._poller.add(self._uevents.fileno(), self._on_uevent, ONCE)
         self._lifecycle.resume()
         self._service.start()
 
@@ -207,7 +207,11 @@ class Daemon:
             self._poller.remove(self._numbers.channel.fileno())
             self._numbers.restart(self._fork_numbers())
 
+    UEVENT_PAUSE = 0.02
+    """Seconds in which uevents are gathered: every attach makes some, and hardly one has to be acted on."""
+
     def _on_uevent(self) -> None:
+        self._poller.later(self.UEVENT_PAUSE, lambda: self._poller.rearm(self._uevents.fileno()))
         changes = uevents.receive(self._uevents)
         if changes is None:
             self._lifecycle.look_again()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import os
 import stat
 import struct
@@ -47,11 +48,10 @@ class Identity(NamedTuple):
 
 
 class FileSystem(NamedTuple):
-    """The mount of a file; `host` says whether a mount of the same file system is in loopd's own mount table."""
+    """The type of a file system, and its device number as the mount table has it."""
 
     type: str
-    options: str
-    host: bool
+    dev: bytes
 
 
 def identify(fd: int) -> Identity:
@@ -73,19 +73,35 @@ def _read(path: str) -> bytes:
         return b""
 
 
-def file_system(identity: Identity, pid: int) -> FileSystem | None:
-    """The file system of a file that process `pid` holds; None when the mount is in neither mount table."""
-    ours = _read("/proc/self/mountinfo")
-    for table in (_read(f"/proc/{pid}/mountinfo"), ours):
-        start = (b"\n" + table).find(b"\n%d " % identity.mount)
-        if start < 0:
-            continue
+class Mounts:
+    """The mount tables that matter for one client, each read when it is first needed."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+
+    @functools.cached_property
+    def _theirs(self) -> bytes:
+        return b"\n" + _read(f"/proc/{self._pid}/mountinfo")
+
+    @functools.cached_property
+    def _ours(self) -> bytes:
+        return b"\n" + _read("/proc/self/mountinfo")
+
+    def find(self, identity: Identity) -> FileSystem | None:
+        """The file system of a file that the client holds; None when the mount is in neither mount table."""
+        return self._look(identity, self._theirs) or self._look(identity, self._ours)
+
+    def _look(self, identity: Identity, table: bytes) -> FileSystem | None:
+        start = table.find(b"\n%d " % identity.mount) + 1
+        if start == 0:
+            return None
         line = table[start : table.find(b"\n", start)]
-        dev = line.split(b" ", 3)[2]
-        kind, _, options = line.partition(b" - ")[2].split(b" ", 2)
-        host = any(entry.split(b" ", 3)[2] == dev for entry in ours.splitlines())
-        return FileSystem(kind.decode(), options.decode(errors="replace"), host)
-    return None
+        kind, _, _ = line.partition(b" - ")[2].split(b" ", 2)
+        return FileSystem(kind.decode(), line.split(b" ", 3)[2])
+
+    def on_host(self, found: FileSystem) -> bool:
+        """Whether the host has mounted that file system too: then no user made it in a namespace of his own."""
+        return any(line.split(b" ", 3)[2:3] == [found.dev] for line in self._ours.splitlines())
 
 
 def on_host(pid: int) -> bool:
@@ -112,8 +128,8 @@ def _is_shmem(fd: int) -> bool:
     return True
 
 
-def _check_file_system(identity: Identity, what: str, pid: int, allowed: frozenset[str]) -> None:
-    found = file_system(identity, pid)
+def _check_file_system(identity: Identity, what: str, mounts: Mounts, allowed: frozenset[str]) -> None:
+    found = mounts.find(identity)
     if found is None:
         raise Refusal(
             Code.NOT_PERMITTED,
@@ -121,7 +137,7 @@ def _check_file_system(identity: Identity, what: str, pid: int, allowed: frozens
         )
     if found.type in NEVER or found.type not in allowed:
         raise Refusal(Code.NOT_PERMITTED, f"{what}: {found.type} is not among the allowed file systems")
-    if found.type == "overlay" and not found.host:
+    if found.type == "overlay" and not mounts.on_host(found):
         # An overlay that a user made in a namespace of his own may have a layer on FUSE that stops answering.
         raise Refusal(
             Code.NOT_PERMITTED,
@@ -144,7 +160,7 @@ class Backing(NamedTuple):
 
 
 def check_backing(
-    fd: int, request: Attach, pid: int, allowed: frozenset[str], *, block_devices: bool = False
+    fd: int, request: Attach, mounts: Mounts, allowed: frozenset[str], *, block_devices: bool = False
 ) -> Backing:
     """Refuse a backing file that may not become a device; the checks are in the order of what can be asked safely."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -163,7 +179,7 @@ def check_backing(
         raise Refusal(Code.BAD_FD, f"fd: {kind}; a backing file is a regular file")
     else:
         if not _is_shmem(fd):
-            _check_file_system(identity, "fd", pid, allowed)
+            _check_file_system(identity, "fd", mounts, allowed)
         size = os.fstat(fd).st_size
     if request.offset >= size:
         raise Refusal(Code.INVALID, f"offset: {request.offset} is at or past the end of the file ({size} bytes)")
@@ -175,9 +191,9 @@ def check_backing(
     return Backing(read_only, size, f"{identity.dev[0]}:{identity.dev[1]}", identity.inode, path)
 
 
-def check_directory(fd: int, pid: int, allowed: frozenset[str]) -> None:
+def check_directory(fd: int, mounts: Mounts, allowed: frozenset[str]) -> None:
     """Refuse what is no directory, or a directory of a file system that may not answer."""
     identity = identify(fd)
     if not stat.S_ISDIR(identity.mode):
         raise Refusal(Code.BAD_FD, "dir_fd: not a directory")
-    _check_file_system(identity, "dir_fd", pid, allowed)
+    _check_file_system(identity, "dir_fd", mounts, allowed)

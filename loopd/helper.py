@@ -77,7 +77,7 @@ class Helper:
 
     def run(self) -> None:
         """Serve jobs until the main process is gone."""
-        perform: dict[type[Any], Callable[[Any, FdSet], None]] = {
+        perform: dict[type[Any], Callable[[Any, FdSet], bool]] = {
             Take: self._take,
             Release: self._release,
             Arrange: self._arrange,
@@ -89,8 +89,9 @@ class Helper:
                 return
             with fds:
                 job = messages.unpack(payload)
-                perform[type(job)](job, fds)
-            self._send(Ready())
+                ready = perform[type(job)](job, fds)
+            if not ready:
+                self._send(Ready())
 
     def _send(self, message: Any, *fds: int | None) -> None:
         try:
@@ -101,24 +102,31 @@ class Helper:
 
     # Take: the sockets ------------------------------------------------------------------------------------------------
 
-    def _take(self, job: Take, own: FdSet) -> None:
+    def _take(self, job: Take, own: FdSet) -> bool:
         packet = transport.take(self._tools.listeners[job.listener])
         if packet is None:
-            self._send(Taken(messages.bug("the queue was empty"), False, False, "", ""))
-            return
-        with packet.fds:
+            self._send(Taken(messages.bug("the queue was empty"), False, False, "", "", last=True))
+            return True
+        with packet.fds as fds:
             vetted = self._vet_sockets(job, packet)
+            # The fds of which it is known that closing them cannot hang.
+            passed = {fd for fd in (vetted.pidfd, vetted.reply, vetted.lease_fd) if fd is not None}
+            work = vetted.refusal is None and job.attach is not None and job.terms is not None
+            last = not work and passed.issuperset(fds)
             flags = (vetted.pidfd is not None, vetted.reply is not None)
-            taken = Taken(vetted.refusal, *flags, vetted.lease, vetted.grant)
+            taken = Taken(vetted.refusal, *flags, vetted.lease, vetted.grant, last)
             self._send(taken, vetted.pidfd, vetted.reply, vetted.lease_fd)
-            if vetted.refusal is not None or job.attach is None or job.terms is None:
-                return
+            if not work or job.attach is None or job.terms is None:
+                return last
             try:
-                self._attach(job, job.attach, job.terms, packet, vetted, own)
+                return self._attach(job, job.attach, job.terms, packet, vetted, own, passed)
             except Refusal as refusal:
-                self._send(Done(refusal))
+                done = Done(refusal)
             except Exception as error:  # noqa: BLE001  # the one boundary for bugs on this side
-                self._send(Done(messages.bug("".join(traceback.format_exception(error)))))
+                done = Done(messages.bug("".join(traceback.format_exception(error))))
+            last = passed.issuperset(fds)
+            self._send(done._replace(last=last))
+            return last
 
     def _vet_sockets(self, job: Take, packet: Packet) -> _Vetted:
         """Check what the main process answers on and watches. None of it can block."""
@@ -166,16 +174,20 @@ class Helper:
 
     # Take: the files --------------------------------------------------------------------------------------------------
 
-    def _attach(self, job: Take, request: Attach, terms: Terms, packet: Packet, vetted: _Vetted, own: FdSet) -> None:
-        pid = packet.sender.pid
-        warnings = _check_mknod(pid, terms)
+    def _attach(
+        self, job: Take, request: Attach, terms: Terms, packet: Packet, vetted: _Vetted, own: FdSet, passed: set[int]
+    ) -> bool:
+        mounts = files.Mounts(packet.sender.pid)
+        warnings = _check_mknod(packet.sender.pid, terms)
         fd = borrow(packet.fds, request.fd, "fd")
-        backing = files.check_backing(fd, request, pid, terms.file_systems, block_devices=terms.block_devices)
+        backing = files.check_backing(fd, request, mounts, terms.file_systems, block_devices=terms.block_devices)
+        passed.add(fd)
         if not (terms.write or backing.read_only):
             raise Refusal(
                 Code.NOT_PERMITTED, "the administrator allows this client read-only devices alone (loopd.toml)"
             )
-        directory, grant = self._directory(request, terms, packet, vetted), vetted.grant
+        directory, grant = self._directory(request, terms, packet, vetted, mounts), vetted.grant
+        passed.update(() if directory is None else (directory.fd, directory.view))
         bound = devices.bind(self._tools.control, self._tools.access, fd, request, backing, self._numbers(terms.number))
         with FdSet((bound.device, bound.lock)) as held, contextlib.ExitStack() as undo:
             if "mount" in request.deliver:
@@ -192,18 +204,22 @@ class Helper:
             made, watch, table = self._deliver(directory, bound, request)
             client = self._client_fds(request, bound, directory, grant, packet.sender.uid, held)
             flags = (directory is not None, lock is not None, len(client))
-            done = Done(None, bound.binding, tuple(made), warnings, watch, table, grant, *flags)
+            last = passed.issuperset(packet.fds)
+            done = Done(None, bound.binding, tuple(made), warnings, watch, table, grant, *flags, last)
             self._send(done, bound.device, place, lock, *client)
             undo.pop_all()
+            return last
 
-    def _directory(self, request: Attach, terms: Terms, packet: Packet, vetted: _Vetted) -> Directory | None:
+    def _directory(
+        self, request: Attach, terms: Terms, packet: Packet, vetted: _Vetted, mounts: files.Mounts
+    ) -> Directory | None:
         if "node" not in request.deliver or request.dir_fd is None:
             return None
         fd = borrow(packet.fds, request.dir_fd, "dir_fd")
         client = Client(packet.sender.uid, packet.sender.gid, bool(vetted.grant))
         if vetted.grant:
             return nodes.directory(packet.fds.add(self._tools.grants.open(vetted.grant)), client, fd)
-        files.check_directory(fd, packet.sender.pid, terms.file_systems)
+        files.check_directory(fd, mounts, terms.file_systems)
         return nodes.directory(fd, client)
 
     def _client_fds(
@@ -276,7 +292,7 @@ class Helper:
 
     # The other jobs ---------------------------------------------------------------------------------------------------
 
-    def _release(self, job: Release, fds: FdSet) -> None:
+    def _release(self, job: Release, fds: FdSet) -> bool:
         left: list[Node] = []
         if len(fds) > 1:
             directory = nodes.directory(fds.borrow(1), job.client)
@@ -288,14 +304,16 @@ class Helper:
             devices.let_go(loop)
         fds.close()
         self._send(Released(tuple(left)))
+        return True
 
-    def _arrange(self, job: Arrange, fds: FdSet) -> None:
+    def _arrange(self, job: Arrange, fds: FdSet) -> bool:
         try:
             self._send(self._arranged(job, fds))
         except Refusal as refusal:
             self._send(Arranged(refusal))
         except OSError as error:
             self._send(Arranged(Refusal(Code.IO, f"the partitions cannot be read: {error}")))
+        return True
 
     def _arranged(self, job: Arrange, fds: FdSet) -> Arranged:
         binding = job.binding
@@ -318,13 +336,14 @@ class Helper:
         watch = self._watch(directory, binding) if binding.partscan else None
         return Arranged(None, tuple(there), partitions, watch, table)
 
-    def _resize(self, job: Resize, fds: FdSet) -> None:
+    def _resize(self, job: Resize, fds: FdSet) -> bool:
         with Loop.from_fd(fds.steal(0)) as loop:
             try:
                 loop.set_capacity()
                 self._send(Resized(None, job.binding._replace(size=loop.size())))
             except OSError as error:
                 self._send(Resized(Refusal(Code.IO, f"the size cannot be taken over: {error}")))
+        return True
 
 
 def _check_mknod(pid: int, terms: Terms) -> tuple[str, ...]:

@@ -95,6 +95,8 @@ class UseNumber(NamedTuple):
 Job = Take | Release | Arrange | Resize
 
 # Answers ----------------------------------------------------------------------------------------------------------
+#
+# With `last` the helper takes the next job: what it still has open are fds that cannot hang when they are closed.
 
 
 class Taken(NamedTuple):
@@ -109,6 +111,7 @@ class Taken(NamedTuple):
     reply: bool
     lease: str
     grant: str
+    last: bool = False
 
 
 class NumberPlease(NamedTuple):
@@ -128,12 +131,14 @@ class Done(NamedTuple):
     directory: bool = False
     lock: bool = False
     client: int = 0
+    last: bool = False
 
 
 class Released(NamedTuple):
     """A lease's nodes are gone but for `left`, and the kernel unbinds the device at the last close."""
 
     left: tuple[Node, ...]
+    last: bool = True
 
 
 class Arranged(NamedTuple):
@@ -144,6 +149,7 @@ class Arranged(NamedTuple):
     partitions: tuple[str, ...] = ()
     watch: int | None = None
     table: int | None = None
+    last: bool = True
 
 
 class Resized(NamedTuple):
@@ -151,10 +157,14 @@ class Resized(NamedTuple):
 
     refusal: Refusal | None
     binding: Binding | None = None
+    last: bool = True
 
 
 class Ready(NamedTuple):
-    """Every fd is closed: the helper takes the next job."""
+    """Every fd is closed, and none of them hung: the helper takes the next job. Comes where no answer was the `last`.
+    """
+
+    last: bool = True
 
 
 def pack(message: Any) -> bytes:

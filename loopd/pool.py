@@ -140,14 +140,16 @@ class Pool:
             self._proceed()
             return
         message = messages.unpack(payload)
-        if isinstance(message, messages.Ready):
+        task = worker.task
+        last = getattr(message, "last", False)
+        if last:
             self._rest(worker)
             self._idle.append(worker)
-            self._proceed()
-            return
         with fds:
-            if worker.task is not None:
-                worker.task.message(worker, message, fds)
+            if task is not None and not isinstance(message, messages.Ready):
+                task.message(worker, message, fds)
+        if last:
+            self._proceed()
 
     def _rest(self, worker: Worker) -> None:
         self._busy.discard(worker)

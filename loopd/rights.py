@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import struct
@@ -32,7 +33,7 @@ def _call(name: str, *arguments: object) -> int:
     return result
 
 
-def _capabilities() -> tuple[int, int]:
+def _sets() -> tuple[int, int]:
     """Permitted and inheritable set of this thread, as bit masks."""
     data = ctypes.create_string_buffer(_DATA.size)
     _call("capget", _HEADER.pack(_CAPABILITY_VERSION_3, 0), data)
@@ -40,11 +41,10 @@ def _capabilities() -> tuple[int, int]:
     return p0 | p1 << 32, i0 | i1 << 32
 
 
-def _set_effective(effective: int, permitted: int, inheritable: int) -> None:
+def _packed(effective: int, permitted: int, inheritable: int) -> bytes:
     low = 0xFFFFFFFF
     sets = (effective, permitted, inheritable)
-    data = _DATA.pack(*(s & low for s in sets), *(s >> 32 for s in sets))
-    _call("capset", _HEADER.pack(_CAPABILITY_VERSION_3, 0), data)
+    return _DATA.pack(*(s & low for s in sets), *(s >> 32 for s in sets))
 
 
 def drop_groups() -> None:
@@ -72,27 +72,49 @@ def can_make_nodes(pid: int) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def acting_as(uid: int, gid: int) -> Iterator[None]:
-    """Use the file system as `uid` and `gid` with no capability but CAP_MKNOD; loopd's own rights return afterwards.
+class Rights:
+    """loopd's own rights, to which a helper returns, and the way to a client's. Made once in each helper process."""
 
-    setfsuid(2) and setfsgid(2) do not report failure, so the ids are read back: an id of -1 changes nothing and returns
-    what is in force. Raises PermissionError when the ids could not be taken.
-    """
-    parent = os.getppid()
-    permitted, inheritable = _capabilities()
-    fsuid, fsgid = _libc.setfsuid(-1), _libc.setfsgid(-1)
-    try:
-        _libc.setfsgid(gid)
-        _libc.setfsuid(uid)
-        # After setfsuid: leaving or reaching fsuid 0 makes the kernel change the effective set by itself.
-        _set_effective(permitted & 1 << CAP_MKNOD, permitted, inheritable)
-        if ctypes.c_uint(_libc.setfsuid(-1)).value != uid or ctypes.c_uint(_libc.setfsgid(-1)).value != gid:
-            raise PermissionError(f"the file system rights of {uid}:{gid} cannot be taken")
-        yield
-    finally:
-        _set_effective(permitted, permitted, inheritable)  # first: CAP_SETUID is needed to go back
-        _libc.setfsuid(fsuid)
-        _libc.setfsgid(fsgid)
-        _set_effective(permitted, permitted, inheritable)
-        die_with_parent(parent)  # the kernel forgets the wish with every change of fsuid or capabilities
+    def __init__(self) -> None:
+        permitted, inheritable = _sets()
+        self._header = _HEADER.pack(_CAPABILITY_VERSION_3, 0)
+        self._all = _packed(permitted, permitted, inheritable)
+        self._mknod = _packed(permitted & 1 << CAP_MKNOD, permitted, inheritable)
+        self._uid, self._gid = os.geteuid(), os.getegid()
+        self._parent = os.getppid()
+
+    @contextlib.contextmanager
+    def acting_as(self, uid: int, gid: int) -> Iterator[None]:
+        """Use the file system as `uid` and `gid` with no capability but CAP_MKNOD; loopd's own rights return
+        afterwards.
+
+        setfsuid(2) and setfsgid(2) do not report failure, so the ids are read back: an id of -1 changes nothing and
+        returns what is in force. Raises PermissionError when the ids could not be taken.
+        """
+        try:
+            _libc.setfsgid(gid)
+            _libc.setfsuid(uid)
+            # After setfsuid: leaving or reaching fsuid 0 makes the kernel change the effective set by itself.
+            _call("capset", self._header, self._mknod)
+            if _libc.setfsuid(-1) & _ID != uid or _libc.setfsgid(-1) & _ID != gid:
+                raise PermissionError(f"the file system rights of {uid}:{gid} cannot be taken")
+            yield
+        finally:
+            _call("capset", self._header, self._all)  # first: CAP_SETUID is needed to go back
+            _libc.setfsuid(self._uid)
+            _libc.setfsgid(self._gid)
+            _call("capset", self._header, self._all)
+            die_with_parent(self._parent)  # the kernel forgets the wish with every change of fsuid or capabilities
+
+
+_ID = 0xFFFFFFFF
+
+
+@functools.cache
+def _own() -> Rights:
+    return Rights()
+
+
+def acting_as(uid: int, gid: int) -> contextlib.AbstractContextManager[None]:
+    """`Rights.acting_as` of this process."""
+    return _own().acting_as(uid, gid)
