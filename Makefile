@@ -2,6 +2,7 @@
 #
 #   make demo         the whole way of one loop device into a sandbox and back, in half a minute
 #   make check        everything that can be tested on this machine (root)
+#   make fuzz         100,000 datagrams that no client sends, to a daemon that has others to serve (root); FUZZ=NUMBER
 #   make check-vm     the same promises on a real system, in a virtual machine
 #   make venv         .venv/bin/loopd, .venv/bin/loopctl and the tools for development
 #   make install      for good; `systemctl enable --now loopd.socket` then starts it
@@ -16,10 +17,15 @@ VM_PYTHON = $(CURDIR)/.venv/bin/python
 LIB = $(DESTDIR)$(PREFIX)/lib
 MODULES = $(wildcard loopd/*.py)
 PROGRAMS = sbin/loopd:daemon bin/loopctl:cli
-SYSTEM = 00-loopd.rules:udev/rules.d/00-loopd.rules loopd.catalog:systemd/catalog/loopd.catalog \
-	loopd-admin.socket:systemd/system/loopd-admin.socket loopd.service:systemd/system/loopd.service \
-	loopd.socket:systemd/system/loopd.socket modprobe.conf:modprobe.d/loopd.conf \
-	sysusers.conf:sysusers.d/loopd.conf tmpfiles.conf:tmpfiles.d/loopd.conf
+# Each in one file that needs nothing of the package, so that it can be bind-mounted alone, under the name of what it stands in for.
+STAND_INS = $(foreach pair,losetup:losetup mountloop:mount,$(if $(wildcard loopd/$(firstword $(subst :, ,$(pair))).py),$(pair)))
+# Beware of the backslash: these words are for the shell.
+SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/systemd/catalog/loopd.catalog \
+	loopd-admin.socket:lib/systemd/system/loopd-admin.socket loopd.service:lib/systemd/system/loopd.service \
+	loopd.service:lib/systemd/system/loopd@.service loopd.socket:lib/systemd/system/loopd.socket \
+	loopd@.socket:lib/systemd/system/loopd@.socket run-loopd-dev.mount:lib/systemd/system/run-loopd\\x2ddev.mount \
+	modprobe.conf:lib/modprobe.d/loopd.conf no-sys-admin.conf:share/doc/loopd/no-sys-admin.conf \
+	sysusers.conf:lib/sysusers.d/loopd.conf tmpfiles.conf:lib/tmpfiles.d/loopd.conf
 # A program that a target cannot do without, and the Debian package that has it.
 FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd
 FOR_CHECK = $(FOR_DEMO) bwrap:bubblewrap losetup:mount modprobe:kmod strace:strace udevadm:udev
@@ -27,7 +33,9 @@ FOR_CHECK = $(FOR_DEMO) bwrap:bubblewrap losetup:mount modprobe:kmod strace:stra
 # A user's PATH has no sbin on Debian.
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: all venv demo check install uninstall for-demo for-check
+FUZZ = 100000
+
+.PHONY: all venv demo check fuzz install uninstall for-demo for-check
 all: venv
 
 for-demo: NEEDED = $(FOR_DEMO)
@@ -56,6 +64,9 @@ check: venv for-check
 	.venv/bin/mypy
 	.venv/bin/pytest $(if $(K),-k "$(K)")
 
+fuzz: venv for-check
+	LOOPD_FUZZ_DATAGRAMS=$(FUZZ) .venv/bin/pytest tests/fuzz.py
+
 check-vm check-kernels: venv
 -include tests/vm/vm.mk
 
@@ -70,29 +81,32 @@ install:
 	    printf '%s\n' '#!$(PYTHON) -IS' 'import sys' 'sys.path.insert(0, "$(PREFIX)/lib/loopd")' \
 	        "from loopd.$${pair#*:} import main" 'sys.exit(main())' >$$program && chmod 755 $$program || exit; \
 	done
-	for pair in $(SYSTEM); do install -D -m 644 systemd/$${pair%:*} $(LIB)/$${pair#*:} || exit; done
-	sed -i 's|@PREFIX@|$(PREFIX)|' $(LIB)/systemd/system/loopd.service
+	for pair in $(STAND_INS); do install -D -m 755 loopd/$${pair%:*}.py $(LIB)/loopd/bin/$${pair#*:} || exit; done
+	for pair in $(SYSTEM); do install -D -m 644 systemd/"$${pair%:*}" $(DESTDIR)$(PREFIX)/"$${pair#*:}" || exit; done
+	sed -i 's|@PREFIX@|$(PREFIX)|' $(LIB)/systemd/system/loopd.service $(LIB)/systemd/system/loopd@.service
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
 	    systemd-sysusers loopd.conf && systemd-tmpfiles --create loopd.conf && journalctl --update-catalog && \
 	    { ! [ -S /run/udev/control ] || udevadm control --reload; } && \
-	    systemctl daemon-reload && systemctl try-restart loopd.service; \
+	    systemctl daemon-reload && systemctl try-restart loopd.service 'loopd@*.service'; \
 	fi
 endif
 
 uninstall:
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
-	    systemctl disable --now loopd.socket loopd-admin.socket; systemctl stop loopd.service; \
-	    systemctl clean --what=fdstore loopd.service 2>/dev/null || :; \
+	    systemctl disable --now loopd.socket loopd-admin.socket; systemctl disable loopd@.socket; \
+	    systemctl stop 'loopd@*.socket' loopd.service 'loopd@*.service' 'run-loopd\x2ddev.mount'; \
+	    systemctl clean --what=fdstore loopd.service 'loopd@*.service' 2>/dev/null || :; \
 	fi
 endif
 	rm -rf $(LIB)/loopd
 	rm -f $(foreach pair,$(PROGRAMS),$(DESTDIR)$(PREFIX)/$(firstword $(subst :, ,$(pair)))) \
-	    $(foreach pair,$(SYSTEM),$(LIB)/$(lastword $(subst :, ,$(pair))))
+	    $(foreach pair,$(SYSTEM),$(DESTDIR)$(PREFIX)/$(lastword $(subst :, ,$(pair))))
+	rmdir --ignore-fail-on-non-empty $(DESTDIR)$(PREFIX)/share/doc/loopd 2>/dev/null || :
 ifeq ($(DESTDIR),)
-	rm -rf /run/loopd /run/loopd-admin
-	rmdir --ignore-fail-on-non-empty /etc/loopd /run/loopd-nodes 2>/dev/null || :
+	rm -rf /run/loopd /run/loopd-admin /run/loopd-*/sock
+	rmdir --ignore-fail-on-non-empty /etc/loopd /run/loopd-* 2>/dev/null || :
 	if [ -d /run/systemd/system ]; then \
 	    systemctl daemon-reload && journalctl --update-catalog && { ! [ -S /run/udev/control ] || udevadm control --reload; }; \
 	fi
