@@ -11,12 +11,15 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-TYPE_CHECKING = False  # type checkers know the name; importing typing for it would double the cost of this module
+TYPE_CHECKING = (
+    False  # type checkers know the name; importing typing for it would double the cost of this module
+)
 if TYPE_CHECKING:
     from typing import Iterable
 
     from loopd.client import (
         ADMIN_SOCKET,
+        DIRECTORY,
         ERRORS,
         SOCKET,
         BadFd,
@@ -44,14 +47,18 @@ if TYPE_CHECKING:
         Unsupported,
         attach,
         detach,
+        directory,
         hello,
         pidfd_open,
+        rescan,
+        resize,
     )
     from loopd.client import leases as list  # noqa: A004  # it is to read loopd.list()
     from loopd.wire import Attached, Code, Greeting, LeaseInfo
 
 __all__ = [
     "ADMIN_SOCKET",
+    "DIRECTORY",
     "ERRORS",
     "SOCKET",
     "Attached",
@@ -83,9 +90,12 @@ __all__ = [
     "Unsupported",
     "attach",
     "detach",
+    "directory",
     "hello",
     "list",
     "pidfd_open",
+    "rescan",
+    "resize",
 ]
 
 

@@ -1,6 +1,7 @@
 """``loopctl``: the command line of the client.
 
-Owns the options, what is printed, and the exit codes; asks through `loopd.client` alone.
+Owns the options, what is printed, and the exit codes; asks through `loopd.client` alone. What only one verb
+needs is imported there.
 
 Exit codes: 0, done; 1, refused or failed, or a device that is detached but still in use; 2, a wrong command
 line; 130, interrupted. ``loopctl run`` exits as its command did (128 + N where signal N ended it, 127 where
@@ -17,6 +18,7 @@ import os
 import re
 import signal
 import sys
+import time
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 from loopd import __version__, client, wire
@@ -34,7 +36,9 @@ class _Failure(Exception):
 
 def _clean(text: str) -> str:
     """`text` on one line and harmless to a terminal: a backing file's name is for anybody to choose."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
+    )
 
 
 def _say(text: str) -> None:
@@ -78,7 +82,9 @@ def _age(seconds: float) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
 
 
 class _Column(NamedTuple):
@@ -100,9 +106,11 @@ COLUMNS = (
     _Column("AGE", lambda lease: _age(lease.age)),
     _Column("STATE", lambda lease: lease.state),
     _Column("LEASE", lambda lease: lease.lease),
-    _Column("ACCOUNT", lambda lease: _optional(lease.account), admin=True),
+    _Column("OWNER", lambda lease: _optional(lease.account), admin=True),
+    _Column("UNIT", lambda lease: lease.unit or "-", admin=True),
     _Column("UID", lambda lease: _optional(lease.uid), admin=True),
     _Column("PID", lambda lease: _optional(lease.pid), admin=True),
+    _Column("OPEN-IN", lambda lease: ", ".join(lease.openers or ()) or "-", admin=True),
     _Column("BACK-FILE", lambda lease: lease.backing_file),
 )
 """Of ``loopctl list``. The file's name, of any length, comes last."""
@@ -140,7 +148,9 @@ def _seconds(text: str) -> float:
 def _lifetime(text: str) -> str:
     number = text.isascii() and text.isdecimal() and int(text) < 2**31  # what pid_t holds
     if text not in ("container", "detach", "parent") and not number:
-        raise argparse.ArgumentTypeError(f"expected container, detach, parent or the id of a process, not {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected container, detach, parent or the id of a process, not {text!r}"
+        )
     return text
 
 
@@ -176,6 +186,7 @@ def _attached(args: argparse.Namespace, lifetime: client.Lifetime) -> client.Dev
     device = _client(args).attach(
         args.image,
         args.directory,
+        deliver=args.deliver and (args.deliver,),
         offset=args.offset,
         sizelimit=args.sizelimit,
         sector_size=args.sector_size,
@@ -194,13 +205,24 @@ def _attached(args: argparse.Namespace, lifetime: client.Lifetime) -> client.Dev
 def _attach(args: argparse.Namespace) -> int:
     # Whatever fails before the path is printed detaches again.
     with _lease(args.lifetime) as lifetime, _attached(args, lifetime) as device:
+        path = _lasting(device) if args.deliver == "fd" else device.path
         if args.json:
             fields = {name: getattr(device, name) for name in wire.Attached._fields}
-            _print(json.dumps({"path": device.path, **fields}, indent=2))
+            _print(json.dumps({"path": path, **fields}, indent=2))
         else:
-            _print(device.path)
+            _print(path)
         device.keep()
     return 0
+
+
+def _lasting(device: client.Device) -> str:
+    """Where a device that was delivered as an fd can be opened after loopctl has ended."""
+    path = client.node_path(device.devname)
+    if path is None or os.lstat(path).st_rdev != os.makedev(device.major, device.minor):
+        raise _Failure(
+            f"{device.devname} has no node here, and an fd of it ends with loopctl: use `loopctl run`"
+        )
+    return path
 
 
 def _command(argv: list[str], environment: dict[str, str]) -> int:
@@ -234,6 +256,8 @@ def _run(args: argparse.Namespace) -> int:
     status = 0
     try:
         with _attached(args, "device") as device:
+            if args.deliver == "fd":
+                os.set_inheritable(device.fd, True)  # its path is /proc/self/fd/N, in the command too
             argv = [argument.replace("{}", device.path) for argument in args.command]
             status = _command(argv, {**os.environ, "LOOPD_DEVICE": device.path})
     except client.Error as error:
@@ -242,7 +266,33 @@ def _run(args: argparse.Namespace) -> int:
     return status
 
 
+def _detach_all(args: argparse.Namespace) -> int:
+    """Detach everything at once, and wait for all of it together."""
+    asked = _client(args)
+    left = [(lease.devname, lease.diskseq) for lease in asked.list()]
+    deadline = time.monotonic() + args.wait
+    failed = False
+    for wait in (False, True):
+        busy = []
+        for devname, diskseq in left:
+            seconds = max(0.0, deadline - time.monotonic()) if wait else 0
+            try:
+                if not asked.detach(devname, wait=seconds, force=args.force, diskseq=diskseq):
+                    busy.append((devname, diskseq))
+            except client.NotFound:
+                pass  # gone by itself
+            except client.Error as error:
+                _explain(error)
+                failed = True
+        left = busy
+    for devname, _ in left:
+        _explain(client.Busy(f"{devname} is detached, but somebody still has it open"))
+    return int(failed or bool(left))
+
+
 def _detach(args: argparse.Namespace) -> int:
+    if args.all:
+        return _detach_all(args)
     failed = False
     for device in args.device:
         try:
@@ -255,7 +305,13 @@ def _detach(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    leases = _client(args).list()
+    asked = _client(args)
+    leases = asked.list()
+    if args.admin and leases:
+        from loopd import openers  # noqa: PLC0415  # costs all who do not need it
+
+        found = openers.find([lease.devname for lease in leases], asked.daemon_pid())
+        leases = tuple(lease._replace(openers=found[lease.devname]) for lease in leases)
     if args.json:
         _print(json.dumps({"leases": [_fields(lease) for lease in leases]}, indent=2))
     elif leases:
@@ -263,6 +319,34 @@ def _list(args: argparse.Namespace) -> int:
         rows = [[_clean(column.text(lease)) for column in columns] for lease in leases]
         _print(_table([[column.name for column in columns], *rows]))
     return 0
+
+
+def _directory(args: argparse.Namespace) -> int:
+    _print(_client(args).directory(args.name, remove=args.remove))
+    return 0
+
+
+def _rescan(args: argparse.Namespace) -> int:
+    partitions = _client(args).rescan(args.device)
+    folder = os.path.dirname(client.node_path(args.device) or args.device)
+    if partitions:
+        _print("\n".join(os.path.join(folder, name) for name in partitions))
+    return 0
+
+
+def _resize(args: argparse.Namespace) -> int:
+    _print(str(_client(args).resize(args.device)))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from loopd import doctor  # noqa: PLC0415  # nobody else needs it
+
+    findings = []
+    for finding in doctor.examine(_client(args)):
+        _print(_clean(str(finding)))
+        findings.append(finding)
+    return int(any(finding.failed for finding in findings))
 
 
 def _hello(args: argparse.Namespace) -> int:
@@ -285,7 +369,19 @@ def _hello(args: argparse.Namespace) -> int:
 def _image_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("image", metavar="IMAGE", help="the file to bind; opened read-only where it cannot be written")
-    add("-d", "--directory", metavar="DIR", default="/dev", help="where the node is made (default: /dev)")
+    add(
+        "-d",
+        "--directory",
+        metavar="DIR",
+        help="where the node is made (default: the first that works of the directory that is bound in at "
+        f"$LOOPD_DIRECTORY or {client.DIRECTORY}, /dev, and a mount)",
+    )
+    add(
+        "--deliver",
+        choices=wire.DELIVERIES,
+        help="insist on a node in DIR, on a mount, which is attached in DIR, or on an open fd, which is passed to "
+        "the command of `loopctl run`",
+    )
     add("-o", "--offset", metavar="BYTES", type=size, default=0, help="start of the device in the image")
     add(
         "--sizelimit",
@@ -336,7 +432,13 @@ def _attach_options(parser: argparse.ArgumentParser) -> None:
 
 def _detach_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("device", metavar="DEVICE", nargs="+", help="the device, as /dev/loop4096 or loop4096")
+    add("device", metavar="DEVICE", nargs="*", help="the device, as /dev/loop4096 or loop4096")
+    add(
+        "-a",
+        "--all",
+        action="store_true",
+        help="all that `loopctl list` shows (with --admin --force: everybody's)",
+    )
     add(
         "--wait",
         metavar="SECONDS",
@@ -345,6 +447,20 @@ def _detach_options(parser: argparse.ArgumentParser) -> None:
         help=f"how long to wait until the image is free (default: {client.DETACH_WAIT:g})",
     )
     add("--force", action="store_true", help="whoever owns it (with --admin)")
+
+
+def _directory_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", metavar="NAME", help="its name, of letters, digits and any of _.-")
+    add("--remove", action="store_true", help="remove it; there may be no device in it")
+
+
+def _device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("device", metavar="DEVICE", help="the device, as /dev/loop4096 or loop4096")
+
+
+def _no_option(_: argparse.ArgumentParser) -> None:
+    pass
 
 
 def _json_option(parser: argparse.ArgumentParser) -> None:
@@ -359,9 +475,21 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "attach": Verb("attach an image to a loop device and print its path", _attach, _attach_options),
-    "run": Verb("attach an image for the length of a command, {} in which is the device", _run, _image_options),
+    "run": Verb(
+        "attach an image for the length of a command, {} in which is the device", _run, _image_options
+    ),
     "detach": Verb("detach devices and wait until their images are free", _detach, _detach_options),
     "list": Verb("show the devices that are held", _list, _json_option),
+    "directory": Verb(
+        "on the host: make a directory to be bound into a container, and print its path",
+        _directory,
+        _directory_options,
+    ),
+    "rescan": Verb(
+        "have the partitions of a device read again, and print their paths", _rescan, _device_option
+    ),
+    "resize": Verb("have a device take over the size of its image, and print it", _resize, _device_option),
+    "doctor": Verb("look for what keeps devices from here, and say what helps", _doctor, _no_option),
     "hello": Verb("show what the daemon is and offers", _hello, _json_option),
 }
 
@@ -382,7 +510,7 @@ def _common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def parser() -> argparse.ArgumentParser:
     """The options in front of the verb; what follows it is for `verb_parser`, of which one is built."""
-    verbs = "\n".join(f"  {name:8}{verb.help}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:11}{verb.help}" for name, verb in VERBS.items())
     top = argparse.ArgumentParser(
         "loopctl",
         description="Loop devices for containers, from loopd.",
@@ -419,9 +547,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.parse_args(rest, args)  # leaves be what was given in front of the verb
     if args.verb == "run" and not args.command:
         options.error("expected -- and a command behind the image")
-    if args.verb == "detach" and args.force and not (args.admin or args.socket):
-        options.error("--force needs --admin")
+    if args.verb == "detach":
+        _check_detach(args, options)
     return args
+
+
+def _check_detach(args: argparse.Namespace, options: argparse.ArgumentParser) -> None:
+    if bool(args.device) == args.all:
+        options.error("expected either devices or --all")
+    if args.force and not (args.admin or args.socket):
+        options.error("--force needs --admin")
+    if args.all and args.admin and not args.force:
+        options.error("--all with --admin is everybody's: it needs --force")
 
 
 def _explain(error: client.Error) -> None:

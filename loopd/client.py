@@ -1,9 +1,9 @@
 """The client: asks loopd for a loop device, from inside a container or on the host.
 
 Owns the client's side of the wire: one datagram out, one reply in, the fds of both, the deadline over both,
-the types of the errors, and the check that what was delivered can be opened here. Prints nothing, repeats no
-request (a second one would bind a second device) and takes nothing else of the package than `wire`. Standard
-library of Python 3.8 and later.
+the types of the errors, the choice of a delivery, and the check that what was delivered can be opened here.
+Prints nothing, and repeats no request that was not refused (a second one would bind a second device). Takes
+nothing else of the package than `wire` and `layers`. Standard library of Python 3.8 and later.
 
     with loopd.attach("disk.img", directory="/dev", partscan=True) as device:
         subprocess.run(["sfdisk", device], input=b"label: gpt\\n,\\n", check=True)
@@ -21,15 +21,18 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Sequence, TypeVar, Union
+from typing import Any, Iterator, Literal, NamedTuple, Sequence, TypeVar, Union
 
-from loopd import wire
-from loopd.wire import Attached, Code, Detached, Greeting, LeaseInfo
+from loopd import layers, wire
+from loopd.layers import Obstacle
+from loopd.wire import Attached, Code, Detached, Granted, Greeting, LeaseInfo, Rescanned, Resized
 
 SOCKET = "/run/loopd/loopd.sock"
 """Where loopd listens; the environment variable LOOPD_SOCKET says otherwise."""
 ADMIN_SOCKET = "/run/loopd-admin/admin.sock"
 """The administrator's socket on the host: every owner's leases, and detach by force."""
+DIRECTORY = "/dev/loopd"
+"""Where a directory of loopd's is bound into a container; the environment variable LOOPD_DIRECTORY says otherwise."""
 TIMEOUT = 30.0
 """Seconds that a request and its reply may take together."""
 DETACH_WAIT = 10.0
@@ -37,7 +40,7 @@ DETACH_WAIT = 10.0
 
 StrPath = Union[str, "os.PathLike[str]"]
 DirectIO = Literal["auto", "on", "off"]
-Deliver = Literal["node", "fd"]
+Deliver = Literal["node", "fd", "mount"]
 Lifetime = Union[Literal["device", "process", "container"], int]
 """What ends a lease, beside an explicit detach and the end of the container, which both always do.
 
@@ -88,10 +91,11 @@ class BadReply(Error):
 
 
 class DeviceInaccessible(Error):
-    """The device was attached, could not be opened here, and has been detached again.
+    """The device could not be opened here and has been detached again, or it is known that it could not be.
 
-    `layer` is what refused: ``"device cgroup"``, ``"nodev"``, ``"user namespace"``, ``"permission"``,
-    ``"lsm"`` or ``"device"``; `errno` is that of open(2), 0 where another device was found in its place.
+    `layer` is what refuses: ``"device cgroup"``, ``"nodev"``, ``"user namespace"``, ``"permission"``,
+    ``"lsm"``, ``"mount"`` (attaching one) or ``"device"``; `errno` is that of open(2) or move_mount(2), 0 where
+    it did not come to that, or another device was found in its place.
     """
 
     def __init__(self, message: str, hint: str, layer: str, errno: int) -> None:
@@ -227,6 +231,8 @@ _UNAVAILABLE = {
 
 # One request, one reply -------------------------------------------------------------------------------------
 
+_UCRED = struct.Struct("=iII")  # pid, uid, gid of struct ucred
+
 
 class _Fds:
     """Fds that were received, closed together but for those that were taken."""
@@ -246,6 +252,7 @@ class _Answer(NamedTuple):
     fields: dict[str, Any]
     fds: _Fds
     channel: _socket.socket
+    pid: int
 
 
 def _left(deadline: float) -> float:
@@ -273,34 +280,39 @@ def _send(path: str, payload: bytes, fds: Sequence[int], deadline: float) -> Non
             raise Unavailable(f"cannot ask loopd at {path}: {error.strerror or error}", hint) from error
 
 
-def _receive(channel: _socket.socket, stack: ExitStack, deadline: float) -> tuple[bytes | None, _Fds]:
-    """The reply, empty where the other end hung up, None where it is late; `stack` owns the fds."""
+def _receive(channel: _socket.socket, stack: ExitStack, deadline: float) -> tuple[bytes | None, _Fds, int]:
+    """The reply, empty where the other end hung up, None where it is late, with its fds, which `stack` owns, and
+    the process that sent it (0: one of another PID namespace).
+    """
     channel.settimeout(_left(deadline))
-    room = _socket.CMSG_SPACE(wire.MAX_FDS * 4)
+    room = _socket.CMSG_SPACE(wire.MAX_FDS * 4) + _socket.CMSG_SPACE(_UCRED.size)
     # One byte more than a reply may have tells one that is cut off.
     try:
         data, ancillary, _, _ = channel.recvmsg(wire.MAX_REPLY + 1, room, _socket.MSG_CMSG_CLOEXEC)
     except _socket.timeout:
-        return None, _Fds(())
+        return None, _Fds(()), 0
     except ConnectionResetError:
-        return b"", _Fds(())
-    rights = b"".join(
-        content[: len(content) // 4 * 4]
-        for level, kind, content in ancillary
-        if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS)
-    )
+        return b"", _Fds(()), 0
+    rights, pid = b"", 0
+    for _, kind, content in ancillary:
+        if kind == _socket.SCM_RIGHTS:
+            rights += content[: len(content) // 4 * 4]
+        elif kind == _socket.SCM_CREDENTIALS:
+            pid = _UCRED.unpack(content)[0]
     fds = _Fds(struct.unpack(f"{len(rights) // 4}i", rights))
     stack.callback(fds.close)
-    return data, fds
+    return data, fds, pid
 
 
-_Record = TypeVar("_Record", Attached, Detached, LeaseInfo, Greeting)
+_Record = TypeVar("_Record", Attached, Detached, LeaseInfo, Granted, Rescanned, Resized, Greeting)
 
 
 def _record(kind: type[_Record], fields: dict[str, Any]) -> _Record:
     """A reply as a value. A field that is not known here is a newer daemon's and is left out."""
     values: dict[str, Any] = dict.fromkeys(name for name in kind._fields if name not in kind._field_defaults)
-    values.update((name, tuple(value) if isinstance(value, list) else value) for name, value in fields.items())
+    values.update(
+        (name, tuple(value) if isinstance(value, list) else value) for name, value in fields.items()
+    )
     record = kind(**{name: values[name] for name in kind._fields if name in values})
     for name in kind._fields:
         if getattr(record, name) is None and name not in kind._field_defaults and name != "diskseq":
@@ -328,11 +340,11 @@ class Device:
     raises `Busy`. An object that is not used so is ended by `detach` or `close`, or is left alone after
     `keep`.
 
-    `path` is the node, in the directory as it was given, or ``/proc/self/fd/N`` where only an fd was
-    delivered. The other attributes are the daemon's answer: `diskseq` identifies this one binding (None
-    before Linux 5.15), `size` and `sector_size` are in bytes, `read_only` and `direct_io` are what the kernel
-    has in force, `partitions` are the names of the partitions that were found, `warnings` is text for a
-    person.
+    `path` is the node where this process sees it, or ``/proc/self/fd/N`` where only an fd was delivered; the
+    nodes of the partitions are beside it. The other attributes are the daemon's answer: `diskseq` identifies
+    this one binding (None before Linux 5.15), `size` and `sector_size` are in bytes, `read_only` and `direct_io`
+    are what the kernel has in force, `partitions` are the names of the partitions at the last look, `warnings`
+    is text for a person.
     """
 
     def __init__(
@@ -363,6 +375,11 @@ class Device:
         self._released = False
 
     @property
+    def _name(self) -> str:
+        """The device as this process's request about it has it: its directory tells the owner."""
+        return self.devname if self.path.startswith("/proc/self/fd/") else self.path
+
+    @property
     def fd(self) -> int:
         """The open device, in the access that it has. ValueError after `close` or with
         ``open_device=False``."""
@@ -381,12 +398,22 @@ class Device:
             if self._file is not None:
                 self._file.close()  # else it would be this process that has it open
             try:
-                self._released = self._client.detach(self.devname, wait=wait)
+                self._released = self._client.detach(self._name, wait=wait, diskseq=self.diskseq)
             except NotFound:
                 self._released = True
             finally:
                 self.close()
         return self._released
+
+    def rescan(self) -> tuple[str, ...]:
+        """Have the partition table read again; the names of the partitions, whose nodes are there now. `Error`."""
+        self.partitions = self._client.rescan(self._name)
+        return self.partitions
+
+    def resize(self) -> int:
+        """Have the device take over the size of its image after that changed; bytes. `Error`."""
+        self.size = self._client.resize(self._name)
+        return self.size
 
     def close(self) -> None:
         """Close what is open here, which ends a lease of the lifetime ``"device"``; waits for nothing."""
@@ -397,7 +424,9 @@ class Device:
     def keep(self) -> None:
         """Leave the device attached behind the ``with`` block: its lifetime, or a detach, ends it."""
         if self._lifetime == "device":
-            raise ValueError('a device of the lifetime "device" cannot be kept: attach with lifetime="container"')
+            raise ValueError(
+                'a device of the lifetime "device" cannot be kept: attach with lifetime="container"'
+            )
         self._kept = True
         self.close()
 
@@ -436,7 +465,9 @@ def pidfd_open(pid: int) -> int:
         import ctypes  # noqa: PLC0415  # costs all who do not need it
 
         libc = ctypes.CDLL(None, use_errno=True)
-        fd = int(libc.syscall(ctypes.c_long(434), ctypes.c_int(pid), ctypes.c_uint(0)))  # 434 on all but Alpha
+        fd = int(
+            libc.syscall(ctypes.c_long(434), ctypes.c_int(pid), ctypes.c_uint(0))
+        )  # 434 on all but Alpha
         if fd < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return fd
@@ -491,54 +522,84 @@ def _opened_lease(lifetime: Lifetime, stack: ExitStack) -> int | None:
     return fd
 
 
-# The layers between a node and its use ----------------------------------------------------------------------
+# The ways to hand a device over -----------------------------------------------------------------------------
 
 
-def _foreign_user_namespace() -> bool:
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        return file.read().split() != ["0", "0", str(2**32 - 1)]
+class _Way(NamedTuple):
+    """A delivery that may work. `path` is the directory of the node, or the one in which a mount is to be.
+
+    `kernel`: the directory is a devtmpfs, where the kernel makes the node.
+    """
+
+    deliver: tuple[Deliver, ...]
+    dir_fd: int | None = None
+    path: str = ""
+    kernel: bool = False
 
 
-def _inaccessible(dir_fd: int, path: str, attached: Attached, errno_: int) -> DeviceInaccessible:
-    """Which layer made open(2) of the node fail, by its errno (fs/namei.c, security/device_cgroup.c)."""
+def directory_grant() -> str:
+    """Where this container has its directory of loopd's, if it has one."""
+    return os.environ.get("LOOPD_DIRECTORY") or DIRECTORY
 
-    def because(layer: str, reason: str, hint: str) -> DeviceInaccessible:
-        return DeviceInaccessible(f"{path} cannot be opened: {reason}", hint, layer, errno_)
 
-    access = "r" if attached.read_only else "rw"
-    if errno_ == errno.EPERM:
-        rule = f"--device-cgroup-rule 'b {attached.major}:* {access}'"
-        return because("device cgroup", "the device cgroup of this container denies it", f"podman or docker run {rule}")
-    if errno_ != errno.EACCES:
-        return because("device", os.strerror(errno_), "`loopctl list` shows whether it is still attached")
-    if os.fstatvfs(dir_fd).f_flag & os.ST_NODEV:
-        return because(
-            "nodev",
-            "its directory is on a mount with the option nodev",
-            "take a directory without it, as podman run -v DIRECTORY:/dev/loopd:dev makes one",
-        )
-    # access(2) asks for mode, ACL and the LSM's hook on the inode, not for what a mount allows.
-    mode = os.R_OK if attached.read_only else os.R_OK | os.W_OK
-    if os.access(attached.devname, mode, dir_fd=dir_fd, effective_ids=True):
-        if _foreign_user_namespace():
-            return because(
-                "user namespace",
-                "its directory is on a file system of a user namespace, where no device opens",
-                "take a directory that was bind-mounted from the host, or let an fd be delivered",
-            )
-    else:
-        node = os.stat(attached.devname, dir_fd=dir_fd, follow_symlinks=False)
-        if node.st_uid != os.geteuid():
-            return because(
-                "permission",
-                f"it is uid {node.st_uid}'s, mode {stat.S_IMODE(node.st_mode):04o}, not uid {os.geteuid()}'s",
-                "ask as the user who is to use the device",
-            )
-    return because(
-        "lsm",
-        "a security module, SELinux or AppArmor, denies it",
-        "its audit log on the host tells why; for SELinux: podman run --security-opt label=disable",
-    )
+def _grant(stack: ExitStack) -> tuple[int, str] | None:
+    try:
+        return _opened_directory(directory_grant(), stack)
+    except OSError:
+        return None
+
+
+def _inaccessible(what: str, obstacle: Obstacle, errno_: int = 0) -> DeviceInaccessible:
+    return DeviceInaccessible(f"{what}: {obstacle.reason}", obstacle.hint, obstacle.layer, errno_)
+
+
+def _choices(directory: StrPath | int | None, stack: ExitStack) -> Iterator[_Way | DeviceInaccessible]:
+    """The deliveries to be tried in this order where none was asked for, or why one cannot work."""
+    grant = _grant(stack) if directory is None else None
+    if grant is not None:
+        found = layers.obstacle(grant[0], own=False)
+        yield _Way(("node",), *grant) if found is None else _inaccessible(grant[1], found)
+    fd, path = _opened_directory("/dev" if directory is None else directory, stack)
+    if layers.is_devtmpfs(fd):
+        yield _Way(("fd",), fd, path, kernel=True)
+        return
+    if directory is not None:
+        yield _Way(("node",), fd, path)
+        return
+    found = layers.obstacle(fd, own=True)
+    yield _Way(("node",), fd, path) if found is None else _inaccessible(path, found)
+    found = layers.no_mount()
+    yield _Way(("mount",)) if found is None else _inaccessible("a mount", found)
+
+
+def _ordered(deliver: Sequence[Deliver], directory: StrPath | int | None, stack: ExitStack) -> _Way:
+    """The delivery that was asked for."""
+    deliver = tuple(deliver)
+    if "node" in deliver:
+        grant = _grant(stack) if directory is None else None
+        return _Way(deliver, *(grant or _opened_directory("/dev" if directory is None else directory, stack)))
+    if "mount" in deliver and directory is not None:
+        return _Way(deliver, *_opened_directory(directory, stack))
+    return _Way(deliver)
+
+
+def _attached_mount(mount: int, devname: str, folder: str | None) -> str:
+    """Attach a mount in a directory that is made for it; where that is."""
+    point = ""
+    try:
+        point = layers.make_mount_point(devname, folder)
+        layers.attach_mount(mount, point)
+    except OSError as error:
+        if point:
+            layers.remove_mount_point(point)
+        known = layers.no_mount()
+        if known is None:
+            text = f"{error.strerror}: {error.filename}"
+            known = Obstacle("mount", text, "seccomp or a security module may deny it: " + layers.BIND)
+        raise _inaccessible(f"the mount of {devname} cannot be attached", known, error.errno or 0) from error
+    finally:
+        os.close(mount)
+    return point
 
 
 def _opened_device(dir_fd: int, path: str, attached: Attached) -> io.FileIO:
@@ -550,7 +611,9 @@ def _opened_device(dir_fd: int, path: str, attached: Attached) -> io.FileIO:
             opener=lambda name, _: os.open(name, flags, dir_fd=dir_fd),
         )
     except OSError as error:
-        raise _inaccessible(dir_fd, path, attached, error.errno or 0) from error
+        number = (attached.major, attached.minor)
+        found = layers.unopened(dir_fd, attached.devname, number, attached.read_only, error.errno or 0)
+        raise _inaccessible(f"{path} cannot be opened", found, error.errno or 0) from error
 
 
 # The client -------------------------------------------------------------------------------------------------
@@ -570,7 +633,7 @@ class Client:
     def attach(
         self,
         image: StrPath | int,
-        directory: StrPath | int = "/dev",
+        directory: StrPath | int | None = None,
         *,
         offset: int = 0,
         sizelimit: int = 0,
@@ -580,12 +643,12 @@ class Client:
         lock: bool = False,
         direct_io: DirectIO = "auto",
         ref: str = "",
-        deliver: Sequence[Deliver] = ("node",),
+        deliver: Sequence[Deliver] | None = None,
         lifetime: Lifetime = "device",
         open_device: bool = True,
     ) -> Device:
-        """Bind `image` to a loop device with a node in `directory`: see `attach` of this module."""
-        with ExitStack() as inputs, ExitStack() as outputs:
+        """Bind `image` to a loop device and have it handed over: see `attach` of this module."""
+        with ExitStack() as inputs:
             fds = [_opened_image(image, read_only, inputs)]
             request = wire.Attach(
                 fd=0,
@@ -597,87 +660,191 @@ class Client:
                 lock=lock,
                 direct_io=direct_io,
                 ref=ref,
-                deliver=tuple(deliver),
             )
-            dir_fd, dir_path = None, ""
-            if "node" in deliver:
-                dir_fd, dir_path = _opened_directory(directory, inputs)
-                request = request._replace(dir_fd=len(fds))
-                fds.append(dir_fd)
             lease_fd = _opened_lease(lifetime, inputs)
             if lease_fd is not None:
                 request = request._replace(lease_fd=len(fds))
                 fds.append(lease_fd)
 
-            answer = self._ask(outputs, request, fds)
-            attached = _parsed(Attached, answer.fields)
-            file = None
+            def attached(way: _Way) -> Device:
+                return self._attach(way, request, fds, lifetime, open_device)
+
+            if deliver is not None:
+                return attached(_ordered(deliver, directory, inputs))
+            failures: list[Error] = []
+            for way in _choices(directory, inputs):
+                try:
+                    if isinstance(way, DeviceInaccessible):
+                        raise way
+                    return attached(way)
+                except (Undeliverable, NotPermitted, Exists, Unsupported) as error:
+                    failures.append(error)
+                except DeviceInaccessible as error:
+                    if error.layer in ("device cgroup", "device"):
+                        raise  # no way is past these
+                    failures.append(error)
+            failures[0].message = "; ".join(failure.message for failure in failures)
+            raise failures[0]
+
+    def _attach(
+        self, way: _Way, request: wire.Attach, fds: Sequence[int], lifetime: Lifetime, open_device: bool
+    ) -> Device:
+        """Attach and take over what is delivered, else leave nothing attached."""
+        request = request._replace(deliver=way.deliver)
+        if "node" in way.deliver and way.dir_fd is not None:
+            request = request._replace(dir_fd=len(fds))
+            fds = [*fds, way.dir_fd]
+        with ExitStack() as outputs:
             try:
-                path = os.path.join(dir_path, attached.devname) if dir_fd is not None else ""
-                if "fd" in deliver:
-                    # The fds of a reply come in the order of the deliveries that have one.
-                    file = self._delivered(
-                        answer.fds, [name for name in deliver if name != "node"].index("fd"), attached
+                answer = self._ask(outputs, request, fds)
+            except Exists as error:
+                if way.dir_fd is not None and layers.is_devtmpfs(way.dir_fd):
+                    error.hint = (
+                        "in the host's /dev the kernel makes the node: leave the delivery to the client"
                     )
-                elif dir_fd is not None and open_device:
-                    file = _opened_device(dir_fd, path, attached)
-                if file is not None:
-                    self._prove(file, path, attached)
-                    path = path or f"/proc/self/fd/{file.fileno()}"
+                raise
+            attached = _parsed(Attached, answer.fields)
+            try:
+                path, file = self._delivered(way, attached, answer.fds, open_device)
             except BaseException:
                 answer.fds.close()
-                if file is not None:
-                    file.close()  # else this process would be the one that has the device open
                 with suppress(Error):
-                    self.detach(attached.devname, wait=DETACH_WAIT)
+                    self.detach(
+                        os.path.join(way.path, attached.devname), wait=DETACH_WAIT, diskseq=attached.diskseq
+                    )
                 raise
             answer.fds.close()
             outputs.pop_all()
             return Device(self, attached, path, lifetime, answer.channel, file)
 
-    def detach(self, device: StrPath, *, wait: float = 0.0, force: bool = False) -> bool:
+    def _delivered(
+        self, way: _Way, attached: Attached, fds: _Fds, open_device: bool
+    ) -> tuple[str, io.FileIO | None]:
+        """Where the device is, and the device, open."""
+        # The fds of a reply come in the order of the deliveries that have one.
+        order = [name for name in way.deliver if name != "node"]
+        with ExitStack() as stack:
+            path, dir_fd = os.path.join(way.path, attached.devname), way.dir_fd
+            if "mount" in way.deliver:
+                mount = _taken(fds, order.index("mount"), "mount")
+                path = _attached_mount(mount, attached.devname, way.path or None)
+                dir_fd, _ = _opened_directory(path, stack)
+                path = os.path.join(path, attached.devname)
+            file = None
+            try:
+                if "fd" in way.deliver and not way.kernel:
+                    fd = _taken(fds, order.index("fd"), "open device")
+                    file = io.FileIO(fd, "rb" if attached.read_only else "rb+")
+                    path = path if len(way.deliver) > 1 else f"/proc/self/fd/{fd}"
+                elif open_device and dir_fd is not None:
+                    file = _opened_device(dir_fd, path, attached)
+                if file is not None:
+                    _prove(file, path, attached)
+            except BaseException:
+                if file is not None:
+                    file.close()  # else this process would be the one that has the device open
+                raise
+            return path, file
+
+    def detach(
+        self, device: StrPath, *, wait: float = 0.0, force: bool = False, diskseq: int | None = None
+    ) -> bool:
         """End the lease of a device, given as ``"loop4096"`` or with its directory.
 
         Waits up to `wait` seconds (at most 3600) beyond the timeout. True when the image is free, False while
         somebody has the device open: it goes at the last close. `force` is the administrator's, on the admin
-        socket.
+        socket. With `diskseq`, `NotFound` where the name stands for another binding by now.
         """
-        request = wire.Detach(devname=os.path.basename(os.fspath(device)), wait=wait, force=force)
+        name = os.path.basename(os.fspath(device))
+        request = wire.Detach(devname=name, wait=wait, force=force, diskseq=diskseq)
+        state = _parsed(Detached, self._about(device, request, wait)).state
+        layers.detach_mounts(name)
+        return state == "released"
+
+    def rescan(self, device: StrPath) -> tuple[str, ...]:
+        """Have the partition table of a device read again; the names of the partitions, whose nodes are there now."""
+        request = wire.Rescan(devname=os.path.basename(os.fspath(device)))
+        return _parsed(Rescanned, self._about(device, request)).partitions
+
+    def resize(self, device: StrPath) -> int:
+        """Have a device take over the size of its image after that changed; bytes."""
+        request = wire.Resize(devname=os.path.basename(os.fspath(device)))
+        return _parsed(Resized, self._about(device, request)).size
+
+    def directory(self, name: str, *, remove: bool = False) -> str:
+        """Make the directory `name` of this user on the host, to be bound into a container, or `remove` it; its path.
+
+        One that is there stays as it is; one with a device in it is not removed (`Busy`).
+        """
         with ExitStack() as stack:
-            fields = self._ask(stack, request, (), wait).fields
-        return _parsed(Detached, fields).state == "released"
+            return _parsed(Granted, self._ask(stack, wire.Directory(name, remove=remove)).fields).path
 
     def list(self) -> tuple[LeaseInfo, ...]:
-        """The leases of this owner; on the admin socket those of all."""
-        leases: list[LeaseInfo] = []
+        """The leases of this owner and of this container's directory; on the admin socket those of all."""
+        with ExitStack() as stack:
+            grant = _grant(stack)
+            leases = {lease.devname: lease for lease in (() if grant is None else self._listed(grant[0]))}
+            leases.update((lease.devname, lease) for lease in self._listed(None))
+            return tuple(leases.values())
+
+    def _listed(self, dir_fd: int | None) -> Iterator[LeaseInfo]:
+        request, fds = (wire.Leases(), ()) if dir_fd is None else (wire.Leases(dir_fd=0), (dir_fd,))
         while True:
             with ExitStack() as stack:
-                fields = self._ask(stack, wire.Leases(after=leases[-1].devname if leases else "")).fields
+                fields = self._ask(stack, request, fds).fields
             rows = fields.get("leases")
             if not isinstance(rows, list):
                 raise BadReply("the reply makes no sense: it has no leases")
-            leases += [_parsed(LeaseInfo, row) for row in rows]
+            leases = [_parsed(LeaseInfo, row) for row in rows]
+            yield from leases
             # An empty page that promises more would be asked for again for ever.
-            if not fields.get("more") or not rows:
-                return tuple(leases)
+            if not fields.get("more") or not leases:
+                return
+            request = request._replace(after=leases[-1].devname)
+
+    def _about(
+        self, device: StrPath, request: wire.Detach | wire.Rescan | wire.Resize, wait: float = 0.0
+    ) -> Any:
+        """The answer to a request about a lease. Its owner may be a directory of loopd's: the one that `device`
+        is in or this container's, else it is this user.
+        """
+        folders = dict.fromkeys((os.path.dirname(os.fspath(device)), directory_grant()))
+        with ExitStack() as stack:
+            for folder in filter(None, folders):
+                try:
+                    dir_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                except OSError:
+                    continue
+                stack.callback(os.close, dir_fd)
+                with suppress(NotFound):
+                    return self._ask(stack, request._replace(dir_fd=0), [dir_fd], wait).fields
+            return self._ask(stack, request, (), wait).fields
 
     def hello(self) -> Greeting:
         """The daemon's version, and what this socket offers."""
         with ExitStack() as stack:
             return _parsed(Greeting, self._ask(stack, wire.Hello()).fields)
 
-    def _ask(self, stack: ExitStack, request: wire.Request, fds: Sequence[int] = (), wait: float = 0.0) -> _Answer:
+    def daemon_pid(self) -> int:
+        """The process id of the daemon, as the kernel attests it; 0 where it is of another PID namespace."""
+        with ExitStack() as stack:
+            return self._ask(stack, wire.Hello()).pid
+
+    def _ask(
+        self, stack: ExitStack, request: wire.Request, fds: Sequence[int] = (), wait: float = 0.0
+    ) -> _Answer:
         """Send `request` with `fds` (borrowed) and a socket for the reply; `stack` owns what comes back."""
         deadline = time.monotonic() + self.timeout + wait
         channel, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         stack.enter_context(channel)
+        channel.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
         with theirs:
             payload = wire.encode_request(request._replace(reply_fd=len(fds)))
             if len(payload) > wire.MAX_REQUEST:
                 raise Malformed(f"the request has more than {wire.MAX_REQUEST} bytes")
             _send(self.socket, payload, [*fds, theirs.fileno()], deadline)
         # With our copy of their end closed, their end of the conversation is a hang-up here.
-        data, received = _receive(channel, stack, deadline)
+        data, received, pid = _receive(channel, stack, deadline)
         if data is None:
             raise Timeout(f"no answer from {self.socket} within {self.timeout + wait:g} s")
         if not data:
@@ -685,33 +852,46 @@ class Client:
         try:
             if len(data) > wire.MAX_REPLY:
                 raise ValueError(f"it has more than {wire.MAX_REPLY} bytes")
-            return _Answer(wire.decode_reply(data), received, channel)
+            return _Answer(wire.decode_reply(data), received, channel, pid)
         except wire.Refusal as refusal:
             raise ERRORS[refusal.code](refusal.message) from None
         # RecursionError: nested arrays; the others: a refusal of another shape.
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadReply(f"the reply makes no sense: {error}") from error
 
-    @staticmethod
-    def _delivered(fds: _Fds, index: int, attached: Attached) -> io.FileIO:
-        try:
-            return io.FileIO(fds.take(index), "rb" if attached.read_only else "rb+")
-        except KeyError:
-            raise BadReply("the reply came without the open device that was asked for") from None
 
-    @staticmethod
-    def _prove(file: io.FileIO, path: str, attached: Attached) -> None:
-        """What was opened is what was attached."""
-        status = os.fstat(file.fileno())
-        if not stat.S_ISBLK(status.st_mode) or status.st_rdev != os.makedev(attached.major, attached.minor):
-            raise DeviceInaccessible(
-                f"{path or 'the fd'} is not {attached.devname}, the device that was attached", "", "device", 0
-            )
+def _taken(fds: _Fds, index: int, what: str) -> int:
+    try:
+        return fds.take(index)
+    except KeyError:
+        raise BadReply(f"the reply came without the {what} that was asked for") from None
+
+
+def _prove(file: io.FileIO, path: str, attached: Attached) -> None:
+    """What was opened is what was attached."""
+    status = os.fstat(file.fileno())
+    if not stat.S_ISBLK(status.st_mode) or status.st_rdev != os.makedev(attached.major, attached.minor):
+        raise DeviceInaccessible(
+            f"{path} is not {attached.devname}, the device that was attached", "", "device", 0
+        )
+
+
+def node_path(device: StrPath) -> str | None:
+    """Where this process sees the node of a device: beside the name that is given, else in the container's
+    directory of loopd's, in /dev or in a mount of its own.
+    """
+    folder, name = os.path.split(os.path.abspath(device) if os.path.dirname(device) else os.fspath(device))
+    folders = [folder] if folder else [directory_grant(), "/dev", *layers.mount_points(name)]
+    for path in (os.path.join(folder, name) for folder in folders):
+        with suppress(OSError):
+            if stat.S_ISBLK(os.lstat(path).st_mode):
+                return path
+    return None
 
 
 def attach(
     image: StrPath | int,
-    directory: StrPath | int = "/dev",
+    directory: StrPath | int | None = None,
     *,
     offset: int = 0,
     sizelimit: int = 0,
@@ -721,17 +901,20 @@ def attach(
     lock: bool = False,
     direct_io: DirectIO = "auto",
     ref: str = "",
-    deliver: Sequence[Deliver] = ("node",),
+    deliver: Sequence[Deliver] | None = None,
     lifetime: Lifetime = "device",
     open_device: bool = True,
     socket: StrPath | None = None,
     timeout: float = TIMEOUT,
 ) -> Device:
-    """Bind an image to a loop device and have its node made in a directory.
+    """Bind an image to a loop device and have it handed over.
 
     - `image`: a path, opened read-write, and read-only where `read_only` is set or nothing else is allowed;
       or an open fd, which is used as it was opened.
-    - `directory`: where the node is made, as a path or an open fd.
+    - `directory`: where the node is made, as a path or an open fd. Where it is not given and no `deliver` either,
+      the first way that works is taken: the directory of loopd's that is bound in at /dev/loopd
+      ($LOOPD_DIRECTORY); a node in /dev, or, where /dev is the host's devtmpfs, the one that the kernel makes
+      there; a mount, where this process may attach one.
     - `offset`, `sizelimit`: the part of the image in bytes; a `sizelimit` of 0 goes to its end.
     - `sector_size`: the logical sector size in bytes: 512, 1024, 2048 or 4096.
     - `partscan`: have the partitions found and their nodes made.
@@ -739,13 +922,14 @@ def attach(
       with it).
     - `direct_io`: ``"on"`` is refused where it cannot be had, ``"auto"`` does without.
     - `ref`: up to 63 bytes for the caller's own use, kept with the device.
-    - `deliver`: ``"node"``, ``"fd"`` or both; an fd is opened by the daemon, and `directory` is not used
-      without a node.
+    - `deliver`: how it is handed over: a ``"node"`` in `directory`; a ``"mount"`` with the node, attached at a
+      directory that is made in `directory` (else in /dev/loopd, $XDG_RUNTIME_DIR/loopd or $TMPDIR); an ``"fd"``,
+      opened by the daemon; an fd goes with each of the others.
     - `lifetime`: see `Lifetime`.
     - `open_device`: open the node, to say which layer refuses if it cannot be used, and for `Device.fd`.
     - `socket`, `timeout`: see `Client`.
 
-    Raises OSError for an image or directory that cannot be opened, `DeviceInaccessible` where the node cannot
+    Raises OSError for an image or directory that cannot be opened, `DeviceInaccessible` where the device cannot
     be, and the `Refused` of its code where the daemon says no; no device is left attached by either. After
     `Timeout` and KeyboardInterrupt one may be, if its lifetime is not ``"device"``.
     """
@@ -766,7 +950,9 @@ def attach(
     )
 
 
-def detach(device: StrPath, *, wait: float = 0.0, socket: StrPath | None = None, timeout: float = TIMEOUT) -> bool:
+def detach(
+    device: StrPath, *, wait: float = 0.0, socket: StrPath | None = None, timeout: float = TIMEOUT
+) -> bool:
     """`Client.detach`: True when the image is free, False while somebody has the device open."""
     return Client(socket, timeout).detach(device, wait=wait)
 
@@ -774,6 +960,23 @@ def detach(device: StrPath, *, wait: float = 0.0, socket: StrPath | None = None,
 def leases(*, socket: StrPath | None = None, timeout: float = TIMEOUT) -> tuple[LeaseInfo, ...]:
     """`Client.list`, as ``loopd.list()``: the leases of this owner."""
     return Client(socket, timeout).list()
+
+
+def rescan(device: StrPath, *, socket: StrPath | None = None, timeout: float = TIMEOUT) -> tuple[str, ...]:
+    """`Client.rescan`: the names of the partitions that there are now."""
+    return Client(socket, timeout).rescan(device)
+
+
+def resize(device: StrPath, *, socket: StrPath | None = None, timeout: float = TIMEOUT) -> int:
+    """`Client.resize`: the size in bytes, as that of the image."""
+    return Client(socket, timeout).resize(device)
+
+
+def directory(
+    name: str, *, remove: bool = False, socket: StrPath | None = None, timeout: float = TIMEOUT
+) -> str:
+    """`Client.directory`: the path of a directory to be bound into a container."""
+    return Client(socket, timeout).directory(name, remove=remove)
 
 
 def hello(*, socket: StrPath | None = None, timeout: float = TIMEOUT) -> Greeting:

@@ -44,7 +44,7 @@ class Mount(NamedTuple):
     source: str
 
 
-def _unescaped(text: str) -> str:
+def unescaped(text: str) -> str:
     """A path as mountinfo has it: space, tab, newline and backslash are octal there."""
     for escape, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
         text = text.replace(escape, character)
@@ -55,7 +55,7 @@ def parsed_mount(line: str) -> Mount:
     """One line of /proc/PID/mountinfo (proc_pid_mountinfo(5))."""
     before, _, behind = line.rstrip("\n").partition(" - ")
     fields, (kind, source) = before.split(" "), behind.split(" ")[:2]
-    return Mount(int(fields[0]), _unescaped(fields[3]), _unescaped(fields[4]), kind, _unescaped(source))
+    return Mount(int(fields[0]), unescaped(fields[3]), unescaped(fields[4]), kind, unescaped(source))
 
 
 def mounts() -> list[Mount]:
@@ -192,32 +192,38 @@ def no_mount() -> Obstacle | None:
     )
 
 
-def _mount_points(devname: str, folders: tuple[str, ...]) -> list[str]:
-    runtime, temporary = os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
-    if not folders:
-        folders = ("/dev/loopd", *((os.path.join(runtime, "loopd"),) if runtime else ()))
-        # Where others can write too, no name may be known before.
-        last = [os.path.join(temporary, f"{devname}-{os.urandom(8).hex()}")]
-    else:
-        last = []
-    return [os.path.join(folder, devname) for folder in folders] + last
+TEMPORARY = "loopd-"
+
+
+def remove_mount_point(point: str) -> None:
+    """Remove what `make_mount_point` made, as far as nothing else is in it."""
+    with suppress(OSError):
+        os.rmdir(point)
+        if os.path.basename(os.path.dirname(point)).startswith(TEMPORARY):
+            os.rmdir(os.path.dirname(point))
 
 
 def make_mount_point(devname: str, folder: str | None = None) -> str:
     """Make an empty directory for a mount: in `folder`, else in the first that can be had of /dev/loopd,
     $XDG_RUNTIME_DIR/loopd, and $TMPDIR under a name of its own; its path. OSError of the last that was tried.
     """
-    refused: OSError | None = None
-    for path in _mount_points(devname, () if folder is None else (folder,)):
+    folders = [folder]
+    if folder is None:
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        # Where others can write too, no name may be known before.
+        temporary = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"{TEMPORARY}{os.urandom(8).hex()}")  # noqa: S108
+        folders = ["/dev/loopd", os.path.join(runtime, "loopd") if runtime else None, temporary]
+    refused = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    for parent in filter(None, folders):
+        path = os.path.join(parent, devname)
         try:
-            with suppress(FileExistsError, FileNotFoundError):
-                os.mkdir(os.path.dirname(path), 0o700)
+            with suppress(FileExistsError):
+                os.mkdir(parent, 0o700)
             os.mkdir(path, 0o700)
         except OSError as error:
             refused = error
         else:
             return path
-    assert refused is not None
     raise refused
 
 
@@ -241,7 +247,7 @@ def attach_mount(mount: int, point: str) -> None:
 def mount_points(devname: str) -> list[str]:
     """Where a mount of this device's own is attached; one whose directory loopd has removed counts as well."""
     roots = (f"/.{devname}", f"/.{devname}//deleted")
-    return [mount.point for mount in mounts() if mount.type == "tmpfs" and mount.root in roots]
+    return [mount.point for mount in mounts() if mount.type == "tmpfs" and mount.root.endswith(roots)]
 
 
 def detach_mounts(devname: str) -> None:
@@ -254,5 +260,4 @@ def detach_mounts(devname: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     for point in points:
         if libc.umount2(os.fsencode(point), ctypes.c_int(MNT_DETACH)) == 0:
-            with suppress(OSError):
-                os.rmdir(point)
+            remove_mount_point(point)

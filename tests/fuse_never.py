@@ -109,21 +109,34 @@ class Never:
             message = self._server.stderr.read().decode().strip()
             self.end()
             raise OSError(message.rpartition("\n")[2])
-        self.directory = self._open("directory", os.O_RDONLY | os.O_DIRECTORY)
+
+    def directory(self) -> int:
+        """Another open file description of the directory, as `file`."""
+        return self._open("directory", os.O_RDONLY | os.O_DIRECTORY)
 
     def _open(self, name: str, flags: int) -> int:
         self._fds.append(os.open(self._mountpoint / name, flags | os.O_CLOEXEC))
         return self._fds[-1]
 
     def file(self) -> int:
-        """Another open file description of the file, to be asked for before `mute`; closed by `end`."""
+        """Another open file description of the file, to be asked for before `mute`, which closes it."""
         return self._open("file", os.O_RDWR)
 
     def mute(self) -> None:
-        """From now on nothing is answered."""
+        """Close the fds that were given out, and answer nothing from then on.
+
+        In that order: who holds one hangs when it closes it, at the latest when it ends. What was sent stays open.
+        """
+        self._close()
         assert self._server.stdout is not None
         self._server.send_signal(signal.SIGUSR1)
         assert self._server.stdout.readline() == b"muted\n"
+
+    def _close(self) -> None:
+        for fd in self._fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._fds = []
 
     def end(self) -> None:
         """End every wait by the end of the server, whose fd is the connection, and unmount; can be called twice."""
@@ -132,11 +145,7 @@ class Never:
         for stream in (self._server.stdout, self._server.stderr):
             assert stream is not None
             stream.close()
-        # Not before: closing asks the file system, and so does an unmount that is not lazy.
-        for fd in self._fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        self._fds = []
+        self._close()  # not before: closing asks the file system
         deadline = time.monotonic() + 5
         while _libc.umount2(os.fsencode(self._mountpoint), MNT_DETACH) == 0 and time.monotonic() < deadline:
             pass

@@ -22,7 +22,7 @@ import pytest
 from conftest import Reply, bound_to, eventually, require
 from kept import KINDS, Holding, Kept, hold, start_kept  # noqa: F401  # a fixture
 from processes import Child
-from untouched import helpers, pair, reply_of, send
+from untouched import helpers, pair, reply_of, send, state
 
 from loopd import wire
 
@@ -34,8 +34,8 @@ SAMPLE = 60
 ANSWER = 10.0
 """Seconds for an answer, a restart of the daemon included."""
 
-Point = tuple[str, int]
-"""The name of a system call, and its how-manieth in the process."""
+Point = tuple[str, int, str, int]
+"""What keeps the lease, which of the processes it is, the name of a system call, and its how-manieth in that process."""
 
 
 @contextlib.contextmanager
@@ -175,23 +175,37 @@ class Site:
         return come_and_go(path, kind, self.image, self.directory, self.place)
 
 
-def processes(daemon: Kept, role: str) -> list[int]:
-    return [daemon.pid] if role == "main" else helpers(daemon)
+def switches(pid: int) -> int:
+    """How often the process had to wait for something."""
+    found = re.search(r"^voluntary_ctxt_switches:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
+def processes(daemon: Kept, role: str, site: Site) -> list[int]:
+    """The processes of a role, first the one that does most: the helper that was idle last is the next to be used."""
+    if role == "main":
+        return [daemon.pid]
+    assert site.come_and_go(daemon.path, "socket") == "detached"
+    before = {pid: switches(pid) for pid in helpers(daemon)}
+    assert site.come_and_go(daemon.path, "socket") == "detached"
+    return sorted(before, key=lambda pid: before[pid] - switches(pid))
 
 
 def recorded(daemon: Kept, role: str, kind: str, site: Site, tmp_path: Path) -> list[Point]:
     """Every system call of that role from the datagram of an attach to the answer of its detach."""
     output = tmp_path / "recording"
-    with traced(processes(daemon, role), f"-o{output}"):
+    pids = processes(daemon, role, site)
+    with traced(pids, f"-o{output}"):
         assert site.come_and_go(daemon.path, kind) == "detached"
-    seen: Counter[tuple[str, str]] = Counter()
+    seen: Counter[tuple[int, str]] = Counter()
     points = []
     for match in re.finditer(r"^(\d* *)(\w+)\(", output.read_text(errors="replace"), re.MULTILINE):
-        pid, name = match.groups()
-        seen[pid, name] += 1
-        points.append((name, seen[pid, name]))
-    assert {"recvmsg", "sendmsg", "close"} <= {name for name, _ in points}
-    return list(dict.fromkeys(points))
+        which, name = pids.index(int(match[1] or pids[0])), match[2]
+        seen[which, name] += 1
+        points.append((kind, which, name, seen[which, name]))
+    assert {"recvmsg", "sendmsg", "close"} <= {name for _, name in seen}
+    return points
 
 
 @pytest.mark.parametrize("load", [False, True], ids=["alone", "under-load"])
@@ -207,7 +221,7 @@ def test_killed_at_every_system_call(
         assert other.come_and_go(path, "reply") == "detached"
         files = daemon.stored()
         leases = [stack.enter_context(hold(daemon, kind, standing.image, standing.directory)) for kind in KINDS]
-        points = [(kind, point) for kind in kinds for point in recorded(daemon, role, kind, one, tmp_path)]
+        points = [point for kind in kinds for point in recorded(daemon, role, kind, one, tmp_path)]
         points = points if EVERY else points[:: max(1, len(points) // SAMPLE)]
         beside = [stack.enter_context(watcher(leases))]
         if load:
@@ -215,16 +229,18 @@ def test_killed_at_every_system_call(
             beside.append(stack.enter_context(Beside(lambda: other.come_and_go(path, kinds[0]), 0.05, keep)))
         killed: list[Point] = []
         results: Counter[str] = Counter()
-        for kind, (name, count) in points:
-            pids = processes(daemon, role)
+        for kind, which, name, count in points:
+            pids = processes(daemon, role, one)[which : which + 1]
+            if not pids:
+                continue
             with traced(pids, "-o/dev/null", f"-etrace={name}", f"-einject={name}:signal=KILL:when={count}"):
                 try:
                     results[one.come_and_go(path, kind)] += 1
                 except BaseException as error:
-                    error.add_note(f"killed at {name} number {count} of the {role}, with a lease by {kind}")
+                    error.add_note(f"killed at {name} number {count} of {role} {which}, with a lease by {kind}")
                     raise
-            if any(not Path(f"/proc/{pid}").exists() for pid in pids):
-                killed.append((name, count))
+            if state(pids[0]) in ("", "Z"):
+                killed.append((kind, which, name, count))
                 if role == "main":
                     eventually(lambda pids=pids: daemon.running not in (0, *pids), "the next one is started")
         turns = [process.stop() for process in beside]

@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SYSTEM_PYTHON = "/usr/bin/python3"
+STAND_INS = {"loopd/losetup.py": "losetup", "loopd/mountloop.py": "mount"}
+"""Modules that are installed as programs of another name too, to be bind-mounted alone."""
 
 
 def make(*arguments: str, env: dict[str, str] | None = None, umask: int = -1) -> subprocess.CompletedProcess[str]:
@@ -51,7 +53,8 @@ def test_files_of_the_package(tmp_path: Path) -> None:
     modules = {f"usr/lib/loopd/loopd/{path.name}" for path in (ROOT / "loopd").glob("*.py")}
     tag = subprocess.check_output([SYSTEM_PYTHON, "-c", "import sys; print(sys.implementation.cache_tag, end='')"])
     compiled = {f"{os.path.dirname(name)}/__pycache__/{Path(name).stem}.{tag.decode()}.pyc" for name in modules}
-    assert found == modules | compiled | {
+    stand_ins = {f"usr/lib/loopd/bin/{name}" for module, name in STAND_INS.items() if (ROOT / module).exists()}
+    assert found == modules | compiled | stand_ins | {
         "usr/bin/loopctl",
         "usr/sbin/loopd",
         "usr/lib/modprobe.d/loopd.conf",
@@ -59,9 +62,13 @@ def test_files_of_the_package(tmp_path: Path) -> None:
         "usr/lib/systemd/system/loopd-admin.socket",
         "usr/lib/systemd/system/loopd.service",
         "usr/lib/systemd/system/loopd.socket",
+        "usr/lib/systemd/system/loopd@.service",
+        "usr/lib/systemd/system/loopd@.socket",
+        r"usr/lib/systemd/system/run-loopd\x2ddev.mount",
         "usr/lib/sysusers.d/loopd.conf",
         "usr/lib/tmpfiles.d/loopd.conf",
         "usr/lib/udev/rules.d/00-loopd.rules",
+        "usr/share/doc/loopd/no-sys-admin.conf",
     }
     for name in found - compiled:
         text = (tmp_path / name).read_text()
@@ -106,10 +113,24 @@ def test_programs_are_those_of_the_package(prefix: Path) -> None:
         assert f"from {module} import {function}\n" in program.read_text()
 
 
-def test_unit_starts_what_was_installed(prefix: Path) -> None:
-    unit = (prefix / "lib/systemd/system/loopd.service").read_text()
-    (start,) = (line for line in unit.splitlines() if line.startswith("ExecStart="))
-    assert os.access(start.removeprefix("ExecStart="), os.X_OK)
+@pytest.mark.parametrize(("module", "name"), STAND_INS.items())
+def test_stand_in_runs_alone(prefix: Path, tmp_path: Path, module: str, name: str) -> None:
+    if not (ROOT / module).exists():
+        pytest.skip(f"there is no {module} yet")
+    alone = tmp_path / "alone" / name
+    alone.parent.mkdir()
+    alone.write_bytes((prefix / "lib/loopd/bin" / name).read_bytes())
+    alone.chmod(0o755)
+    ran = subprocess.run([alone, "--version"], check=False, capture_output=True, text=True, env={}, cwd="/")
+    assert (ran.returncode, PROJECT["version"] in ran.stdout) == (0, True), ran.stderr
+    assert os.listdir(alone.parent) == [name]
+
+
+@pytest.mark.parametrize("service", ["loopd.service", "loopd@.service"])
+def test_unit_starts_what_was_installed(prefix: Path, service: str) -> None:
+    unit = (prefix / "lib/systemd/system" / service).read_text()
+    (program,) = re.findall(r"^ExecStart=(\S+)", unit, re.MULTILINE)
+    assert os.access(program, os.X_OK)
 
 
 def test_upgrade_leaves_no_module_of_the_old_version(prefix: Path) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Daemon, Reply, ask, bound_to, eventually, require
-from processes import Child, injected, stays
+from conftest import ROOT, Daemon, Reply, ask, bound_to, eventually, exists, require
+from processes import Child, become, injected, stays
 
 from loopd import wire
 
@@ -452,3 +452,49 @@ def test_the_pidfd_of_a_thread(daemon: Daemon, image: int, directory: int, devic
         stays(lambda: bound_to(tmp_path) == [name], 0.5, "the lease holds")
         ours.send(b"x")
         gone(devices, tmp_path)
+
+
+def test_what_is_kept_of_a_delivered_fd_never_leads_to_another_users_file(
+    daemon: Daemon, make_image: Callable[..., int], tmp_path: Path
+) -> None:
+    """An O_PATH fd of it keeps no device open, and opens whatever has the number later, for one who may read any file.
+
+    Such a one may ask as another user, so the uid that asked does not say who has it in reach.
+    """
+    os.chmod(daemon.path, 0o666)
+    first, second = make_image(name="first"), make_image(name="second")
+    os.pwrite(second, b"secret", 0)
+    attach_fd = wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",)))
+    ours, theirs = socket.socketpair()
+
+    def keeper(tell: Callable[[Any], None]) -> None:
+        os.chdir(daemon.directory)
+        become(20000)
+        reply = ask("loopd.sock", attach_fd, [first])
+        _send_fd(theirs, os.open(f"/proc/self/fd/{reply.fds[0]}", os.O_PATH))
+        tell(reply.fields["devname"])
+
+    def other(tell: Callable[[Any], None]) -> None:
+        os.chdir(daemon.directory)
+        become(30000)
+        for _ in range(128):  # two blocks of numbers
+            reply = ask("loopd.sock", attach_fd, [second])
+            if reply.fields.get("devname") == name:
+                tell("has it")
+                signal.pause()
+            reply.close()
+        tell("never had it")
+
+    with ours, theirs:
+        with Child(keeper, keep=[first, theirs.fileno()]) as client:
+            name = client.hear()
+            client.wait()
+        _, (kept,), _, _ = socket.recv_fds(ours, 1, 1)
+    try:
+        eventually(lambda: not exists(name), "the number is gone")
+        with Child(other, keep=[second]) as client:
+            if client.hear() == "has it":
+                with pytest.raises(OSError, match="Errno"):
+                    os.close(os.open(f"/proc/self/fd/{kept}", os.O_RDONLY))
+    finally:
+        os.close(kept)

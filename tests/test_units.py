@@ -6,19 +6,29 @@ import contextlib
 import fnmatch
 import os
 import re
+import shutil
+import signal
+import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Daemon, eventually, exists, require
+from processes import IN_NAMESPACE, Activated
+from untouched import leases
 
-from loopd import daemon, devices, numbers
+from loopd import daemon, devices, grants, numbers, wire
 from loopd.audit import Event
 from loopd.loop import Loop, LoopControl
 
 ROOT = Path(__file__).parent.parent
-UNITS = ("loopd.socket", "loopd-admin.socket", "loopd.service")
+MOUNT = r"run-loopd\x2ddev.mount"
+SERVICES = ("loopd.service", "loopd@.service")
+SOCKETS = ("loopd.socket", "loopd-admin.socket", "loopd@.socket")
+UNITS = ("loopd.socket", "loopd-admin.socket", "loopd.service", "loopd@some.socket", "loopd@some.service", MOUNT)
 EXPOSURE = 1.8
+EXPOSURE_WITHOUT_SYS_ADMIN = 1.3
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -66,19 +76,43 @@ def options(path: Path) -> dict[str, list[str]]:
 # systemd ------------------------------------------------------------------------------------------------
 
 
-def test_systemd_has_nothing_to_say_about_the_units(prefix: Path) -> None:
-    done = run("systemd-analyze", "verify", *UNITS, env={"SYSTEMD_UNIT_PATH": f"{prefix}/lib/systemd/system:"})
+def verify(units: Path, *names: str) -> tuple[int, list[str]]:
+    """What systemd has to say about these units of that directory."""
+    done = run("systemd-analyze", "verify", *names, env={"SYSTEMD_UNIT_PATH": f"{units}:"})
     said = [line for line in (done.stdout + done.stderr).splitlines() if line]
     if systemd_version() < 254:  # documented: there `stop` gives the leases up
         said = [line for line in said if "'FileDescriptorStorePreserve'" not in line]
-    assert (done.returncode, said) == (0, [])
+    return done.returncode, said
 
 
-def test_exposure(prefix: Path) -> None:
-    unit = prefix / "lib/systemd/system/loopd.service"
-    done = run("systemd-analyze", "security", "--offline=yes", f"--threshold={EXPOSURE * 10:.0f}", "--no-pager", unit)
-    assert done.returncode == 0, done.stdout
-    assert "Overall exposure level for loopd.service" in done.stdout
+def test_systemd_has_nothing_to_say_about_the_units(prefix: Path) -> None:
+    assert verify(prefix / "lib/systemd/system", *UNITS) == (0, [])
+
+
+def exposure(unit: Path) -> float:
+    done = run("systemd-analyze", "security", "--offline=yes", "--no-pager", unit)
+    (found,) = re.findall(r"Overall exposure level for loopd\S*: (\S+)", done.stdout)
+    return float(found)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_exposure(prefix: Path, service: str) -> None:
+    assert exposure(prefix / "lib/systemd/system" / service) <= EXPOSURE
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_exposure_without_sys_admin(prefix: Path, tmp_path: Path, service: str) -> None:
+    shutil.copytree(prefix / "lib/systemd/system", tmp_path / "system")
+    drop_in = tmp_path / f"system/{service}.d/no-sys-admin.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_bytes((prefix / "share/doc/loopd/no-sys-admin.conf").read_bytes())
+    assert exposure(tmp_path / "system" / service) <= EXPOSURE_WITHOUT_SYS_ADMIN
+    assert verify(tmp_path / "system", service.replace("@", "@some")) == (0, [])
+    # What it says about itself is where it really has to go, and it takes away that one capability only.
+    assert f"/etc/systemd/system/{service}.d " in drop_in.read_text()
+    (whole,), kept = (options(path)["AmbientCapabilities"] for path in (tmp_path / "system" / service, drop_in))
+    assert kept == ["", whole.replace(" CAP_SYS_ADMIN", "")]
+    assert options(drop_in)["CapabilityBoundingSet"] == kept
 
 
 def test_every_capability_is_justified_and_none_is_left_over(prefix: Path) -> None:
@@ -105,9 +139,10 @@ def test_unit_and_daemon_name_the_same_things(prefix: Path) -> None:
 
 
 def test_sockets_are_closed_by_no_number_of_requests(prefix: Path) -> None:
-    for name in ("loopd.socket", "loopd-admin.socket"):
+    for name in SOCKETS:
         assert options(prefix / "lib/systemd/system" / name)["TriggerLimitIntervalSec"] == ["0"]
-    assert options(prefix / "lib/systemd/system/loopd.service")["StartLimitIntervalSec"] == ["0"]
+    for name in SERVICES:
+        assert options(prefix / "lib/systemd/system" / name)["StartLimitIntervalSec"] == ["0"]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +182,156 @@ def test_directories(root: Path) -> None:
         keys = options(root / f"usr/lib/systemd/system/{unit}.socket")
         assert keys["DirectoryMode"] == [f"0{modes[unit][2:]}"]
         assert Path(keys["ListenDatagram"][0]).parent == Path("/run") / unit
+
+
+# Instances ----------------------------------------------------------------------------------------------
+
+
+def test_an_instance_is_the_same_service_with_its_own_socket(prefix: Path, tmp_path: Path) -> None:
+    plain, template = (prefix / "lib/systemd/system" / service for service in SERVICES)
+    assert plain.read_bytes() == template.read_bytes()
+    assert options(template)["ExecStart"] == [f"{prefix}/sbin/loopd --instance=%i"]
+    # That the name of each one's socket is made of its own: without that socket it cannot be started.
+    for service, name in (("loopd.service", "loopd.socket"), ("loopd@some.service", "loopd@.socket")):
+        units = tmp_path / service
+        shutil.copytree(prefix / "lib/systemd/system", units)
+        (units / name).unlink()
+        status, said = verify(units, service)
+        assert status != 0
+        assert f"Unit {name.replace('@', '@some')} not found" in " ".join(said)
+
+
+@pytest.mark.parametrize(("name", "taken"), [("some", False), ("a-b", False), ("dev", True), ("admin", True)])
+def test_directory_of_an_instance(prefix: Path, name: str, taken: bool) -> None:
+    """The outer directory is root's alone; the socket's, and the socket, are everybody's who has them mounted."""
+    require(os.geteuid() == 0, "needs root: a mount namespace")
+    keys = options(prefix / "lib/systemd/system/loopd@.socket")
+    assert keys["ListenDatagram"] == ["/run/loopd-%i/sock/loopd.sock"]
+    assert (keys["DirectoryMode"], keys["SocketMode"]) == (["0755"], ["0666"])
+    text = (prefix / "lib/systemd/system/loopd@.socket").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^ExecStartPre=(.*)$", text, re.MULTILINE)
+    prepare = line.replace("%i", name).replace("$$", "$")
+    script = f"mount -t tmpfs tmpfs /run; umask 077; {prepare} && stat --format=%a:%U /run/loopd-{name}"
+    done = run("unshare", "--mount", "sh", "-c", script)
+    if taken:
+        assert done.returncode != 0
+        assert f"loopd has a /run/loopd-{name} already" in done.stderr
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (0, "700:root\n", "")
+
+
+def test_instances_share_the_numbers_and_nothing_else(
+    start_daemon: Callable[..., Daemon], make_image: Callable[..., int], directory: int, tmp_path: Path
+) -> None:
+    """Others start and end while one serves: no number is given twice, nothing fails, no lease is another's."""
+    state = f"--state-directory={tmp_path}/state"
+    start = lambda name: start_daemon(state, f"--instance={name}", name=name)  # noqa: E731
+    resident, names = start("resident"), []
+    for turn in range(5):
+        visitor = start(f"visitor{turn}")
+        # Its start removes idle numbers of the range: also those that the other has made ahead of need.
+        for service in (visitor, resident):
+            reply = service.attach(make_image(name=f"image{len(names)}"), directory)
+            assert reply.code is None, reply.fields
+            names.append(reply.fields["devname"])
+        assert [lease["devname"] for lease in leases(visitor)] == names[-2:-1]
+        refused = visitor.ask(wire.Detach(names[-1], 0), [])
+        assert refused.code == "not-found"
+        refused.close()
+        visitor.kill(signal.SIGTERM)
+    assert len(set(names)) == len(names)
+    assert [lease["devname"] for lease in leases(resident)] == names[1::2]
+    resident.stop()
+
+
+# The rights of the service ------------------------------------------------------------------------------
+
+LOOPD = 4242
+"""A uid that owns nothing, for the service's."""
+
+# Runs an installed daemon as the unit says. Of the test's own command the options alone are used, and none of its
+# directories: the user can reach nothing there.
+AS_SERVICE = """
+uid=$1 nodes=$2 mount=$3 capabilities=$4 library=$5
+while [ "$1" != --state-directory ]; do shift; done; shift 2
+mount -t tmpfs tmpfs /run
+mkdir /run/code /run/state /run/loopd-nodes /run/loopd-dev
+cp -r "$library"/. /run/code && chmod -R a+rX /run/code && chown $uid /run/state
+mount -t tmpfs -o "$nodes" tmpfs /run/loopd-nodes
+mount -t tmpfs -o "$mount" tmpfs /run/loopd-dev
+exec setpriv --reuid=$uid --regid=$uid --clear-groups --no-new-privs --inh-caps=-all,$capabilities \\
+    --ambient-caps=-all,$capabilities --bounding-set=-all,$capabilities /usr/bin/python3 -IS -c "
+import sys
+sys.path.insert(0, '/run/code')
+from loopd.daemon import main
+sys.exit(main())" --state-directory=/run/state "$@"
+"""
+
+
+@pytest.fixture
+def as_service(prefix: Path, tmp_path: Path) -> Iterator[Callable[[Path], Activated]]:
+    """Start the installed daemon with the user, mounts and capabilities that the units say, or that a drop-in does."""
+    require(os.geteuid() == 0, "needs root: loop devices")
+    require(os.path.exists("/dev/loop-control"), "needs /dev/loop-control")
+    units = prefix / "lib/systemd/system"
+    (nodes,) = options(units / "loopd.service")["TemporaryFileSystem"]
+    (mount,) = options(units / MOUNT)["Options"]
+    assert "uid=loopd" in mount
+    mount = mount.replace("=loopd", f"={LOOPD}")
+    with contextlib.ExitStack() as stack:
+
+        def start(unit: Path) -> Activated:
+            names = options(unit)["AmbientCapabilities"][-1].split()
+            capabilities = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in names)
+            arguments = [str(LOOPD), nodes.partition(":")[2], mount, capabilities, f"{prefix}/lib/loopd"]
+            (tmp_path / "service").mkdir()
+            found = Activated(tmp_path / "service", [], [*IN_NAMESPACE, AS_SERVICE, "sh", *arguments], {})
+            stack.callback(found.stop)
+            found.start()
+            return found
+
+        yield start
+
+
+@pytest.mark.parametrize("unit", ["lib/systemd/system/loopd.service", "share/doc/loopd/no-sys-admin.conf"])
+def test_rights_of_the_service_are_enough(
+    as_service: Callable[[Path], Activated], prefix: Path, unit: str, image: int, directory: int, devices: Path
+) -> None:
+    """Everything works with the unit's capabilities; what is lost without CAP_SYS_ADMIN is refused, and no more."""
+    sys_admin = unit.endswith(".service")
+    service = as_service(prefix / unit)
+    node = service.attach(image, directory, partscan=True)
+    assert node.code is None, node.fields
+    name = node.fields["devname"]
+    status = (devices / name).stat()
+    assert (stat.S_ISBLK(status.st_mode), status.st_uid) == (True, os.geteuid())
+    rescan = service.ask(wire.Rescan(name, 0), [])
+    assert (rescan.code, rescan.fields.get("partitions")) == ((None, []) if sys_admin else ("unsupported", None))
+    assert service.ask(wire.Resize(name, 0), []).fields == {"size": 1 << 20}
+    assert service.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
+    assert not (devices / name).exists()
+
+    opened = service.attach(image, None, deliver=("fd",))
+    assert (opened.code, len(opened.fds)) == (None, 1)
+    mounted = service.attach(image, None, deliver=("mount",))
+    assert (mounted.code, len(mounted.fds)) == ((None, 1) if sys_admin else ("undeliverable", 0))
+
+    granted = Path(service.ask(wire.Directory("build", 0), []).fields["path"])
+    assert granted.parent == Path(grants.ROOT)
+    grant = os.open(f"/proc/{service.pid}/root{granted}", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        lent = service.attach(image, grant)
+        assert lent.code is None, lent.fields
+        status = os.stat(lent.fields["devname"], dir_fd=grant)
+        assert (stat.S_ISBLK(status.st_mode), status.st_uid) == (True, LOOPD)
+    finally:
+        os.close(grant)
+    for reply in (opened, mounted, lent):
+        reply.close()
+    gone = [opened.fields["devname"], lent.fields["devname"]]
+    eventually(lambda: not any(map(exists, gone)), "the devices are gone")
+    assert leases(service) == []
+    assert service.records("failed") == []
 
 
 # The journal --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import time
 import traceback
@@ -178,8 +179,12 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def elsewhere(act: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> Any:
-    """What `act` returns (as JSON) in a child process of its own, after `prepare`, which may give up rights there."""
+@contextlib.contextmanager
+def concurrently(act: Callable[[], object], prepare: Callable[[], object]) -> Iterator[Callable[[], Any]]:
+    """Run `act` in a child process of its own, after `prepare`, which may give up rights there.
+
+    What is yielded waits for its end and returns what `act` returned, as JSON.
+    """
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -194,10 +199,29 @@ def elsewhere(act: Callable[[], object], prepare: Callable[[], object] = lambda:
         finally:
             os._exit(status)
     os.close(write)
-    with os.fdopen(read, "rb") as result:
-        payload = result.read()
-    assert os.waitpid(child, 0)[1] == 0, "the client process failed, see its traceback"
-    return json.loads(payload)
+    waited = False
+
+    def result() -> Any:
+        nonlocal waited
+        with os.fdopen(os.dup(read), "rb") as stream:
+            payload = stream.read()
+        waited = True
+        assert os.waitpid(child, 0)[1] == 0, "the client process failed, see its traceback"
+        return json.loads(payload)
+
+    try:
+        yield result
+    finally:
+        os.close(read)
+        if not waited:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def elsewhere(act: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> Any:
+    """What `act` returns in a process of its own: `concurrently`, and waited for."""
+    with concurrently(act, prepare) as result:
+        return result()
 
 
 def become(uid: int) -> Callable[[], None]:

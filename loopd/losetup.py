@@ -1,0 +1,981 @@
+#!/usr/bin/python3 -IS
+"""``losetup`` for a container that has loopd's socket: the command line of util-linux 2.38 to 2.42.
+
+Owns that command line, what it prints, its exit codes, and the flat names in /dev. One file, to be bind-mounted by
+itself as `losetup`: it imports nothing of the package, and speaks the wire by itself. It sees and touches the owner's
+devices alone, and opens neither /dev/loop-control nor a device that loopd did not give. Standard library of Python 3.8
+and later; every import counts, for a build script waits for it: `socket` and `json` take longer than all else here.
+
+Exit codes: 0, done; 1, refused, failed, or a device that is not attached; 2, the status of a device cannot be told.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from _socket import AF_UNIX, SCM_RIGHTS, SO_PASSCRED, SOCK_DGRAM, SOCK_SEQPACKET, SOL_SOCKET, socket, socketpair
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Dict, Iterator, NoReturn, Sequence
+
+    Lease = Dict[str, Any]
+
+VERSION = "0.1.0"
+SPEAKS = "2.42"
+SOCKET = os.environ.get("LOOPD_SOCKET") or "/run/loopd/loopd.sock"
+TIMEOUT = 60.0
+"""Seconds for a request and its reply: more than the daemon takes before it gives up by itself."""
+DETACH_WAIT = 1.0
+"""Seconds that a detach may take; a device that somebody has open goes at the last close, as the kernel's does."""
+DEV = "/dev"
+PARTITIONS = 16
+"""Partitions whose flat names are made ahead of them."""
+MAX_REPLY = 65536
+
+NAME = os.path.basename(sys.argv[0]) or "losetup"
+
+
+class Failure(Exception):
+    """What goes to standard error behind the program's name, before it ends with `status` or does the next device."""
+
+    def __init__(self, message: str, code: str = "", status: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = status
+
+
+def say(text: object) -> None:
+    """A line to standard error; what another chose, such as a file's name, cannot forge a second one."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    sys.stderr.write(f"{NAME}: {line}\n")
+
+
+def usage_error(text: str) -> NoReturn:
+    say(text)
+    sys.stderr.write(f"Try '{NAME} --help' for more information.\n")
+    raise SystemExit(1)
+
+
+# The command line -------------------------------------------------------------------------------------------------
+
+LONG = {
+    "all": "a",
+    "set-capacity": "c",
+    "detach": "d",
+    "detach-all": "D",
+    "find": "f",
+    "nooverlap": "L",
+    "help": "h",
+    "associated": "j",
+    "json": "J",
+    "list": "l",
+    "sector-size": "b",
+    "noheadings": "n",
+    "offset": "o",
+    "output": "O",
+    "output-all": "output-all",
+    "sizelimit": "sizelimit",
+    "partscan": "P",
+    "read-only": "r",
+    "direct-io": "direct-io",
+    "raw": "raw",
+    "loop-ref": "loop-ref",
+    "show": "show",
+    "verbose": "v",
+    "version": "V",
+    "remove": "remove",
+}
+"""Every option by its long name, in util-linux's order; its key is the letter where there is one."""
+ARGUMENT = ("b", "j", "o", "O", "sizelimit", "loop-ref")
+"""Keys of the options that have an argument."""
+MAYBE = ("direct-io", "c", "d")
+"""Keys of those that may have one. The device of -c and -d is their argument up to 2.41 and an operand in 2.42."""
+EXCLUSIVE = (("D", "a", "c", "d", "f", "j", "remove"), ("D", "c", "d", "f", "l", "remove"),
+             ("D", "O", "c", "d", "f", "remove"), ("J", "raw"))  # fmt: skip
+
+ACTIONS = {"a": "show", "j": "show", "c": "capacity", "d": "detach", "D": "detach-all", "f": "find", "remove": "remove"}
+FLAGS = {"l": "list", "J": "json", "n": "no_headings", "raw": "raw", "L": "no_overlap", "P": "partscan",
+         "r": "read_only", "show": "show", "v": "verbose"}  # fmt: skip
+SIZES = {
+    "b": ("sector_size", "failed to parse logical block size"),
+    "o": ("offset", "failed to parse offset"),
+    "sizelimit": ("sizelimit", "failed to parse size"),
+}
+
+
+class Options:
+    """What the command line says; None is what it does not."""
+
+    action = ""
+    list = json = no_headings = raw = no_overlap = partscan = read_only = show = verbose = False
+    sector_size: int | None = None
+    offset: int | None = None
+    sizelimit: int | None = None
+    file: str | None = None
+    ref: str | None = None
+    direct_io: bool | None = None
+    output: str | None = None
+    columns: Sequence[str] = ()
+    operands: Sequence[str] = ()
+
+
+def long_name(key: str) -> str:
+    return next(name for name, value in LONG.items() if value == key)
+
+
+def long_key(name: str) -> str:
+    """The key of a long option that may be abbreviated, as getopt_long(3) has it."""
+    if name in LONG:
+        return LONG[name]
+    found = [option for option in LONG if option.startswith(name)]
+    if not found:
+        usage_error(f"unrecognized option '--{name}'")
+    if len(found) > 1:
+        usage_error(f"option '--{name}' is ambiguous; possibilities: " + " ".join(f"'--{option}'" for option in found))
+    return LONG[found[0]]
+
+
+def getopt(arguments: Sequence[str], operands: list[str]) -> Iterator[tuple[str, str | None]]:
+    """The options in their order, each with its argument; all else goes to `operands`, before, between or behind."""
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            operands.extend(words)
+        elif word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            key = long_key(name)
+            if equals and key not in ARGUMENT + MAYBE:
+                usage_error(f"option '--{long_name(key)}' doesn't allow an argument")
+            argument = value if equals else None
+            if key in ARGUMENT and not equals:
+                argument = next(words, None)
+                if argument is None:
+                    usage_error(f"option '--{long_name(key)}' requires an argument")
+            yield key, argument
+        elif word.startswith("-") and word != "-":
+            yield from letters(word[1:], words)
+        else:
+            operands.append(word)
+
+
+def letters(word: str, words: Iterator[str]) -> Iterator[tuple[str, str | None]]:
+    """The options of a word of letters; an argument is the rest of the word, or the next word."""
+    while word:
+        key, word = word[0], word[1:]
+        if key not in LONG.values():
+            usage_error(f"invalid option -- '{key}'")
+        argument = None
+        if key in ARGUMENT or (key in MAYBE and word.startswith(("/", "loop"))):
+            argument, word = word or next(words, None), ""
+            if argument is None:
+                usage_error(f"option requires an argument -- '{key}'")
+        yield key, argument
+
+
+def exclude(seen: list[str], key: str) -> None:
+    """End the program where an option does not go with one that was there before."""
+    for row in EXCLUSIVE:
+        if key in row and any(other in row and other != key for other in seen):
+            raise Failure("mutually exclusive arguments: " + " ".join(f"--{long_name(other)}" for other in row))
+    seen.append(key)
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """The options, in the order and with the messages of losetup."""
+    options = Options()
+    seen: list[str] = []
+    operands: list[str] = []
+    devices: list[str] = []
+    for key, value in getopt(arguments, operands):
+        exclude(seen, key)
+        if key in ACTIONS:
+            options.action = ACTIONS[key]
+        if key in FLAGS:
+            setattr(options, FLAGS[key], True)
+        elif key in SIZES:
+            setattr(options, SIZES[key][0], size(value or "", SIZES[key][1]))
+        elif key in ("c", "d") and value is not None:
+            devices.append(value)
+        elif key == "j":
+            options.file = value
+        elif key == "O":
+            options.output, options.list = value, True
+        elif key == "output-all":
+            options.columns, options.list = tuple(COLUMNS), True
+        elif key == "loop-ref":
+            options.ref = value
+        elif key == "direct-io":
+            options.direct_io = switch(value)
+        elif key == "h":
+            sys.stdout.write(help_text())
+            raise SystemExit(0)
+        elif key == "V":
+            sys.stdout.write(f"{NAME} from util-linux {SPEAKS} (loopd {VERSION})\n")
+            raise SystemExit(0)
+    options.operands = devices + operands
+    return decide(options, len(arguments))
+
+
+def decide(options: Options, count: int) -> Options:
+    """Settle the action where no option names one, and refuse what does not go with it."""
+    if not count or (not options.action and count == 1 and (options.raw or options.json)):
+        options.action, options.list = "show", True
+    if options.list and not options.columns:
+        options.columns = DEFAULT
+    if options.action == "find" and options.operands:
+        if len(options.operands) > 1:
+            raise Failure("unexpected arguments")
+        options.action, options.file = "create", options.operands[0]
+    if options.list and not options.action and not options.operands:
+        options.action = "show"
+    if options.action in ("capacity", "detach", "remove") and not options.operands:
+        raise Failure("no loop device specified")
+    if not options.action and len(options.operands) == 1:
+        options.action = "show-one"
+        if options.direct_io is not None:
+            options.action = "direct-io"
+        elif options.sector_size is not None:
+            options.action = "sector-size"
+    if not options.action:
+        if len(options.operands) < 2:
+            raise Failure("no file specified" if options.operands else "no loop device specified")
+        options.action = "create-at"
+    setup = options.sizelimit or options.partscan or options.read_only or options.show
+    if not options.action.startswith("create"):
+        if setup or (options.direct_io and options.action != "direct-io"):
+            which = "--{sizelimit,partscan,read-only,show}"
+            raise Failure(f"the options {which} are allowed during loop device setup only")
+        if options.offset is not None and (options.action != "show" or options.file is None):
+            raise Failure("the option --offset is not allowed in this context")
+    if options.output is not None:
+        options.columns = columns(options.output, options.columns)
+    return options
+
+
+SUFFIXES = "KMGTPEZY"
+
+
+def size(text: str, message: str) -> int:
+    """A number of bytes: 512, 0x200, 1K or 1KiB, 1KB, 1.5M."""
+    number = text.lstrip()
+    digits = "0123456789"
+    base, start = 10, 0
+    if number[:2].lower() == "0x":
+        digits, base, start = digits + "abcdefABCDEF", 16, 2
+    elif number[:1] == "0":
+        base = 8
+    end = start
+    while end < len(number) and number[end] in digits[: 8 if base == 8 else None]:
+        end += 1
+    value = int(number[start:end], base) if end > start else -1
+    suffix = number[end:]
+    fraction = ""
+    if suffix[:1] == "." and base != 16:
+        fraction = suffix[1:].rstrip(SUFFIXES + SUFFIXES.lower() + "iBb")
+        suffix = suffix[1 + len(fraction) :]
+    unit = scale(suffix)
+    if value < 0 or unit < 1 or (fraction and (not fraction.isdecimal() or unit == 1)):
+        raise Failure(f"{message}: '{text}': {os.strerror(errno.EINVAL)}")
+    result = value * unit + (int(fraction) * unit // 10 ** len(fraction) if fraction else 0)
+    if result >= 2**64:
+        raise Failure(f"{message}: '{text}': {os.strerror(errno.ERANGE)}")
+    return result
+
+
+def scale(suffix: str) -> int:
+    """What a suffix multiplies by, 0 where it is none."""
+    if not suffix:
+        return 1
+    power = SUFFIXES.find(suffix[0].upper()) + 1
+    base = {"": 1024, "ib": 1024, "b": 1000}.get(suffix[1:].lower() if suffix[1:2] != "I" else "-", 0)
+    return base**power if power and base else 0
+
+
+def switch(value: str | None) -> bool:
+    if value not in (None, "on", "off"):
+        raise Failure(f"argument error: '{value}'")
+    return value != "off"
+
+
+def columns(text: str, given: Sequence[str]) -> Sequence[str]:
+    """The columns of -O; a plus adds to those that are there."""
+    names = text[1:] if text.startswith("+") else text
+    found = []
+    left = names
+    while left:
+        name = left.partition(",")[0]
+        if name.upper() not in COLUMNS:
+            raise Failure(f"unknown column: {left}")
+        found.append(name.upper())
+        left = left[len(name) + 1 :]
+    if not found:
+        raise SystemExit(1)
+    return (*given, *found) if text.startswith("+") else found
+
+
+# The wire ---------------------------------------------------------------------------------------------------------
+
+UNAVAILABLE = {
+    errno.ENOENT: "on the host: systemctl enable --now loopd.socket; into a container, bind-mount the directory "
+    "/run/loopd",
+    errno.ECONNREFUSED: "on the host: systemctl restart loopd.socket; into a container, bind-mount the directory "
+    "/run/loopd, not the socket in it",
+    errno.EACCES: "add the user to the group loopd, a container with --group-add",
+}
+"""What helps, by the errno of connect(2)."""
+
+
+def encoded(value: object) -> str:
+    """A value of a request as JSON."""
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return str(value).lower()
+
+
+class Scan:
+    """What the scanner of `_json` wants to know."""
+
+    strict = True
+    object_hook = object_pairs_hook = None
+    parse_float = float
+    parse_int = int
+    parse_constant = None
+
+
+def decoded(text: str) -> Any:
+    """A JSON text as a value. The scanner in C without the package around it, which takes long to import."""
+    try:
+        from _json import make_scanner
+    except ImportError:
+        import json
+
+        return json.loads(text)
+    return make_scanner(Scan)(text, 0)[0]
+
+
+def ask(op: str, fds: Sequence[int] = (), wait: float = 0, **fields: object) -> Lease:
+    """One request and its reply; Failure with the daemon's code where it is a refusal. The fds stay the caller's."""
+    pairs = {"op": op, **fields, "reply_fd": len(fds)}
+    request = "{" + ",".join(f'"{name}":{encoded(value)}' for name, value in pairs.items()) + "}"
+    ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
+    sender = socket(AF_UNIX, SOCK_DGRAM)
+    try:
+        # The kernel attaches credentials where either side asks for them; a socket made by hand may not.
+        sender.setsockopt(SOL_SOCKET, SO_PASSCRED, 1)
+        sender.connect(SOCKET)
+        sender.settimeout(TIMEOUT)
+        rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (*fds, theirs.fileno()))
+        sender.sendmsg([request.encode()], [(SOL_SOCKET, SCM_RIGHTS, rights)])
+        # With our copy of their end closed, their end of the conversation is a hang-up here.
+        theirs.close()
+        ours.settimeout(TIMEOUT + wait)
+        reply = receive(ours)
+    except TimeoutError:
+        raise Failure(f"no answer from loopd at {SOCKET} in {TIMEOUT:g} s") from None
+    except OSError as error:
+        hint = UNAVAILABLE.get(error.errno or 0, "")
+        why = error.strerror or str(error)
+        raise Failure(f"cannot ask loopd at {SOCKET}: {why}" + (f" ({hint})" if hint else "")) from None
+    finally:
+        theirs.close()
+        sender.close()
+        ours.close()
+    return checked(reply)
+
+
+def receive(channel: socket) -> bytes:
+    try:
+        reply = channel.recv(MAX_REPLY)
+    except ConnectionResetError:
+        reply = b""
+    if not reply:
+        raise Failure(f"loopd at {SOCKET} dropped the request; `journalctl -u loopd` on the host tells why")
+    return reply
+
+
+def checked(reply: bytes) -> Lease:
+    """The fields of a reply that is no refusal."""
+    try:
+        fields = decoded(reply.decode())
+        error = fields.get("error")
+        if error is None:
+            return fields  # type: ignore[no-any-return]
+        code, message = str(error["code"]), str(error["message"])
+    # StopIteration is how the scanner says that there is no JSON.
+    except (AttributeError, KeyError, RecursionError, StopIteration, TypeError, ValueError):
+        raise Failure("the answer of loopd makes no sense; is it a newer one?") from None
+    raise Failure(message, code)
+
+
+def directory() -> str:
+    """Where the nodes are made: the grant that was bound into the container, else /dev."""
+    return os.environ.get("LOOPD_DIRECTORY") or ("/dev/loopd" if os.path.isdir("/dev/loopd") else DEV)
+
+
+def open_directory() -> int:
+    path = directory()
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Failure(f"{path}: {error.strerror}") from None
+
+
+def ask_about(op: str, wait: float = 0, **fields: object) -> Lease:
+    """A request about devices that are there; a directory of loopd's own says whose."""
+    if directory() == DEV:
+        return ask(op, (), wait, **fields)
+    fd = open_directory()
+    try:
+        return ask(op, (fd,), wait, dir_fd=0, **fields)
+    finally:
+        os.close(fd)
+
+
+def leases() -> list[Lease]:
+    """The owner's devices, all of them."""
+    found: list[Lease] = []
+    while True:
+        after = {"after": found[-1]["devname"]} if found else {}
+        reply = ask_about("list", **after)
+        rows = reply.get("leases") or []
+        found += rows
+        if not reply.get("more") or not rows:
+            return found
+
+
+# Devices and their names ------------------------------------------------------------------------------------------
+
+
+def is_devname(name: str) -> bool:
+    return name.startswith("loop") and name[4:].isdecimal() and name.isascii()
+
+
+def is_block(path: str) -> bool:
+    try:
+        return os.stat(path).st_mode & 0o170000 == 0o060000  # S_IFMT, S_IFBLK
+    except OSError:
+        return False
+
+
+def full(device: str) -> str:
+    """A device as it was named, as a path: loop0 is /dev/loop0."""
+    return device if device.startswith("/") else f"{DEV}/{device}"
+
+
+def devname(device: str) -> str:
+    """The kernel's name of a device, by that of its node, whether that is still there or not."""
+    path = os.path.realpath(full(device))
+    name = os.path.basename(path)
+    if not os.path.exists(path):
+        path = os.path.dirname(path) if is_devname(name) else ""
+    elif not is_block(path):
+        path = ""
+    elif not is_devname(name):
+        # A node by another name.
+        number = os.stat(path).st_rdev
+        name = os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"))
+    if not path or not is_devname(name):
+        raise Failure(f"{device}: failed to use device: {os.strerror(errno.ENODEV)}")
+    return name
+
+
+def node(name: str) -> str:
+    """The path of a device of which the kernel's name is known; one that has no node here is lost."""
+    for path in (f"{DEV}/{name}", f"{directory()}/{name}"):
+        if is_block(path):
+            return path
+    return f"{DEV}/{name} (lost)"
+
+
+def flat_names(name: str) -> list[str]:
+    return [name, *(f"{name}p{number}" for number in range(1, PARTITIONS + 1))]
+
+
+def target(name: str) -> str:
+    """Where the flat name leads: relative to /dev, so that it holds in a chroot that has /dev bound into it, too."""
+    path = f"{directory()}/{name}"
+    return path[len(DEV) + 1 :] if path.startswith(f"{DEV}/") else path
+
+
+def is_ours(name: str) -> bool:
+    try:
+        return os.readlink(f"{DEV}/{name}") == target(name)
+    except OSError:
+        return False
+
+
+def make_flat(name: str, partscan: bool) -> str:
+    """Make the flat names in /dev of a device in a directory of its own; the path to call it by."""
+    if directory() == DEV:
+        return f"{DEV}/{name}"
+    for flat in flat_names(name) if partscan else [name]:
+        try:
+            os.symlink(target(flat), f"{DEV}/{flat}")
+        except OSError:
+            if not is_ours(flat):
+                return f"{directory()}/{name}"
+    return f"{DEV}/{name}"
+
+
+def remove_flat(name: str) -> None:
+    for flat in flat_names(name):
+        if is_ours(flat):
+            try:
+                os.unlink(f"{DEV}/{flat}")
+            except OSError:
+                return
+
+
+# Actions ----------------------------------------------------------------------------------------------------------
+
+
+def open_image(path: str, read_only: bool) -> int:
+    if not read_only:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EROFS):
+                raise
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def container() -> int:
+    """A pidfd of PID 1 of this pid namespace: the device lives as long as the container."""
+    if hasattr(os, "pidfd_open"):
+        return os.pidfd_open(1)
+    import ctypes  # Python 3.8
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd: int = libc.syscall(434, 1, 0)  # SYS_pidfd_open, the same on every architecture; close-on-exec by itself
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return fd
+
+
+def reference(path: str) -> str:
+    """What losetup gives the kernel as the file's name where no reference is asked for: its first 63 bytes."""
+    text = os.fsencode(os.path.realpath(path))[:63].decode(errors="ignore")
+    return text if text.isprintable() else ""
+
+
+def create(options: Options) -> None:
+    file = options.file or ""
+    path = overlapping(options) if options.no_overlap else None
+    if path is None:
+        try:
+            path = attach(file, options)
+        except OSError as error:
+            raise Failure(f"{file}: failed to set up loop device: {error.strerror}") from None
+        except Failure as failure:
+            failure.args = (f"{file}: failed to set up loop device: {failure}",)
+            raise
+    if options.show:
+        sys.stdout.write(f"{path}\n")
+    warn_size(file, options)
+
+
+def attach(file: str, options: Options) -> str:
+    fields: dict[str, object] = {"fd": 0, "dir_fd": 1, "lease_fd": 2, "partscan": options.partscan}
+    for name in ("offset", "sizelimit", "sector_size"):
+        if getattr(options, name) is not None:
+            fields[name] = getattr(options, name)
+    if options.direct_io is not None:
+        fields["direct_io"] = "on" if options.direct_io else "off"
+    fields["read_only"] = options.read_only
+    fields["ref"] = reference(file) if options.ref is None else options.ref
+    fds: list[int] = []
+    try:
+        fds.append(open_image(file, options.read_only))
+        fds.append(open_directory())
+        fds.append(container())
+        reply = ask("attach", fds, **fields)
+    finally:
+        for fd in fds:
+            os.close(fd)
+    name = str(reply.get("devname"))
+    if not is_devname(name):
+        raise Failure("the answer of loopd makes no sense; is it a newer one?")
+    return make_flat(name, options.partscan)
+
+
+def overlapping(options: Options) -> str | None:
+    """The owner's device that has the same part of the file already; a failure where it has some of it."""
+    file = options.file or ""
+    offset, limit = options.offset or 0, options.sizelimit or 0
+    try:
+        os.stat(file)
+    except OSError:
+        return None  # said when it is opened
+    for lease in leases():
+        if not backs(lease, file):
+            continue
+        if (lease["offset"], lease["sizelimit"]) == (offset, limit):
+            if lease["read_only"] and not options.read_only:
+                raise Failure(f"{file}: overlapping read-only loop device exists")
+            return node(lease["devname"])
+        before = limit and offset + limit <= lease["offset"]
+        behind = lease["sizelimit"] and offset >= lease["offset"] + lease["sizelimit"]
+        if not before and not behind:
+            raise Failure(f"{file}: overlapping loop device exists")
+    return None
+
+
+def backs(lease: Lease, file: str) -> bool:
+    """Whether a file is the one behind a device: the same inode, or the name of one that is gone."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return backing_file(lease) in (file, os.path.realpath(file))
+    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+    return (lease["backing_dev"], lease["backing_inode"]) == (device, status.st_ino)
+
+
+def warn_size(file: str, options: Options) -> None:
+    length = options.sizelimit or os.stat(file).st_size - (options.offset or 0)
+    if length % 512:
+        say(f"{file}: Warning: file does not end on a 512-byte sector boundary; the remaining end of the file will be "
+            "ignored.")  # fmt: skip
+
+
+def lost(device: str, what: str, failure: Failure) -> Failure:
+    """A failure in losetup's words: a device that is not attached has a message of the kernel's."""
+    if failure.code != "not-found":
+        return Failure(f"{full(device)}: {what}{failure}")
+    if not os.path.exists(full(device)):
+        return Failure(f"{device}: failed to use device: {os.strerror(errno.ENODEV)}")
+    return Failure(f"{full(device)}: {what}{os.strerror(errno.ENXIO)}")
+
+
+def detach(device: str) -> None:
+    name = devname(device)
+    try:
+        ask_about("detach", DETACH_WAIT, devname=name, wait=DETACH_WAIT)
+    except Failure as failure:
+        raise lost(device, "detach failed: ", failure) from None
+    remove_flat(name)
+
+
+def remove(device: str) -> None:
+    """loopd removes a number by itself when its device is detached; so there is only to say whether it is."""
+    name = os.path.basename(full(device))
+    if any(lease["devname"] == name for lease in leases()) or sysfs(name, "loop/backing_file"):
+        raise Failure(f"{full(device)}: remove failed: {os.strerror(errno.EBUSY)}")
+
+
+def capacity(device: str) -> None:
+    name = devname(device)
+    try:
+        ask_about("resize", devname=name)
+    except Failure as failure:
+        raise lost(device, "set capacity failed: ", failure) from None
+
+
+LOOP_SET_DIRECT_IO = 0x4C08  # <linux/loop.h>
+LOOP_SET_BLOCK_SIZE = 0x4C09
+
+
+def change(device: str, request: int, value: int, what: str) -> None:
+    """Change an attached device by an ioctl of its own; without privilege it takes an fd that can write."""
+    from fcntl import ioctl
+
+    name = devname(device)
+    if all(lease["devname"] != name for lease in leases()):
+        raise lost(device, f"{what} failed: ", Failure("", "not-found"))
+    try:
+        fd = open_image(full(device), read_only=False)
+        try:
+            ioctl(fd, request, value)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise Failure(f"{full(device)}: {what} failed: {error.strerror}") from None
+
+
+def each(action: Any, devices: Sequence[str]) -> int:
+    """Do it to each device, whatever becomes of the others."""
+    status = 0
+    for device in devices:
+        try:
+            action(device)
+        except Failure as failure:
+            say(failure)
+            status = 1
+    return status
+
+
+# Showing ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "AUTOCLEAR": (">", "bool", "whether it goes at the last close"),
+    "BACK-FILE": ("<", "text", "backing file"),
+    "BACK-INO": (">", "number", "inode number of the backing file"),
+    "BACK-MAJ:MIN": ("<", "text", "device numbers of the backing file's file system"),
+    "BACK-MAJ": ("<", "text", "major of these"),
+    "BACK-MIN": ("<", "text", "minor of these"),
+    "NAME": ("<", "text", "loop device"),
+    "OFFSET": (">", "number", "start in the backing file, bytes"),
+    "PARTSCAN": (">", "bool", "whether it has partitions"),
+    "REF": ("<", "text", "reference string"),
+    "RO": (">", "bool", "whether it is read-only"),
+    "SIZELIMIT": (">", "number", "most bytes of the backing file, 0 for no limit"),
+    "MAJ:MIN": ("<", "text", "device numbers of the loop device"),
+    "MAJ": (">", "number", "major of these"),
+    "MIN": (">", "number", "minor of these"),
+    "DIO": (">", "bool", "whether it bypasses the page cache"),
+    "LOG-SEC": (">", "number", "logical sector size, bytes"),
+}
+"""Columns by name: alignment, type in JSON, meaning. The order is that of --output-all."""
+DEFAULT = ("NAME", "SIZELIMIT", "OFFSET", "AUTOCLEAR", "RO", "BACK-FILE", "DIO", "LOG-SEC")
+
+
+def sysfs(name: str, attribute: str) -> str:
+    """What the kernel says of a device, empty where it or /sys is not there."""
+    try:
+        with open(f"/sys/block/{name}/{attribute}", errors="surrogateescape") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""
+
+
+def backing_file(lease: Lease) -> str:
+    """As the kernel tells it to this process, in whose mount namespace it may have another path than in loopd's."""
+    return sysfs(lease["devname"], "loop/backing_file") or str(lease["backing_file"])
+
+
+def numbers(major: object, minor: object, width: int, compact: bool) -> str:
+    return f"{major}:{minor}" if compact else f"{major:>{width}}:{minor:<3}"
+
+
+def cells(lease: Lease, name: str, compact: bool) -> dict[str, str]:
+    """Every column of a device. What a client can change by an ioctl is asked of the kernel."""
+    device = lease["devname"]
+    major, minor = lease["backing_dev"].split(":")
+    return {
+        "AUTOCLEAR": sysfs(device, "loop/autoclear") or "1",
+        "BACK-FILE": backing_file(lease),
+        "BACK-INO": str(lease["backing_inode"]),
+        "BACK-MAJ:MIN": numbers(major, minor, 8, compact),
+        "BACK-MAJ": major,
+        "BACK-MIN": minor,
+        "NAME": name,
+        "OFFSET": str(lease["offset"]),
+        "PARTSCAN": str(int(lease["partscan"])),
+        "REF": lease["ref"],
+        "RO": str(int(lease["read_only"])),
+        "SIZELIMIT": str(lease["sizelimit"]),
+        "MAJ:MIN": numbers(lease["major"], lease["minor"], 3, compact),
+        "MAJ": str(lease["major"]),
+        "MIN": str(lease["minor"]),
+        "DIO": sysfs(device, "loop/dio") or str(int(lease["direct_io"])),
+        "LOG-SEC": sysfs(device, "queue/logical_block_size") or str(lease["sector_size"]),
+    }
+
+
+def line(lease: Lease, name: str) -> str:
+    """A device in the form of -a."""
+    major, minor = map(int, lease["backing_dev"].split(":"))
+    text = f"{name}: [{os.makedev(major, minor):04}]:{lease['backing_inode']} ({backing_file(lease)})"
+    for field in ("offset", "sizelimit"):
+        if lease[field]:
+            text += f", {field} {lease[field]}"
+    return text + "\n"
+
+
+def show(options: Options, found: Sequence[tuple[Lease, str]]) -> None:
+    """Print devices, each with the name it goes by."""
+    if not options.list:
+        sys.stdout.write("".join(line(lease, name) for lease, name in found))
+        return
+    rows = [cells(lease, name, options.raw or options.json) for lease, name in found]
+    if options.json:
+        sys.stdout.write(json_text(options.columns, rows))
+    elif rows:
+        lines = [[row[column] for column in options.columns] for row in rows]
+        head = [] if options.no_headings else [list(options.columns)]
+        if options.raw:
+            sys.stdout.write("".join(" ".join(map(nonblank, cell)) + "\n" for cell in head + lines))
+        else:
+            sys.stdout.write(table(options.columns, head, lines))
+
+
+def table(names: Sequence[str], head: list[list[str]], lines: list[list[str]]) -> str:
+    """Columns side by side, each as wide as its widest cell or its heading, whether that is printed or not."""
+    lines = [[safe(text) for text in cell] for cell in lines]
+    widths = [max(map(width, column)) for column in zip(names, *lines)]
+    text = ""
+    for cell in head + lines:
+        parts = []
+        for name, value, most in zip(names, cell, widths):
+            padding = " " * (most - width(value))
+            parts.append(value + padding if COLUMNS[name][0] == "<" else padding + value)
+        if COLUMNS[names[-1]][0] == "<":
+            parts[-1] = cell[-1]
+        text += " ".join(parts) + "\n"
+    return text
+
+
+def width(text: str) -> int:
+    """Columns on a terminal."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def escaped(text: str, harmless: Any) -> str:
+    return "".join(c if harmless(c) else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in text)
+
+
+def safe(text: str) -> str:
+    return escaped(text.replace("\\x", "\\x5cx"), str.isprintable)
+
+
+def nonblank(text: str) -> str:
+    return escaped(text, lambda c: "!" <= c <= "~" and c != "\\")
+
+
+def json_value(kind: str, text: str) -> str:
+    if kind == "number":
+        return text
+    if kind == "bool":
+        return "true" if text == "1" else "false"
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c >= " " else f"\\u{ord(c):04x}" for c in quoted) + '"'
+
+
+def json_text(names: Sequence[str], rows: list[dict[str, str]]) -> str:
+    objects = []
+    for row in rows:
+        fields = [f'         "{name.lower()}": {json_value(COLUMNS[name][1], row[name])}' for name in names]
+        objects.append("{\n" + ",\n".join(fields) + "\n      }")
+    body = "      " + ",".join(objects) if objects else ""
+    return '{\n   "loopdevices": [\n' + body + "\n   ]\n}\n"
+
+
+def help_text() -> str:
+    options = """
+ -a, --all                     show all of your devices
+ -d, --detach <loopdev>...     detach devices
+ -D, --detach-all              detach all of your devices
+ -f, --find                    take a device for <file>; which one, loopd chooses
+ -c, --set-capacity <loopdev>  take over the size of the backing file
+ -j, --associated <file>       show the devices of <file>
+ -L, --nooverlap               take no second device for the same part of <file>
+     --remove <loopdev>...     remove devices that are detached (loopd has done so)
+
+ -o, --offset <num>            start at byte <num> of the file
+     --sizelimit <num>         use at most <num> bytes of the file
+ -b, --sector-size <num>       logical sector size, bytes
+ -P, --partscan                have the partitions found
+ -r, --read-only               make the device read-only
+     --direct-io[=<on|off>]    bypass the page cache; without this, where that can be
+     --loop-ref <string>       reference string of the device
+     --show                    print the name of the device
+ -v, --verbose                 changes nothing
+
+ -J, --json                    print the list as JSON
+ -l, --list                    print a list, of all devices or one
+ -n, --noheadings              print the list without headings
+ -O, --output <cols>           columns of the list
+     --output-all              all columns
+     --raw                     print the list without alignment
+
+ -h, --help                    print this
+ -V, --version                 print the version
+
+Columns:
+"""
+    usage = f"\nUsage:\n {NAME} [options] [<loopdev>]\n {NAME} [options] -f <file>\n"
+    about = "\nLoop devices of loopd, for a container without /dev/loop-control.\n\nOptions:"
+    return usage + about + options + "".join(f" {name:>12}  {COLUMNS[name][2]}\n" for name in COLUMNS)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def show_one(options: Options) -> None:
+    device = options.operands[0]
+    name = devname(device)
+    try:
+        found = [lease for lease in leases() if lease["devname"] == name]
+    except Failure as failure:
+        raise Failure(f"{full(device)}: {failure}", failure.code, 2) from None
+    if not found:
+        if not os.path.exists(full(device)):
+            raise Failure(f"{device}: failed to use device: {os.strerror(errno.ENODEV)}")
+        raise Failure(f"{full(device)}: {os.strerror(errno.ENXIO)}")
+    show(options, [(lease, full(device)) for lease in found])
+
+
+def detach_all(options: Options) -> int:
+    return each(detach, [lease["devname"] for lease in leases()])
+
+
+def refuse_choice(options: Options) -> None:
+    device = full(options.operands[0])
+    raise Failure(f"{device}: failed to set up loop device: loopd chooses the device: {NAME} -f --show FILE")
+
+
+def refuse_find(options: Options) -> None:
+    raise Failure(f"cannot find an unused loop device: loopd gives one with its file: {NAME} -f --show FILE")
+
+
+def show_all(options: Options) -> None:
+    found = [lease for lease in leases() if options.file is None or backs(lease, options.file)]
+    if options.offset is not None:
+        found = [lease for lease in found if lease["offset"] == options.offset]
+    show(options, [(lease, node(lease["devname"])) for lease in found])
+
+
+PERFORM: dict[str, Any] = {
+    "create": create,
+    "create-at": refuse_choice,
+    "find": refuse_find,
+    "show": show_all,
+    "show-one": show_one,
+    "detach": lambda options: each(detach, options.operands),
+    "detach-all": detach_all,
+    "remove": lambda options: each(remove, options.operands),
+    "capacity": lambda options: capacity(options.operands[0]),
+    "direct-io": lambda options: change(
+        options.operands[0], LOOP_SET_DIRECT_IO, options.direct_io, "set direct io"
+    ),
+    "sector-size": lambda options: change(
+        options.operands[0], LOOP_SET_BLOCK_SIZE, options.sector_size, "set logical block size"
+    ),
+}
+
+
+def run_instead(fallback: str) -> NoReturn:
+    """Be the real losetup; it is not told to fall back, should it be this one."""
+    environment = {name: value for name, value in os.environ.items() if name != "LOOPD_LOSETUP_FALLBACK"}
+    try:
+        os.execve(fallback, [NAME, *sys.argv[1:]], environment)
+    except OSError as error:
+        say(f"LOOPD_LOSETUP_FALLBACK: {fallback}: {error.strerror}")
+        raise SystemExit(1) from None
+
+
+def main() -> int:
+    fallback = os.environ.get("LOOPD_LOSETUP_FALLBACK")
+    if fallback and not os.path.exists(SOCKET):
+        run_instead(fallback)
+    try:
+        options = parse(sys.argv[1:])
+        return PERFORM[options.action](options) or 0
+    except Failure as failure:
+        say(failure)
+        return failure.status
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            say(f"write error: {error.strerror}")
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
