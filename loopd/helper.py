@@ -139,7 +139,7 @@ class Helper:
             if packet.truncated:
                 raise Refusal(Code.MALFORMED, f"more than {wire.MAX_FDS} fds")
             if pidfd is None:  # before Linux 6.5
-                pidfd = os.pidfd_open(packet.sender.pid)
+                pidfd = transport.pidfd_of_sender(packet.sender.pid, packet.arrived)
             packet.fds.add(pidfd)
             if _ended(pidfd):
                 raise ProcessLookupError

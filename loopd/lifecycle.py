@@ -404,8 +404,10 @@ class Lifecycle:
         self._numbers.retire(number, None if account.ended else owner)
 
     def _tell(self, lease: Lease) -> None:
-        for told in lease.waiting:
+        for told in list(lease.waiting):
             told(lease.state)
+        if lease.state is State.RELEASED:
+            lease.waiting.clear()
 
     def transient(self) -> list[Lease]:
         """Leases that nothing keeps when the daemon ends."""

@@ -161,8 +161,7 @@ class Resized(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """Every fd is closed, and none of them hung: the helper takes the next job. Comes where no answer was the `last`.
-    """
+    """Every fd is closed and none hung: the helper takes the next job. Comes when no answer was the `last`."""
 
     last: bool = True
 

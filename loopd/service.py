@@ -69,6 +69,7 @@ class Exchange:
         self.slot: socket.socket | None = None
         self.number: int | None = None
         self.holder: Holder | None = None
+        self.address = b""
         self.lease = ""
         self.grant = ""
         self.fds = FdSet()
@@ -196,21 +197,25 @@ class Service:
     def _admit(self, index: int, payload: bytes, sender: Sender) -> None:
         envelope, request = wire.decode(payload)
         cgroup = accounts.cgroup_of(sender.pid)
+        member = Membership("", "") if cgroup is None else accounts.membership(cgroup)
+        account = self._lifecycle.accounts.get(member.account)
         if cgroup is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
             transport.drop(self._listeners[index].socket)
-            self._audit.record(
-                Event.REFUSED, "A datagram of an unknown sender was dropped", pid=sender.pid, uid=sender.uid
-            )
+            self._shed(account, member, sender, "their senders had ended or are unknown")
             return
-        member = accounts.membership(cgroup)
-        account = self._lifecycle.accounts.get(member.account)
         terms = self.policy.terms(self._instance, member.account, sender.uid, sender.gid)
         if account.stuck >= terms.limits.stuck or account.in_flight >= terms.limits.requests:
             transport.drop(self._listeners[index].socket)
-            self._shed(account, member, sender)
+            self._shed(account, member, sender, "too many of its requests are under way or hang")
             return
         exchange = Exchange(self, index, sender, member, account, terms, envelope, request)
+        if envelope.reply_fd is None:
+            exchange.address = self._address(index, sender)
+            if not exchange.address and not isinstance(request, Refusal):
+                exchange.request = request = Refusal(
+                    Code.UNDELIVERABLE, "there is no reply_fd, and the sender's address cannot be trusted to be its own"
+                )
         undecoded = isinstance(request, Refusal) and not envelope.op
         reply = messages.SEARCH if undecoded else envelope.reply_fd
         job = messages.Take(index, payload, sender, reply, envelope.dir_fd)
@@ -301,7 +306,7 @@ class Service:
         else:
             worker.send(messages.UseNumber(None, Refusal(Code.TIMEOUT, "no device number came free in time")))
 
-    def _shed(self, account: Account, member: Membership, sender: Sender) -> None:
+    def _shed(self, account: Account, member: Membership, sender: Sender, why: str) -> None:
         """Count what is dropped unanswered; one record for each account and second."""
         account.shed += 1
         if account.shed > 1:
@@ -311,7 +316,7 @@ class Service:
             count, account.shed = account.shed, 0
             self._audit.record(
                 Event.SHED,
-                f"{count} requests of {member.account} were dropped: too many of its requests are under way or hang",
+                f"{count} requests of {member.account or 'nobody'} were dropped unanswered: {why}",
                 account=member.account, unit=member.unit, uid=sender.uid, pid=sender.pid, count=count,
             )  # fmt: skip
 
@@ -448,9 +453,12 @@ class Service:
             if state is State.RELEASED:
                 self.answer(exchange, wire.Detached("released"))
             else:
-                # What is said in time, `released`, comes first, and this then changes nothing.
-                busy = wire.Detached("busy")
-                self._poller.later(max(0.0, deadline - time.monotonic()), lambda: void(self.answer(exchange, busy)))
+                self._poller.later(max(0.0, deadline - time.monotonic()), busy)
+
+        def busy() -> None:
+            if told in lease.waiting:
+                lease.waiting.remove(told)
+                self.answer(exchange, wire.Detached("busy"))
 
         lease.waiting.append(told)
         if lease.state is State.HELD:
@@ -509,7 +517,7 @@ class Service:
             if exchange.reply_fd is not None:
                 delivered = transport.reply(exchange.reply_fd, payload, fds)
             else:
-                delivered = self._answer_at_address(exchange, payload)
+                delivered = self._send_to(exchange, payload)
             if delivered and exchange.lease == "reply" and exchange.reply_fd is not None:
                 transport.seal_lease(exchange.reply_fd)
             if exchange.lease == "socket" and exchange.lease_fd is not None:
@@ -528,20 +536,22 @@ class Service:
             self._record(Event.REFUSED, exchange, "The reply could not be delivered", Code.UNDELIVERABLE)
         return delivered
 
-    def _answer_at_address(self, exchange: Exchange, payload: bytes) -> bool:
-        """Answer the seed's form of a request, which has no reply_fd.
+    def _address(self, index: int, sender: Sender) -> bytes:
+        """Where to answer the seed's form of a request, which has no reply_fd; empty where there is no such place.
 
         An address means something else in another network namespace, where it may be somebody else's. So this needs
         proof that the sender shares the listener's, or the administrator's word; and it is never a path.
         """
-        address = exchange.sender.address
-        listener = self._listeners[exchange.listener].socket
-        if not address.startswith(b"\0"):
-            return False
-        if not (self.policy.reply_to_address or transport.shares_network(listener, exchange.sender.pid)):
+        if not sender.address.startswith(b"\0"):
+            return b""
+        shared = self.policy.reply_to_address or transport.shares_network(self._listeners[index].socket, sender.pid)
+        return sender.address if shared else b""
+
+    def _send_to(self, exchange: Exchange, payload: bytes) -> bool:
+        if not exchange.address:
             return False
         try:
-            listener.sendto(payload, socket.MSG_DONTWAIT, address)
+            self._listeners[exchange.listener].socket.sendto(payload, socket.MSG_DONTWAIT, exchange.address)
         except OSError:
             return False
         return True
@@ -560,10 +570,6 @@ class Service:
             pid=exchange.sender.pid, uid=exchange.sender.uid, gid=exchange.sender.gid,
             duration_usec=int((time.monotonic() - exchange.started) * 1e6),
         )  # fmt: skip
-
-
-def void(_: object) -> None:
-    """Nothing, of anything: for a callback whose result nobody wants."""
 
 
 def _check_allowed(request: Attach, allow: Allow) -> None:

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -22,10 +23,26 @@ from . import wire
 # Not in Python's socket module; Linux 6.5 and later.
 SO_PASSPIDFD = 76
 SCM_PIDFD = 4
+SO_TIMESTAMPNS = SCM_TIMESTAMPNS = 35
 
 _UCRED = struct.Struct("iII")  # pid, uid, gid: struct ucred
-# Room for the credentials alone: the kernel then installs no fd and sets MSG_CTRUNC.
-_CREDENTIALS_ONLY = socket.CMSG_SPACE(_UCRED.size)
+_TIMESPEC = struct.Struct("qq")
+
+
+def _knows_pidfds() -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
+        except OSError:
+            return False
+        return True
+
+
+PIDFDS = _knows_pidfds()
+"""Whether the kernel passes a pidfd of the sender along; else the time of arrival tells that a pid was reused."""
+
+# Room for the credentials alone: the kernel then installs no fd and sets MSG_CTRUNC. A time of arrival comes before them.
+_CREDENTIALS_ONLY = socket.CMSG_SPACE(_UCRED.size) + (0 if PIDFDS else socket.CMSG_SPACE(_TIMESPEC.size))
 _EVERYTHING = _CREDENTIALS_ONLY + socket.CMSG_SPACE(4 * wire.MAX_FDS) + socket.CMSG_SPACE(4)
 
 
@@ -94,7 +111,7 @@ class FdSet:
 class Packet(NamedTuple):
     """A datagram that was taken: `fds` are its SCM_RIGHTS, `pidfd` the sender's (None before Linux 6.5).
 
-    `truncated` when there were more fds than wire.MAX_FDS.
+    `truncated` when there were more fds than wire.MAX_FDS. `arrived`: seconds since 1970, 0 where there is a pidfd.
     """
 
     payload: bytes
@@ -102,13 +119,13 @@ class Packet(NamedTuple):
     fds: FdSet
     pidfd: int | None
     truncated: bool
+    arrived: float
 
 
 def prepare(listener: socket.socket) -> None:
     """Have the kernel attach credentials to each datagram, and a pidfd where it can (Linux 6.5)."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    with contextlib.suppress(OSError):
-        listener.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
+    listener.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD if PIDFDS else SO_TIMESTAMPNS, 1)
 
 
 def _sender(control: list[tuple[int, int, bytes]], address: object) -> Sender:
@@ -159,7 +176,35 @@ def take(listener: socket.socket) -> Packet | None:
         return None
     rights, pidfds = _received(control)
     truncated = bool(flags & socket.MSG_CTRUNC) or len(rights) > wire.MAX_FDS
-    return Packet(payload, _sender(control, address), FdSet(rights), pidfds[0] if pidfds else None, truncated)
+    pidfd = pidfds[0] if pidfds else None
+    return Packet(payload, _sender(control, address), FdSet(rights), pidfd, truncated, _arrived(control))
+
+
+def _arrived(control: list[tuple[int, int, bytes]]) -> float:
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind == SCM_TIMESTAMPNS:
+            seconds, nanoseconds = _TIMESPEC.unpack(data)
+            return float(seconds + nanoseconds / 1e9)
+    return 0.0
+
+
+def pidfd_of_sender(pid: int, arrived: float) -> int:
+    """A pidfd of the process that sent a datagram at `arrived`, on a kernel that passes none along.
+
+    A process that is younger than the datagram has only the sender's pid. Raises ProcessLookupError for one such, and
+    when there is none.
+    """
+    pidfd = os.pidfd_open(pid)
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
+            ticks = int(stat.read().rpartition(")")[2].split()[19])  # starttime, since boot
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        if age + 0.02 < time.time() - arrived:  # starttime is cut to a tick of 10 ms
+            raise ProcessLookupError
+    except BaseException as error:
+        os.close(pidfd)
+        raise ProcessLookupError(pid) from error
+    return pidfd
 
 
 def receive(channel: socket.socket, size: int, fds: int, flags: int = 0) -> tuple[bytes, FdSet]:

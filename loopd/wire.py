@@ -326,6 +326,8 @@ def _request(fields: dict[str, Any]) -> Request:
         raise Refusal(Code.MALFORMED, f"{op} needs {', '.join(missing)}") from None
     if isinstance(request, Attach) and "node" in request.deliver and request.dir_fd is None:
         raise Refusal(Code.MALFORMED, 'dir_fd: expected with "node" in deliver')
+    if isinstance(request, Attach) and request.reply_fd is None and request.deliver != ("node",):
+        raise Refusal(Code.MALFORMED, f"reply_fd: expected with {request.deliver[0]!r} in deliver")
     if isinstance(request, Attach) and {"node", "mount"} <= set(request.deliver):
         raise Refusal(Code.MALFORMED, "deliver: a node lies in the client's directory or in the mount, not in both")
     return request
