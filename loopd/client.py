@@ -178,6 +178,7 @@ class Undeliverable(Refused):
     """The device could not be handed over, for the reason that the message names."""
 
     code = Code.UNDELIVERABLE
+    hint = "`loopctl doctor` tells what would help"
 
 
 class NoDevice(Refused):
@@ -560,14 +561,13 @@ def _choices(directory: StrPath | int | None, stack: ExitStack) -> Iterator[_Way
         found = layers.obstacle(grant[0], own=False)
         yield _Way(("node",), *grant) if found is None else _inaccessible(grant[1], found)
     fd, path = _opened_directory("/dev" if directory is None else directory, stack)
-    if layers.is_devtmpfs(fd):
-        yield _Way(("fd",), fd, path, kernel=True)
-        return
+    kernel = layers.is_devtmpfs(fd)
+    way = _Way(("fd",) if kernel else ("node",), fd, path, kernel)
     if directory is not None:
-        yield _Way(("node",), fd, path)
+        yield way
         return
-    found = layers.obstacle(fd, own=True)
-    yield _Way(("node",), fd, path) if found is None else _inaccessible(path, found)
+    found = layers.not_the_hosts(fd) if kernel else layers.obstacle(fd, own=True)
+    yield way if found is None else _inaccessible(path, found)
     found = layers.no_mount()
     yield _Way(("mount",)) if found is None else _inaccessible("a mount", found)
 

@@ -147,6 +147,20 @@ USER_NAMESPACE = Obstacle(
 )
 
 
+def not_the_hosts(dir_fd: int) -> Obstacle | None:
+    """What keeps this user from the nodes that the kernel makes in the host's /dev.
+
+    udev gives them to the group that it gives the control device to.
+    """
+    if os.access("loop-control", os.R_OK | os.W_OK, dir_fd=dir_fd, effective_ids=True):
+        return None
+    return Obstacle(
+        "permission",
+        f"the host's loop devices are not for uid {os.geteuid()}",
+        "take a directory of this user's own, -d DIRECTORY, on a mount without nodev",
+    )
+
+
 def unopened(dir_fd: int, name: str, device: tuple[int, int], read_only: bool, error: int) -> Obstacle:
     """Which layer made open(2) of a node fail, by its errno (fs/namei.c, security/device_cgroup.c)."""
     if error == errno.EPERM:

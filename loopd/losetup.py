@@ -14,7 +14,17 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from _socket import AF_UNIX, SCM_RIGHTS, SO_PASSCRED, SOCK_DGRAM, SOCK_SEQPACKET, SOL_SOCKET, socket, socketpair
+from _socket import (
+    AF_UNIX,
+    SCM_RIGHTS,
+    SO_PASSCRED,
+    SOCK_DGRAM,
+    SOCK_SEQPACKET,
+    SOL_SOCKET,
+    socket,
+    socketpair,
+    timeout,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +40,8 @@ TIMEOUT = 60.0
 DETACH_WAIT = 1.0
 """Seconds that a detach may take; a device that somebody has open goes at the last close, as the kernel's does."""
 DEV = "/dev"
+DIRECTORY = os.environ.get("LOOPD_DIRECTORY") or ("/dev/loopd" if os.path.isdir("/dev/loopd") else DEV)
+"""Where the nodes are made: the directory grant that was bound into the container, else /dev."""
 PARTITIONS = 16
 """Partitions whose flat names are made ahead of them."""
 MAX_REPLY = 65536
@@ -96,8 +108,10 @@ EXCLUSIVE = (("D", "a", "c", "d", "f", "j", "remove"), ("D", "c", "d", "f", "l",
              ("D", "O", "c", "d", "f", "remove"), ("J", "raw"))  # fmt: skip
 
 ACTIONS = {"a": "show", "j": "show", "c": "capacity", "d": "detach", "D": "detach-all", "f": "find", "remove": "remove"}
-FLAGS = {"l": "list", "J": "json", "n": "no_headings", "raw": "raw", "L": "no_overlap", "P": "partscan",
+FLAGS = {"J": "json", "n": "no_headings", "raw": "raw", "L": "no_overlap", "P": "partscan",
          "r": "read_only", "show": "show", "v": "verbose"}  # fmt: skip
+LISTING = ("l", "O", "output-all")
+TEXTS = {"j": "file", "O": "output", "loop-ref": "ref"}
 SIZES = {
     "b": ("sector_size", "failed to parse logical block size"),
     "o": ("offset", "failed to parse offset"),
@@ -190,40 +204,42 @@ def parse(arguments: Sequence[str]) -> Options:
     devices: list[str] = []
     for key, value in getopt(arguments, operands):
         exclude(seen, key)
-        if key in ACTIONS:
-            options.action = ACTIONS[key]
-        if key in FLAGS:
-            setattr(options, FLAGS[key], True)
-        elif key in SIZES:
-            setattr(options, SIZES[key][0], size(value or "", SIZES[key][1]))
-        elif key in ("c", "d") and value is not None:
+        if key in ("c", "d") and value is not None:
             devices.append(value)
-        elif key == "j":
-            options.file = value
-        elif key == "O":
-            options.output, options.list = value, True
-        elif key == "output-all":
-            options.columns, options.list = tuple(COLUMNS), True
-        elif key == "loop-ref":
-            options.ref = value
-        elif key == "direct-io":
-            options.direct_io = switch(value)
-        elif key == "h":
-            sys.stdout.write(help_text())
-            raise SystemExit(0)
-        elif key == "V":
-            sys.stdout.write(f"{NAME} from util-linux {SPEAKS} (loopd {VERSION})\n")
-            raise SystemExit(0)
+        apply(options, key, value)
     options.operands = devices + operands
-    return decide(options, len(arguments))
-
-
-def decide(options: Options, count: int) -> Options:
-    """Settle the action where no option names one, and refuse what does not go with it."""
-    if not count or (not options.action and count == 1 and (options.raw or options.json)):
+    if not arguments or (not options.action and len(arguments) == 1 and (options.raw or options.json)):
         options.action, options.list = "show", True
+    settle(options)
+    check(options)
     if options.list and not options.columns:
         options.columns = DEFAULT
+    if options.output is not None:
+        options.columns = columns(options.output, options.columns)
+    return options
+
+
+def apply(options: Options, key: str, value: str | None) -> None:
+    """Take one option over."""
+    options.action = ACTIONS.get(key, options.action)
+    options.list = options.list or key in LISTING
+    if key in FLAGS:
+        setattr(options, FLAGS[key], True)
+    elif key in TEXTS:
+        setattr(options, TEXTS[key], value)
+    elif key in SIZES:
+        setattr(options, SIZES[key][0], size(value or "", SIZES[key][1]))
+    elif key == "output-all":
+        options.columns = tuple(COLUMNS)
+    elif key == "direct-io":
+        options.direct_io = switch(value)
+    elif key in TELL:
+        sys.stdout.write(TELL[key]())
+        raise SystemExit(0)
+
+
+def settle(options: Options) -> None:
+    """The action, where the operands decide."""
     if options.action == "find" and options.operands:
         if len(options.operands) > 1:
             raise Failure("unexpected arguments")
@@ -242,55 +258,54 @@ def decide(options: Options, count: int) -> Options:
         if len(options.operands) < 2:
             raise Failure("no file specified" if options.operands else "no loop device specified")
         options.action = "create-at"
+
+
+def check(options: Options) -> None:
+    """Refuse options that do not go with the action."""
+    if options.action.startswith("create"):
+        return
     setup = options.sizelimit or options.partscan or options.read_only or options.show
-    if not options.action.startswith("create"):
-        if setup or (options.direct_io and options.action != "direct-io"):
-            which = "--{sizelimit,partscan,read-only,show}"
-            raise Failure(f"the options {which} are allowed during loop device setup only")
-        if options.offset is not None and (options.action != "show" or options.file is None):
-            raise Failure("the option --offset is not allowed in this context")
-    if options.output is not None:
-        options.columns = columns(options.output, options.columns)
-    return options
+    if setup or (options.direct_io and options.action != "direct-io"):
+        which = "--{sizelimit,partscan,read-only,show}"
+        raise Failure(f"the options {which} are allowed during loop device setup only")
+    if options.offset is not None and (options.action != "show" or options.file is None):
+        raise Failure("the option --offset is not allowed in this context")
 
 
 SUFFIXES = "KMGTPEZY"
 
 
 def size(text: str, message: str) -> int:
-    """A number of bytes: 512, 0x200, 1K or 1KiB, 1KB, 1.5M."""
+    """A number of bytes as strtoumax(3) reads it, with a suffix: 512, 0x200, 1K or 1KiB, 1KB, 1.5M."""
     number = text.lstrip()
-    digits = "0123456789"
-    base, start = 10, 0
-    if number[:2].lower() == "0x":
-        digits, base, start = digits + "abcdefABCDEF", 16, 2
-    elif number[:1] == "0":
-        base = 8
-    end = start
-    while end < len(number) and number[end] in digits[: 8 if base == 8 else None]:
+    base = 16 if number[:2] in ("0x", "0X") else 8 if number[:1] == "0" else 10
+    start = end = 2 if base == 16 else 0
+    digits = "0123456789abcdefABCDEF"[: 22 if base == 16 else base]
+    while number[end : end + 1] and number[end] in digits:
         end += 1
-    value = int(number[start:end], base) if end > start else -1
     suffix = number[end:]
     fraction = ""
-    if suffix[:1] == "." and base != 16:
+    if suffix[:1] == ".":
         fraction = suffix[1:].rstrip(SUFFIXES + SUFFIXES.lower() + "iBb")
         suffix = suffix[1 + len(fraction) :]
     unit = scale(suffix)
-    if value < 0 or unit < 1 or (fraction and (not fraction.isdecimal() or unit == 1)):
+    if end == start or not unit or (fraction and (not fraction.isdecimal() or unit == 1)):
         raise Failure(f"{message}: '{text}': {os.strerror(errno.EINVAL)}")
-    result = value * unit + (int(fraction) * unit // 10 ** len(fraction) if fraction else 0)
-    if result >= 2**64:
+    value = int(number[start:end], base) * unit
+    if fraction:
+        value += int(fraction) * unit // 10 ** len(fraction)
+    if value >= 2**64:
         raise Failure(f"{message}: '{text}': {os.strerror(errno.ERANGE)}")
-    return result
+    return value
 
 
 def scale(suffix: str) -> int:
     """What a suffix multiplies by, 0 where it is none."""
     if not suffix:
         return 1
+    base = {"": 1024, "ib": 1024, "iB": 1024, "b": 1000, "B": 1000}.get(suffix[1:], 0)
     power = SUFFIXES.find(suffix[0].upper()) + 1
-    base = {"": 1024, "ib": 1024, "b": 1000}.get(suffix[1:].lower() if suffix[1:2] != "I" else "-", 0)
-    return base**power if power and base else 0
+    return base**power if power else 0
 
 
 def switch(value: str | None) -> bool:
@@ -347,18 +362,19 @@ class Scan:
 def decoded(text: str) -> Any:
     """A JSON text as a value. The scanner in C without the package around it, which takes long to import."""
     try:
-        from _json import make_scanner
+        from _json import make_scanner  # noqa: PLC0415
     except ImportError:
-        import json
+        import json  # noqa: PLC0415  # an interpreter without it in C
 
         return json.loads(text)
-    return make_scanner(Scan)(text, 0)[0]
+    context: Any = Scan
+    return make_scanner(context)(text, 0)[0]
 
 
-def ask(op: str, fds: Sequence[int] = (), wait: float = 0, **fields: object) -> Lease:
+def ask(fields: dict[str, object], fds: Sequence[int] = ()) -> Lease:
     """One request and its reply; Failure with the daemon's code where it is a refusal. The fds stay the caller's."""
-    pairs = {"op": op, **fields, "reply_fd": len(fds)}
-    request = "{" + ",".join(f'"{name}":{encoded(value)}' for name, value in pairs.items()) + "}"
+    fields["reply_fd"] = len(fds)
+    request = "{" + ",".join(f'"{name}":{encoded(value)}' for name, value in fields.items()) + "}"
     ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
     sender = socket(AF_UNIX, SOCK_DGRAM)
     try:
@@ -370,9 +386,9 @@ def ask(op: str, fds: Sequence[int] = (), wait: float = 0, **fields: object) -> 
         sender.sendmsg([request.encode()], [(SOL_SOCKET, SCM_RIGHTS, rights)])
         # With our copy of their end closed, their end of the conversation is a hang-up here.
         theirs.close()
-        ours.settimeout(TIMEOUT + wait)
+        ours.settimeout(TIMEOUT)
         reply = receive(ours)
-    except TimeoutError:
+    except timeout:
         raise Failure(f"no answer from loopd at {SOCKET} in {TIMEOUT:g} s") from None
     except OSError as error:
         hint = UNAVAILABLE.get(error.errno or 0, "")
@@ -409,26 +425,20 @@ def checked(reply: bytes) -> Lease:
     raise Failure(message, code)
 
 
-def directory() -> str:
-    """Where the nodes are made: the grant that was bound into the container, else /dev."""
-    return os.environ.get("LOOPD_DIRECTORY") or ("/dev/loopd" if os.path.isdir("/dev/loopd") else DEV)
-
-
 def open_directory() -> int:
-    path = directory()
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise Failure(f"{path}: {error.strerror}") from None
+        raise Failure(f"{DIRECTORY}: {error.strerror}") from None
 
 
-def ask_about(op: str, wait: float = 0, **fields: object) -> Lease:
+def ask_about(**fields: object) -> Lease:
     """A request about devices that are there; a directory of loopd's own says whose."""
-    if directory() == DEV:
-        return ask(op, (), wait, **fields)
+    if DIRECTORY == DEV:
+        return ask(fields)
     fd = open_directory()
     try:
-        return ask(op, (fd,), wait, dir_fd=0, **fields)
+        return ask({**fields, "dir_fd": 0}, [fd])
     finally:
         os.close(fd)
 
@@ -438,7 +448,7 @@ def leases() -> list[Lease]:
     found: list[Lease] = []
     while True:
         after = {"after": found[-1]["devname"]} if found else {}
-        reply = ask_about("list", **after)
+        reply = ask_about(op="list", **after)
         rows = reply.get("leases") or []
         found += rows
         if not reply.get("more") or not rows:
@@ -469,21 +479,21 @@ def devname(device: str) -> str:
     path = os.path.realpath(full(device))
     name = os.path.basename(path)
     if not os.path.exists(path):
-        path = os.path.dirname(path) if is_devname(name) else ""
+        name = name if is_devname(name) else ""
     elif not is_block(path):
-        path = ""
+        name = ""
     elif not is_devname(name):
         # A node by another name.
         number = os.stat(path).st_rdev
         name = os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"))
-    if not path or not is_devname(name):
+    if not is_devname(name):
         raise Failure(f"{device}: failed to use device: {os.strerror(errno.ENODEV)}")
     return name
 
 
 def node(name: str) -> str:
     """The path of a device of which the kernel's name is known; one that has no node here is lost."""
-    for path in (f"{DEV}/{name}", f"{directory()}/{name}"):
+    for path in (f"{DEV}/{name}", f"{DIRECTORY}/{name}"):
         if is_block(path):
             return path
     return f"{DEV}/{name} (lost)"
@@ -495,7 +505,7 @@ def flat_names(name: str) -> list[str]:
 
 def target(name: str) -> str:
     """Where the flat name leads: relative to /dev, so that it holds in a chroot that has /dev bound into it, too."""
-    path = f"{directory()}/{name}"
+    path = f"{DIRECTORY}/{name}"
     return path[len(DEV) + 1 :] if path.startswith(f"{DEV}/") else path
 
 
@@ -508,14 +518,14 @@ def is_ours(name: str) -> bool:
 
 def make_flat(name: str, partscan: bool) -> str:
     """Make the flat names in /dev of a device in a directory of its own; the path to call it by."""
-    if directory() == DEV:
+    if DIRECTORY == DEV:
         return f"{DEV}/{name}"
     for flat in flat_names(name) if partscan else [name]:
         try:
             os.symlink(target(flat), f"{DEV}/{flat}")
         except OSError:
             if not is_ours(flat):
-                return f"{directory()}/{name}"
+                return f"{DIRECTORY}/{name}"
     return f"{DEV}/{name}"
 
 
@@ -545,7 +555,7 @@ def container() -> int:
     """A pidfd of PID 1 of this pid namespace: the device lives as long as the container."""
     if hasattr(os, "pidfd_open"):
         return os.pidfd_open(1)
-    import ctypes  # Python 3.8
+    import ctypes  # noqa: PLC0415  # for Python 3.8 alone
 
     libc = ctypes.CDLL(None, use_errno=True)
     fd: int = libc.syscall(434, 1, 0)  # SYS_pidfd_open, the same on every architecture; close-on-exec by itself
@@ -554,10 +564,19 @@ def container() -> int:
     return fd
 
 
+LO_NAME_SIZE = 64  # <linux/loop.h>, with the terminating NUL
+
+
 def reference(path: str) -> str:
-    """What losetup gives the kernel as the file's name where no reference is asked for: its first 63 bytes."""
-    text = os.fsencode(os.path.realpath(path))[:63].decode(errors="ignore")
+    """What losetup gives the kernel as the file's name where no reference is asked for."""
+    text = os.fsencode(os.path.realpath(path))[: LO_NAME_SIZE - 1].decode(errors="ignore")
     return text if text.isprintable() else ""
+
+
+def checked_reference(text: str) -> str:
+    if not text.isprintable() or len(text.encode()) >= LO_NAME_SIZE:
+        raise Failure(f"a reference is printable and of less than {LO_NAME_SIZE} bytes")
+    return text
 
 
 def create(options: Options) -> None:
@@ -569,28 +588,27 @@ def create(options: Options) -> None:
         except OSError as error:
             raise Failure(f"{file}: failed to set up loop device: {error.strerror}") from None
         except Failure as failure:
-            failure.args = (f"{file}: failed to set up loop device: {failure}",)
-            raise
+            raise Failure(f"{file}: failed to set up loop device: {failure}") from None
     if options.show:
         sys.stdout.write(f"{path}\n")
     warn_size(file, options)
 
 
 def attach(file: str, options: Options) -> str:
-    fields: dict[str, object] = {"fd": 0, "dir_fd": 1, "lease_fd": 2, "partscan": options.partscan}
+    fields: dict[str, object] = {"op": "attach", "fd": 0, "dir_fd": 1, "lease_fd": 2, "partscan": options.partscan}
     for name in ("offset", "sizelimit", "sector_size"):
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)
     if options.direct_io is not None:
         fields["direct_io"] = "on" if options.direct_io else "off"
     fields["read_only"] = options.read_only
-    fields["ref"] = reference(file) if options.ref is None else options.ref
+    fields["ref"] = reference(file) if options.ref is None else checked_reference(options.ref)
     fds: list[int] = []
     try:
         fds.append(open_image(file, options.read_only))
         fds.append(open_directory())
         fds.append(container())
-        reply = ask("attach", fds, **fields)
+        reply = ask(fields, fds)
     finally:
         for fd in fds:
             os.close(fd)
@@ -611,7 +629,8 @@ def overlapping(options: Options) -> str | None:
     for lease in leases():
         if not backs(lease, file):
             continue
-        if (lease["offset"], lease["sizelimit"]) == (offset, limit):
+        # One that was detached while it was mounted has no node any more.
+        if (lease["offset"], lease["sizelimit"], lease["state"]) == (offset, limit, "bound"):
             if lease["read_only"] and not options.read_only:
                 raise Failure(f"{file}: overlapping read-only loop device exists")
             return node(lease["devname"])
@@ -633,8 +652,7 @@ def backs(lease: Lease, file: str) -> bool:
 
 
 def warn_size(file: str, options: Options) -> None:
-    length = options.sizelimit or os.stat(file).st_size - (options.offset or 0)
-    if length % 512:
+    if (options.sizelimit or os.stat(file).st_size - (options.offset or 0)) % 512:
         say(f"{file}: Warning: file does not end on a 512-byte sector boundary; the remaining end of the file will be "
             "ignored.")  # fmt: skip
 
@@ -651,10 +669,20 @@ def lost(device: str, what: str, failure: Failure) -> Failure:
 def detach(device: str) -> None:
     name = devname(device)
     try:
-        ask_about("detach", DETACH_WAIT, devname=name, wait=DETACH_WAIT)
+        ask_about(op="detach", devname=name, wait=0 if is_mounted(name) else DETACH_WAIT)
     except Failure as failure:
         raise lost(device, "detach failed: ", failure) from None
     remove_flat(name)
+
+
+def is_mounted(name: str) -> bool:
+    """Whether the device or a partition is mounted here: then it goes at umount, and there is nothing to wait for."""
+    try:
+        with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+            sources = [text.partition(" - ")[2].split(" ")[1].rpartition("/")[2] for text in file]
+    except (IndexError, OSError):
+        return False
+    return any(source == name or source.startswith(f"{name}p") for source in sources)
 
 
 def remove(device: str) -> None:
@@ -667,7 +695,7 @@ def remove(device: str) -> None:
 def capacity(device: str) -> None:
     name = devname(device)
     try:
-        ask_about("resize", devname=name)
+        ask_about(op="resize", devname=name)
     except Failure as failure:
         raise lost(device, "set capacity failed: ", failure) from None
 
@@ -678,7 +706,7 @@ LOOP_SET_BLOCK_SIZE = 0x4C09
 
 def change(device: str, request: int, value: int, what: str) -> None:
     """Change an attached device by an ioctl of its own; without privilege it takes an fd that can write."""
-    from fcntl import ioctl
+    from fcntl import ioctl  # noqa: PLC0415
 
     name = devname(device)
     if all(lease["devname"] != name for lease in leases()):
@@ -686,7 +714,7 @@ def change(device: str, request: int, value: int, what: str) -> None:
     try:
         fd = open_image(full(device), read_only=False)
         try:
-            ioctl(fd, request, value)
+            ioctl(fd, request, min(value, 2**31 - 1))  # a long of the kernel's, an int of Python's
         finally:
             os.close(fd)
     except OSError as error:
@@ -820,7 +848,7 @@ def width(text: str) -> int:
     """Columns on a terminal."""
     if text.isascii():
         return len(text)
-    from unicodedata import combining, east_asian_width
+    from unicodedata import combining, east_asian_width  # noqa: PLC0415
 
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
@@ -940,9 +968,7 @@ PERFORM: dict[str, Any] = {
     "detach-all": detach_all,
     "remove": lambda options: each(remove, options.operands),
     "capacity": lambda options: capacity(options.operands[0]),
-    "direct-io": lambda options: change(
-        options.operands[0], LOOP_SET_DIRECT_IO, options.direct_io, "set direct io"
-    ),
+    "direct-io": lambda options: change(options.operands[0], LOOP_SET_DIRECT_IO, options.direct_io, "set direct io"),
     "sector-size": lambda options: change(
         options.operands[0], LOOP_SET_BLOCK_SIZE, options.sector_size, "set logical block size"
     ),
@@ -953,29 +979,37 @@ def run_instead(fallback: str) -> NoReturn:
     """Be the real losetup; it is not told to fall back, should it be this one."""
     environment = {name: value for name, value in os.environ.items() if name != "LOOPD_LOSETUP_FALLBACK"}
     try:
-        os.execve(fallback, [NAME, *sys.argv[1:]], environment)
+        os.execve(fallback, [NAME, *sys.argv[1:]], environment)  # noqa: S606  # no shell is wanted
     except OSError as error:
         say(f"LOOPD_LOSETUP_FALLBACK: {fallback}: {error.strerror}")
         raise SystemExit(1) from None
 
 
+TELL: dict[str, Any] = {"h": help_text, "V": lambda: f"{NAME} from util-linux {SPEAKS} (loopd {VERSION})\n"}
+
+
 def main() -> int:
+    """Do what the command line says; the exit code."""
     fallback = os.environ.get("LOOPD_LOSETUP_FALLBACK")
     if fallback and not os.path.exists(SOCKET):
         run_instead(fallback)
     try:
         options = parse(sys.argv[1:])
-        return PERFORM[options.action](options) or 0
+        status = PERFORM[options.action](options) or 0
     except Failure as failure:
         say(failure)
-        return failure.status
-    finally:
-        try:
-            sys.stdout.flush()
-        except OSError as error:
-            say(f"write error: {error.strerror}")
-            os._exit(1)
+        status = failure.status
+    except SystemExit as end:
+        status = end.code
+    except KeyboardInterrupt:
+        status = 130  # loopd takes a device away again whose client has gone before the answer
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        say(f"write error: {error.strerror}")
+        status = 1
+    return int(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # without the interpreter's tidying up, which takes as long as the request

@@ -330,7 +330,7 @@ def test_detach_by_force(ctl: Ctl) -> None:
 def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
     row = dict(LEASE, size=3 << 29, read_only=True, age=93784.0, lease="pidfd of 1", backing_file="/a\n\x1b[31mloop")
     mine = {"leases": [LEASE, dict(row, devname="loop10000")]}
-    all_of_them = {"leases": [dict(LEASE, account="loopd.socket /a.scope", uid=1000, pid=7)]}
+    all_of_them = {"leases": [dict(LEASE, account="/a.scope", unit="b.scope", uid=1000, pid=7)]}
     pages = iter([mine, all_of_them, {"leases": []}])
     with Peer(ctl.sock, *[lambda request: request.reply(next(pages))] * 3):
         result = ctl("list")
@@ -340,8 +340,8 @@ def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
             "loop10000  1.5G  1   0    512     1d   attached  pidfd of 1  /a\\n\\x1b[31mloop",
         ]
         header, line = ctl("list").out.splitlines()
-        assert header.split()[8:11] == ["ACCOUNT", "UID", "PID"]
-        assert line.split()[-3:] == ["1000", "7", "/disk.img"]
+        assert header.split()[8:13] == ["OWNER", "UNIT", "UID", "PID", "OPEN-IN"]
+        assert line.split()[-6:] == ["/a.scope", "b.scope", "1000", "7", "-", "/disk.img"]
         assert ctl("list") == (0, "", "")
 
 

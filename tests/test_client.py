@@ -264,7 +264,9 @@ def test_the_device_is_opened_used_and_detached(loop: Loop, sock: Path, tmp_path
     directory.mkdir()
 
     def detached(request: Request) -> None:
-        assert request.fields == {"op": "detach", "devname": loop.reply["devname"], "reply_fd": 0, "wait": 10.0}
+        assert os.path.samestat(os.fstat(request.fds[request.fields.pop("dir_fd")]), directory.stat())
+        expected = {"op": "detach", "devname": loop.reply["devname"], "reply_fd": 1, "wait": 10.0, "diskseq": 7}
+        assert request.fields == expected
         assert not opened_by_this_process(loop.number)
         assert not peer.hung_up()  # released at once and by request, not by the hang-up
         request.reply({"state": "released"})
@@ -338,7 +340,8 @@ def test_an_end_of_with_that_leaves_the_device_in_use_says_so(image: Path, sock:
 
 
 def test_a_device_that_is_gone_counts_as_released(image: Path, sock: Path, tmp_path: Path) -> None:
-    with Peer(sock, answer, lambda request: request.refuse("not-found")):
+    # Whose it was, this user's or its directory's, is not known.
+    with Peer(sock, answer, *[lambda request: request.refuse("not-found")] * 2):
         with loopd.attach(image, tmp_path, open_device=False, socket=sock):
             pass
 

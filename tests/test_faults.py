@@ -39,7 +39,7 @@ ERRNOS: dict[str, tuple[str, ...]] = {
     "epoll_wait": ("EINTR",),
     "fcntl F_DUPFD_CLOEXEC": NO_ROOM,
     "fdatasync": ("EIO", "ENOSPC"),
-    "flock": ("EINTR", "ENOLCK", "EWOULDBLOCK"),
+    "flock": ("EINTR", "ENOLCK", "EAGAIN"),
     "fork": ("EAGAIN", "ENOMEM"),
     "getdents64": ("ENOENT", "ENOMEM", "EIO"),
     "getpeername": ("ENOBUFS",),
@@ -92,16 +92,18 @@ CANNOT_FAIL: dict[str, str] = {
     "fcntl F_SETFD": "fails for no open fd",
     "fcntl F_SETFL": "fails for no open fd of these kinds",
     "futex": "is a wait that is tried again",
+    "getegid": "never fails",
+    "geteuid": "never fails",
     "getpid": "never fails",
     "getppid": "never fails",
     "getrandom": "never fails for so few bytes",
     "gettid": "never fails",
     "getuid": "never fails",
-    "geteuid": "never fails",
     "madvise": "is advice",
     "mmap": "is the interpreter's memory, whose end is no errno to it",
     "mremap": "is the interpreter's memory",
     "munmap": "is the interpreter's memory",
+    "prctl": "never fails with what it is given",
     "restart_syscall": "is strace's doing",
     "rt_sigaction": "never fails",
     "rt_sigprocmask": "never fails",
@@ -132,20 +134,27 @@ class Tracer:
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self._strace.stderr is not None
-        attached = 0
-        while attached < len(pids):
+        said: list[str] = []
+        while sum("attached" in line for line in said) < len(pids):
             line = self._strace.stderr.readline()
-            require(line and "Operation not permitted" not in line, f"strace cannot attach to the daemon: {line}")
-            attached += "attached" in line
+            if not line:
+                self.end()
+                require("Operation not permitted" not in "".join(said), "strace may not trace the daemon here")
+                raise AssertionError(f"strace {' '.join(options)} has ended: {''.join(said)}")
+            said.append(line)
+
+    def end(self) -> None:
+        """Let go of the processes."""
+        self._strace.send_signal(signal.SIGINT)
+        assert self._strace.stderr is not None
+        self._strace.stderr.close()
+        self._strace.wait(20)
 
     def __enter__(self) -> Tracer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._strace.send_signal(signal.SIGINT)
-        assert self._strace.stderr is not None
-        self._strace.stderr.close()
-        self._strace.wait(20)
+        self.end()
 
     def lines(self) -> list[str]:
         return self.path.read_text(errors="replace").splitlines()
@@ -163,10 +172,10 @@ def _calls(lines: list[str]) -> dict[int, list[Call]]:
         count[pid, name] += 1
         meaning = name
         if name in ("ioctl", "fcntl"):
-            command = arguments.split(",")[1].strip(" )").split(" ")[0]
-            # Not in every strace's table.
-            command = "BLKGETDISKSEQ" if "0x80, 0x8" in arguments else command
-            meaning = f"{name} {command}"
+            command = re.match(r"\d+, (?:(\w+)|(_IOC\([^)]*\)))", arguments)
+            assert command is not None, line
+            # BLKGETDISKSEQ is not in every strace's table.
+            meaning = f"{name} {command[1] or 'BLKGETDISKSEQ'}"
         found.setdefault(pid, []).append(Call(name, count[pid, name], meaning, line))
     return found
 
@@ -182,7 +191,11 @@ class Rig:
         self.renew()
 
     def renew(self) -> None:
+        """Another daemon, and nothing of what an earlier one may have left."""
         self.daemon = self._start()
+        for name in os.listdir(self._directory):
+            os.unlink(name, dir_fd=self._directory)
+        eventually(lambda: not bound_to(self.place), "what an earlier one had bound is free")
         for _ in range(3):
             honest(self.daemon)
         self._before = Untouched(self.daemon)
@@ -223,8 +236,6 @@ class Rig:
         with contextlib.closing(reply):
             if reply.fields and reply.code not in (None, *wire.Code):
                 return f"an unknown code: {reply.fields}"
-            if reply.code == "internal":
-                return f"a bug: {reply.fields['error']['message']}"
             if reply.code is not None or not reply.fields:
                 try:
                     eventually(lambda: not bound_to(self.place), "nothing is bound", 2)
@@ -238,8 +249,8 @@ class Rig:
             honest(self.daemon)
             self._before.check(self.place)
         except (AssertionError, OSError, KeyError) as error:
-            log = self.daemon.log().splitlines()[-3:]
-            return f"afterwards: {str(error)[:1500]}\n  log: {log}"
+            own = [line for line in self.daemon.log().splitlines() if "and not by loopd" not in line]
+            return f"afterwards: {error}\n  log: {own[-8:]}"
         return ""
 
 
@@ -263,7 +274,7 @@ def rig(start_daemon: Callable[..., Daemon], image: int, directory: int, tmp_pat
 
 def _break(rig: Rig, role: str, calls: list[Call]) -> None:
     unknown = {call.meaning for call in calls} - {*ERRNOS, *CANNOT_FAIL}
-    assert not unknown, "say in ERRNOS with which errnos these can fail, or in CANNOT_FAIL why they cannot"
+    assert not unknown, f"{sorted(unknown)}: say in ERRNOS with which errnos these can fail, or in CANNOT_FAIL why they cannot"
     wrong: list[str] = []
     missed: list[Call] = []
     for call in calls:

@@ -113,16 +113,15 @@ def test_programs_are_those_of_the_package(prefix: Path) -> None:
         assert f"from {module} import {function}\n" in program.read_text()
 
 
-@pytest.mark.parametrize(("module", "name"), STAND_INS.items())
-def test_stand_in_runs_alone(prefix: Path, tmp_path: Path, module: str, name: str) -> None:
-    if not (ROOT / module).exists():
-        pytest.skip(f"there is no {module} yet")
+@pytest.mark.parametrize("name", [name for module, name in STAND_INS.items() if (ROOT / module).exists()])
+def test_stand_in_runs_alone(prefix: Path, tmp_path: Path, name: str) -> None:
     alone = tmp_path / "alone" / name
     alone.parent.mkdir()
     alone.write_bytes((prefix / "lib/loopd/bin" / name).read_bytes())
     alone.chmod(0o755)
     ran = subprocess.run([alone, "--version"], check=False, capture_output=True, text=True, env={}, cwd="/")
-    assert (ran.returncode, PROJECT["version"] in ran.stdout) == (0, True), ran.stderr
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith(name)
     assert os.listdir(alone.parent) == [name]
 
 

@@ -17,18 +17,13 @@ from typing import Any
 
 import pytest
 from conftest import ask, bound_to, eventually, exists
-from kept import KINDS, Holding, Kept, Record, hold, kept, start_kept  # noqa: F401  # fixtures
+from kept import KINDS, KNOWN, Holding, Kept, Record, hold, kept, start_kept  # noqa: F401  # fixtures
 from processes import NOBODY, Child, become, stays
 from untouched import children, helpers, pair, reply_of, state
 
 from loopd import records, wire
 from loopd.leases import Slots
 from loopd.loop import Loop
-
-def KNOWN(bug: str) -> pytest.MarkDecorator:  # noqa: N802  # reads as the mark that it is
-    """A bug of the daemon that the test shows; when it is mended the mark goes."""
-    return pytest.mark.xfail(strict=True, reason=bug)
-
 
 SOON = 1.0
 """Seconds within which what ends a lease has ended it, with a daemon that runs."""
@@ -270,15 +265,12 @@ def test_an_attach_that_cannot_be_completed_is_refused(
 
 
 @KNOWN("service.answer: only a reply socket that keeps its lease is sealed, so a new daemon cannot tell that it was answered")
-@pytest.mark.parametrize("kind", ["socket", "pidfd"])
-def test_a_client_that_has_its_answer_gets_no_other(
-    kept: Kept, image: int, directory: int, devices: Path, kind: str  # noqa: F811
-) -> None:
-    """It keeps its end of the reply socket open, and has removed the node, which it needs no more."""
+def test_a_client_that_has_its_answer_gets_no_other(kept: Kept, image: int, directory: int) -> None:  # noqa: F811
+    """Although it keeps its end of the reply socket open, and the lease has it still."""
     ours, theirs = pair()
     with ours, theirs:
         reply = kept.ask(wire.Attach(0, 1, 3, 2), [image, directory, theirs.fileno()])
-        (devices / reply.fields["devname"]).unlink()
+        eventually(lambda: kept.records("attached"), "the daemon is done with the request")
         kept.kill()
         assert len(kept.leases()) == 1
         reply.channel.settimeout(0.3)
@@ -287,7 +279,6 @@ def test_a_client_that_has_its_answer_gets_no_other(
         except TimeoutError:
             again = b""
         assert again == b""  # hung up, or nothing
-        assert not list(devices.iterdir())
     eventually(lambda: not kept.leases(), "the lease is over", SOON)
     kept.end()
 

@@ -107,7 +107,7 @@ class Untouched:
         for place in places:
             eventually(lambda place=place: not bound_to(place), f"no file of {place} is bound")
             found = [path for path in place.rglob("loop*") if path.is_block_device()]
-            assert not found
+            assert not found, f"nodes that are left: {found}"
 
 
 def leases(daemon: Daemon) -> list[dict[str, Any]]:
@@ -166,7 +166,11 @@ def ask_at_address(path: str, payload: bytes, fds: list[int]) -> dict[str, Any]:
 def reply_of(channel: socket.socket, timeout: float = 10.0) -> Reply:
     """The reply that comes on the client's end of a reply socket; without fields if it was hung up instead."""
     channel.settimeout(timeout)
-    payload, control, _, _ = channel.recvmsg(wire.MAX_REPLY, socket.CMSG_SPACE(64))
+    try:
+        payload, control, _, _ = channel.recvmsg(wire.MAX_REPLY, socket.CMSG_SPACE(64))
+    except OSError:
+        channel.close()
+        raise
     fds = array.array("i")
     for _, kind, data in control:
         if kind == socket.SCM_RIGHTS:
