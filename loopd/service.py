@@ -548,10 +548,11 @@ class Service:
         return sender.address if shared else b""
 
     def _send_to(self, exchange: Exchange, payload: bytes) -> bool:
-        if not exchange.address:
+        address = exchange.address or self._address(exchange.listener, exchange.sender)
+        if not address:
             return False
         try:
-            self._listeners[exchange.listener].socket.sendto(payload, socket.MSG_DONTWAIT, exchange.address)
+            self._listeners[exchange.listener].socket.sendto(payload, socket.MSG_DONTWAIT, address)
         except OSError:
             return False
         return True
