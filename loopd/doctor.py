@@ -53,13 +53,19 @@ def _place() -> _Place | None:
         host = layers.is_devtmpfs(fd) and not layers.foreign_user_namespace()
         with suppress(OSError):
             bound = os.open(client.directory_grant(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            mount = layers.mount_of(bound)
             os.close(fd)
-            # As the daemon names them: the uid and the name.
-            grant = mount is not None and bool(re.search(r"/\d+-[^/]+\Z", mount.root))
-            return _Place(client.directory_grant(), bound, grant, host)
+            return _Place(client.directory_grant(), bound, _is_grant(bound), host)
         return _Place("/dev", fd, False, host)
     return None
+
+
+def _is_grant(fd: int) -> bool:
+    """Whether this looks like a directory of loopd's: on a tmpfs, named after a uid and in its top directory."""
+    mount = layers.mount_of(fd)
+    if mount is None or mount.type != "tmpfs":
+        return False
+    below = os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), mount.point)
+    return bool(re.fullmatch(r"/\d+-[^/]+", os.path.normpath(os.path.join(mount.root, below))))
 
 
 def _read(path: str) -> str:
@@ -151,12 +157,10 @@ def _device(asked: client.Client) -> Iterator[Finding]:
     for name, what in (("device cgroup", "the device cgroup"), ("lsm", f"a security module ({_lsm()})")):
         if layer == name and found is not None:
             yield Finding("FAIL", name, found.message, found.hint)
-        elif found is None or layer:
-            yield Finding(
-                "OK", name, f"{what} refuses nothing" if found is None else f"{what} is not what refuses"
-            )
+        elif found is None:
+            yield Finding("OK", name, f"{what} refuses nothing")
         else:
-            yield Finding("WARN", name, "not known, since no device was attached")
+            yield Finding("WARN", name, "not known, since no device could be opened")
     if found is None:
         yield Finding("OK", "device", text)
     else:

@@ -18,6 +18,7 @@ SYS_MOVE_MOUNT = 429  # the same on every architecture but Alpha; Linux 5.2
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
 AT_FDCWD = -100
 MNT_DETACH = 2
+NS_GET_USERNS = 0xB701  # ioctl_ns(2); Linux 4.9
 
 BIND = (
     "on the host, bind a directory of loopd's into the container: "
@@ -197,13 +198,31 @@ def unopened(dir_fd: int, name: str, device: tuple[int, int], read_only: bool, e
 
 def no_mount() -> Obstacle | None:
     """What keeps this process from attaching a mount."""
-    if capable(CAP_SYS_ADMIN):
-        return None
-    return Obstacle(
-        "mount",
-        "attaching a mount needs CAP_SYS_ADMIN, in the user namespace of the container",
-        f"{BIND}; in a rootless container --cap-add SYS_ADMIN does, too",
-    )
+    if not capable(CAP_SYS_ADMIN):
+        return Obstacle(
+            "mount",
+            "attaching a mount needs CAP_SYS_ADMIN, in the user namespace of the container",
+            f"{BIND}; in a rootless container --cap-add SYS_ADMIN does, too",
+        )
+    if not _owns_mount_namespace():
+        return Obstacle(
+            "mount",
+            "the mount namespace is of another user namespace than this one",
+            f"{BIND}; `unshare --mount` makes one that is of this",
+        )
+    return None
+
+
+def _owns_mount_namespace() -> bool:
+    """Whether the capabilities of this user namespace count for its mounts: bwrap's inner one is not the owner."""
+    import fcntl  # noqa: PLC0415  # costs all who need no mount
+
+    try:
+        with open("/proc/self/ns/mnt", "rb", buffering=0) as namespace:
+            os.close(fcntl.ioctl(namespace.fileno(), NS_GET_USERNS))
+    except OSError as error:
+        return error.errno != errno.EPERM  # the owner is out of this one's sight
+    return True
 
 
 TEMPORARY = "loopd-"

@@ -419,8 +419,8 @@ def checked(reply: bytes) -> Lease:
         if error is None:
             return fields  # type: ignore[no-any-return]
         code, message = str(error["code"]), str(error["message"])
-    # StopIteration is how the scanner says that there is no JSON.
-    except (AttributeError, KeyError, RecursionError, StopIteration, TypeError, ValueError):
+    # Without JSON the scanner raises StopIteration, or nothing at all where the package is not loaded (3.10, 3.11).
+    except (AttributeError, KeyError, RecursionError, StopIteration, SystemError, TypeError, ValueError):
         raise Failure("the answer of loopd makes no sense; is it a newer one?") from None
     raise Failure(message, code)
 

@@ -1,8 +1,9 @@
 """A FUSE file system that stops answering: a server on the bare /dev/fuse, and the test's handle on it.
 
-As a program, `fuse_never.py MOUNTPOINT`: answers like any file system (one file, one directory) until SIGUSR1; after that it reads
-every request, so that who waits for an answer cannot even be killed, and answers none. Its end ends the connection, and with
-it every wait. Owns the mount; nothing here knows of loopd. The protocol is that of <linux/fuse.h>, version 7.31.
+As a program, `fuse_never.py MOUNTPOINT`: answers like any file system (one file, one directory) until SIGUSR1; after
+that it reads every request, so that who waits for an answer cannot even be killed, and answers none. Its end ends the
+connection, and with it every wait. Owns the mount; nothing here knows of loopd. The protocol is that of
+<linux/fuse.h>, version 7.31.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from pathlib import Path
 
 _IN = struct.Struct("=IIQQIIIHH")  # len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
 _OUT = struct.Struct("=IiQ")  # len, error, unique
-_INIT = struct.Struct("=IIIIHHIIHHI28x")  # major, minor, readahead, flags, background, congestion, max_write, granularity, …
-_ATTR = struct.Struct("=6Q10I")  # ino, size, blocks, three times, their nanoseconds, mode, nlink, uid, gid, rdev, blksize, flags
+# major, minor, readahead, flags, background, congestion, max_write, granularity, pages, alignment, flags2
+_INIT = struct.Struct("=IIIIHHIIHHI28x")
+# ino, size, blocks, three times, their nanoseconds, mode, nlink, uid, gid, rdev, blksize, flags
+_ATTR = struct.Struct("=6Q10I")
 _ENTRY = struct.Struct("=QQQQII")  # nodeid, generation, entry_valid, attr_valid, and their nanoseconds
 _ATTR_OUT = struct.Struct("=QII")  # attr_valid, its nanoseconds, padding
 _OPENED = struct.Struct("=QII")  # fh, open_flags, padding

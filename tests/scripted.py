@@ -161,6 +161,12 @@ def loop(tmp_path: Path) -> Iterator[Loop]:
 
 
 @pytest.fixture(autouse=True)
+def no_directory_of_loopd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the machine of the tests has bound in is none of their business."""
+    monkeypatch.setenv("LOOPD_DIRECTORY", "/nonexistent")
+
+
+@pytest.fixture(autouse=True)
 def no_fd_is_left() -> Iterator[None]:
     before = os.listdir("/proc/self/fd")
     yield

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Sequence
 
 import pytest
-from scripted import DEADLINE, Loop, Peer, Request, loop, no_fd_is_left, released
+from scripted import DEADLINE, Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_left, released
 from test_client import LEASE, REPLY, ROOT
 
 from loopd import cli, wire
 
-__all__ = ["loop", "no_fd_is_left"]  # fixtures
+__all__ = ["loop", "no_directory_of_loopd", "no_fd_is_left"]  # fixtures
 
 IN_USE = "is detached, but somebody still has it open"
 
@@ -42,7 +42,9 @@ class Ctl:
         self.image.write_bytes(bytes(4096))
 
     @contextlib.contextmanager
-    def start(self, *arguments: object, before: Sequence[str] = (), **options: Any) -> Iterator[subprocess.Popen[str]]:
+    def start(
+        self, *arguments: object, before: Sequence[str] = (), **options: Any
+    ) -> Iterator[subprocess.Popen[str]]:
         """The process; it and its command are ended with the block."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOOPD_SOCKET": str(self.sock)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
@@ -188,7 +190,9 @@ def test_run_puts_the_device_into_the_command(ctl: Ctl, loop: Loop) -> None:
     report = "ls /proc/self/fd | wc -l; grep SigIgn: /proc/self/status"
     script = f'printf "%s\\n" "$LOOPD_DEVICE" "$@"; head -c 5 "$1"; {report}; exit 7'
     with Peer(ctl.sock, loop.deliver, detached) as peer:
-        result = ctl("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", script, "--", "{}", "of={},{}", "--", "-r")
+        result = ctl(
+            "run", loop.image, "-d", ctl.dev, "--", "sh", "-c", script, "--", "{}", "of={},{}", "--", "-r"
+        )
         assert "lease_fd" not in peer.requests[0].fields
     assert result.out.split("\n")[:5] == [path, path, f"of={path},{path}", "--", "-r"]
     assert result.out.split("\n")[5] == "loopd4"  # no fd of loopctl's: 0, 1, 2, and that of ls
@@ -284,7 +288,9 @@ def test_a_signal_while_attaching_hangs_up(ctl: Ctl, number: signal.Signals) -> 
 
 def test_the_device_ends_with_loopctl(ctl: Ctl, loop: Loop) -> None:
     with Peer(ctl.sock, loop.deliver) as peer:
-        with ctl.start("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", "echo $$; exec sleep 30") as process:
+        with ctl.start(
+            "run", loop.image, "-d", ctl.dev, "--", "sh", "-c", "echo $$; exec sleep 30"
+        ) as process:
             assert process.stdout is not None
             command = int(process.stdout.readline())
             assert not peer.hung_up()
@@ -328,7 +334,9 @@ def test_detach_by_force(ctl: Ctl) -> None:
 
 
 def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
-    row = dict(LEASE, size=3 << 29, read_only=True, age=93784.0, lease="pidfd of 1", backing_file="/a\n\x1b[31mloop")
+    row = dict(
+        LEASE, size=3 << 29, read_only=True, age=93784.0, lease="pidfd of 1", backing_file="/a\n\x1b[31mloop"
+    )
     mine = {"leases": [LEASE, dict(row, devname="loop10000")]}
     all_of_them = {"leases": [dict(LEASE, account="/a.scope", unit="b.scope", uid=1000, pid=7)]}
     pages = iter([mine, all_of_them, {"leases": []}])
@@ -343,6 +351,85 @@ def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
         assert header.split()[8:13] == ["OWNER", "UNIT", "UID", "PID", "OPEN-IN"]
         assert line.split()[-6:] == ["/a.scope", "b.scope", "1000", "7", "-", "/disk.img"]
         assert ctl("list") == (0, "", "")
+
+
+def test_detach_all(ctl: Ctl) -> None:
+    """All at once first, then the wait for those that are in use; one that is gone by itself is no failure."""
+    asked = []
+
+    def step(request: Request) -> None:
+        assert request.fields["diskseq"] == 7
+        asked.append((request.fields["devname"], request.fields.get("wait", 0) > 0))
+        if request.fields["devname"] == "loop2":
+            busy(request)
+        elif request.fields["devname"] == "loop3":
+            request.refuse("not-found")
+        else:
+            released(request)
+
+    leases = [dict(LEASE, devname=f"loop{number}") for number in (1, 2, 3)]
+    pages = iter([leases, []])
+
+    def listed(request: Request) -> None:
+        request.reply({"leases": next(pages)})
+
+    with Peer(ctl.sock, listed, *[step] * 4, listed):
+        result = ctl("detach", "--all", "--wait", "1")
+        assert ctl("detach", "--all") == (0, "", "")
+    assert asked == [("loop1", False), ("loop2", False), ("loop3", False), ("loop2", True)]
+    assert (result.code, result.out) == (1, "")
+    assert result.err.splitlines()[0] == f"loopctl: loop2 {IN_USE}"
+
+
+def test_directory(ctl: Ctl) -> None:
+    def step(request: Request) -> None:
+        assert request.fields.get("remove", False) is (len(peer.requests) == 2)
+        request.reply({"path": "/run/loopd-dev/0-build"})
+
+    with Peer(ctl.sock, step, step) as peer:
+        assert ctl("directory", "build") == (0, "/run/loopd-dev/0-build\n", "")
+        assert ctl("directory", "build", "--remove").out == "/run/loopd-dev/0-build\n"
+
+
+def test_rescan_prints_paths_and_resize_bytes(ctl: Ctl, loop: Loop) -> None:
+    name = os.path.basename(loop.path)
+    partitions = [f"{name}p1", f"{name}p2"]
+    steps = [lambda request: request.reply({"partitions": partitions})] * 2
+    steps += [
+        lambda request: request.reply({"partitions": []}),
+        lambda request: request.reply({"size": 1 << 40}),
+    ]
+    with Peer(ctl.sock, *steps):
+        assert ctl("rescan", f"{ctl.dev}/{name}").out == "".join(f"{ctl.dev}/{part}\n" for part in partitions)
+        assert ctl("rescan", name).out == "".join(f"/dev/{part}\n" for part in partitions)
+        assert ctl("rescan", name) == (0, "", "")
+        assert ctl("resize", name) == (0, f"{1 << 40}\n", "")
+
+
+@pytest.mark.parametrize("deliver", ["node", "mount", "fd"])
+def test_a_delivery_that_is_asked_for(ctl: Ctl, deliver: str) -> None:
+    def step(request: Request) -> None:
+        assert request.fields.get("deliver", ["node"]) == [deliver]
+        assert ("dir_fd" in request.fields) is (deliver == "node")
+        request.refuse("undeliverable", "not here")
+
+    with Peer(ctl.sock, step):
+        result = ctl("attach", "-d", ctl.dev, "--deliver", deliver, ctl.image)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.splitlines() == ["loopctl: not here", "loopctl: `loopctl doctor` tells what would help"]
+
+
+def test_an_fd_is_of_no_use_after_the_end_of_loopctl(ctl: Ctl, loop: Loop) -> None:
+    """Where the device has no node, or the node of its name is another's, the device is detached again."""
+
+    def step(request: Request) -> None:
+        with open(loop.path, "r+b", buffering=0) as file:
+            request.reply(dict(loop.reply, devname="loop7777777"), [file.fileno()])
+
+    with Peer(ctl.sock, step, released):
+        result = ctl("attach", "--deliver", "fd", loop.image)
+    assert (result.code, result.out) == (1, "")
+    assert "use `loopctl run`" in result.err
 
 
 def test_list_in_json(ctl: Ctl) -> None:
@@ -408,6 +495,13 @@ def test_the_timeout(ctl: Ctl) -> None:
         "run -- true",
         "detach",
         "detach loop1 --wait 1h",
+        "detach loop1 --all",
+        "detach --all --admin",
+        "attach a --deliver pigeon",
+        "directory",
+        "rescan",
+        "resize loop1 loop2",
+        "doctor loop1",
         "list loop1",
         "--timeout nan list",
     ],

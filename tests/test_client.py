@@ -14,15 +14,15 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import pytest
-from scripted import Loop, Peer, Request, loop, no_fd_is_left, released
+from scripted import Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_left, released
 
 import loopd
-from loopd import client, wire
+from loopd import client, layers, wire
 
-__all__ = ["loop", "no_fd_is_left"]  # fixtures
+__all__ = ["loop", "no_directory_of_loopd", "no_fd_is_left"]  # fixtures
 
 ROOT = Path(client.__file__).parents[1]
 REPLY: dict[str, Any] = {
@@ -141,7 +141,9 @@ def test_credentials_are_attached_even_where_the_listener_did_not_ask_for_them(s
         assert (pid, uid, gid) == (os.getpid(), os.getuid(), os.getgid())
 
 
-def test_an_image_or_directory_that_is_an_fd_is_used_and_stays_open(image: Path, sock: Path, tmp_path: Path) -> None:
+def test_an_image_or_directory_that_is_an_fd_is_used_and_stays_open(
+    image: Path, sock: Path, tmp_path: Path
+) -> None:
     fd, dir_fd = os.open(image, os.O_RDONLY), os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with Peer(sock, answer) as peer:
@@ -221,7 +223,9 @@ def test_the_lifetime_device_ends_at_close_and_not_before(image: Path, sock: Pat
 
 
 @pytest.mark.parametrize(("lifetime", "pid"), [("process", os.getpid()), ("container", 1)])
-def test_a_lifetime_is_a_pidfd(image: Path, sock: Path, tmp_path: Path, lifetime: client.Lifetime, pid: int) -> None:
+def test_a_lifetime_is_a_pidfd(
+    image: Path, sock: Path, tmp_path: Path, lifetime: client.Lifetime, pid: int
+) -> None:
     def step(request: Request) -> None:
         assert request.fdinfo("lease_fd") == str(pid)
         request.reply(REPLY)
@@ -265,7 +269,13 @@ def test_the_device_is_opened_used_and_detached(loop: Loop, sock: Path, tmp_path
 
     def detached(request: Request) -> None:
         assert os.path.samestat(os.fstat(request.fds[request.fields.pop("dir_fd")]), directory.stat())
-        expected = {"op": "detach", "devname": loop.reply["devname"], "reply_fd": 1, "wait": 10.0, "diskseq": 7}
+        expected = {
+            "op": "detach",
+            "devname": loop.reply["devname"],
+            "reply_fd": 1,
+            "wait": 10.0,
+            "diskseq": 7,
+        }
         assert request.fields == expected
         assert not opened_by_this_process(loop.number)
         assert not peer.hung_up()  # released at once and by request, not by the hang-up
@@ -297,7 +307,9 @@ def test_a_read_only_device_is_opened_read_only(loop: Loop, sock: Path, tmp_path
         assert device.read_only
 
 
-def test_an_fd_that_was_delivered_is_the_device_and_the_surplus_is_closed(loop: Loop, sock: Path, image: Path) -> None:
+def test_an_fd_that_was_delivered_is_the_device_and_the_surplus_is_closed(
+    loop: Loop, sock: Path, image: Path
+) -> None:
     def step(request: Request) -> None:
         with open(loop.path, "r+b", buffering=0) as file:
             request.reply(loop.reply, [file.fileno(), 0, 0])
@@ -326,7 +338,9 @@ def test_more_fds_than_a_reply_may_have_are_not_kept(sock: Path) -> None:
         assert loopd.hello(socket=sock).loopd == "1"
 
 
-def test_an_end_of_with_that_leaves_the_device_in_use_says_so(image: Path, sock: Path, tmp_path: Path) -> None:
+def test_an_end_of_with_that_leaves_the_device_in_use_says_so(
+    image: Path, sock: Path, tmp_path: Path
+) -> None:
     steps = [answer, lambda request: request.reply({"state": "busy"})] * 2
     with Peer(sock, *steps) as peer:
         with pytest.raises(loopd.Busy, match="loop4096"):
@@ -365,6 +379,103 @@ def test_a_device_that_is_kept_is_not_detached(image: Path, sock: Path, tmp_path
         assert loopd.detach(device, wait=1, socket=sock)
 
 
+# The deliveries and their choice ----------------------------------------------------------------------------
+
+
+def test_loopds_directory_comes_first(
+    loop: Loop, sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grant = tmp_path / "grant"
+    grant.mkdir()
+    monkeypatch.setenv("LOOPD_DIRECTORY", str(grant))
+    with Peer(sock, loop.deliver, released), loopd.attach(loop.image, socket=sock) as device:
+        assert device.path == str(grant / device.devname)
+
+
+def test_a_directory_that_is_given_is_the_only_one(sock: Path, image: Path, tmp_path: Path) -> None:
+    """A refusal of it is not followed by another way."""
+    with Peer(sock, lambda request: request.refuse("undeliverable")):
+        with pytest.raises(loopd.Undeliverable, match="loopctl doctor"):
+            loopd.attach(image, tmp_path, socket=sock)
+
+
+def test_another_way_is_tried_after_a_refusal(
+    loop: Loop, sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not os.path.ismount("/dev"):
+        pytest.skip("needs a devtmpfs at /dev")
+    monkeypatch.setenv("LOOPD_DIRECTORY", str(tmp_path))
+
+    def kernels(request: Request) -> None:
+        assert request.fields["deliver"] == ["fd"]
+        with open(loop.path, "r+b", buffering=0) as file:
+            request.reply(loop.reply, [file.fileno()])
+
+    steps = [lambda request: request.refuse("undeliverable"), kernels, released]
+    with Peer(sock, *steps), loopd.attach(loop.image, socket=sock) as device:
+        assert device.path == loop.path
+
+
+@pytest.mark.parametrize("code", ["quota", "invalid", "bad-fd", "busy", "no-device", "internal"])
+def test_what_has_nothing_to_do_with_the_way_is_not_asked_for_again(
+    code: str, sock: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOPD_DIRECTORY", str(tmp_path))
+    with Peer(sock, lambda request: request.refuse(code)), pytest.raises(loopd.ERRORS[loopd.Code(code)]):
+        loopd.attach(image, socket=sock)
+
+
+def test_a_mount_that_did_not_come_or_is_none_is_an_error_and_detached(
+    sock: Path, image: Path, tmp_path: Path
+) -> None:
+    def no_mount(request: Request) -> None:
+        assert request.fields["deliver"] == ["mount"]
+        assert "dir_fd" not in request.fields
+        request.reply(REPLY, [0])
+
+    with Peer(sock, answer, released, no_mount, released):
+        with pytest.raises(loopd.BadReply, match="without the mount"):
+            loopd.attach(image, tmp_path, deliver=["mount"], socket=sock)
+        with pytest.raises(loopd.DeviceInaccessible) as caught:
+            loopd.attach(image, tmp_path, deliver=["mount"], socket=sock)
+    assert caught.value.layer == "mount"
+    assert not (tmp_path / "loop4096").exists()
+
+
+def test_the_place_of_a_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert layers.make_mount_point("loop1", str(tmp_path / "given")) == str(tmp_path / "given" / "loop1")
+    with pytest.raises(FileExistsError):
+        layers.make_mount_point("loop1", str(tmp_path / "given"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "loopd").touch()  # nothing can be made below it
+    if not os.path.isdir("/dev/loopd") and not os.access("/dev", os.W_OK):
+        first = Path(layers.make_mount_point("loop1"))
+        assert first.parent.parent == tmp_path / "tmp"
+        layers.remove_mount_point(str(first))
+    layers.remove_mount_point(str(tmp_path / "given" / "loop1"))
+    assert list((tmp_path / "given").iterdir()) == []  # which was not made for it alone
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_line_of_mountinfo() -> None:
+    line = "36 35 98:0 /mnt1\\134x /mnt\\0402 rw,noatime master:1 - tmpfs loopd\\040dev rw\n"
+    assert layers.parsed_mount(line) == (36, "/mnt1\\x", "/mnt 2", "tmpfs", "loopd dev")
+    assert {mount.point for mount in layers.mounts()} >= {"/", "/proc"}
+
+
+def test_where_the_node_of_a_device_is(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.path.basename(loop.path)
+    assert client.node_path(name) == loop.path
+    monkeypatch.setenv("LOOPD_DIRECTORY", str(tmp_path))
+    os.mknod(tmp_path / name, 0o60600, loop.number)
+    assert client.node_path(name) == str(tmp_path / name)
+    assert client.node_path(loop.path) == loop.path
+    assert client.node_path(tmp_path / "loop77777777") is None
+    assert client.node_path("loop77777777") is None
+
+
 # What refuses a node ----------------------------------------------------------------------------------------
 
 
@@ -377,7 +488,9 @@ def test_a_node_that_is_another_device_is_refused(loop: Loop, sock: Path, tmp_pa
 
 
 def test_a_node_that_is_missing_is_named(image: Path, sock: Path, tmp_path: Path) -> None:
-    with Peer(sock, answer, released), pytest.raises(loopd.DeviceInaccessible, match="No such file") as caught:
+    with Peer(sock, answer, released), pytest.raises(
+        loopd.DeviceInaccessible, match="No such file"
+    ) as caught:
         loopd.attach(image, tmp_path, socket=sock)
     assert caught.value.layer == "device"
 
@@ -409,7 +522,9 @@ def refusing_layer(loop: Loop, prepare: str, *, wrap: str = 'exec "$@"') -> str:
         (folder / "dev").chmod(0o777)
         code = f"{ATTACH}\nimage = os.open(sys.argv[1], os.O_RDWR)\n{prepare}\nattach(sys.argv[2], image, sys.argv[3])"
         with Peer(folder / "sock", loop.deliver, released):
-            return python(code, loop.image, folder / "dev", folder / "sock", wrap=wrap, DIR=str(folder / "dev"))
+            return python(
+                code, loop.image, folder / "dev", folder / "sock", wrap=wrap, DIR=str(folder / "dev")
+            )
     finally:
         shutil.rmtree(folder)
 
@@ -446,9 +561,9 @@ def test_a_device_cgroup_is_named(loop: Loop) -> None:
     cgroup.mkdir()
     try:
         (cgroup / "devices.deny").write_text("b 7:* w")
-        layer, _, text = refusing_layer(loop, f"open('{cgroup}/cgroup.procs', 'w').write(str(os.getpid()))").partition(
-            " | "
-        )
+        layer, _, text = refusing_layer(
+            loop, f"open('{cgroup}/cgroup.procs', 'w').write(str(os.getpid()))"
+        ).partition(" | ")
     finally:
         cgroup.rmdir()
     assert layer == "device cgroup"
@@ -596,6 +711,89 @@ def test_a_request_that_is_too_long_is_not_sent(image: Path, tmp_path: Path, soc
         loopd.attach(image, tmp_path, ref="x" * 10000, socket=sock)
 
 
+# The other operations ---------------------------------------------------------------------------------------
+
+
+def test_a_request_about_a_device_names_its_directory_and_then_nothing(
+    sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose lease it is, the daemon says: that of the name's directory, of the container's, or of the user."""
+    named, bound = tmp_path / "named", tmp_path / "bound"
+    named.mkdir()
+    bound.mkdir()
+    monkeypatch.setenv("LOOPD_DIRECTORY", str(bound))
+    seen: list[Path | None] = []
+
+    def not_found(request: Request) -> None:
+        assert request.fields["op"] == "resize"
+        index = request.fields.get("dir_fd")
+        status = None if index is None else os.fstat(request.fds[index])
+        seen.append(next((p for p in (named, bound) if status and os.path.samestat(p.stat(), status)), None))
+        request.refuse("not-found")
+
+    with Peer(sock, *[not_found] * 6):
+        for device in (named / "loop1", "loop1", "/nonexistent/loop1"):
+            with pytest.raises(loopd.NotFound):
+                loopd.resize(device, socket=sock)
+            monkeypatch.setenv("LOOPD_DIRECTORY", str(bound) if device == named / "loop1" else "/nonexistent")
+    assert seen == [named, bound, None, bound, None, None]
+
+
+def test_rescan_and_resize(image: Path, sock: Path, tmp_path: Path) -> None:
+    def rescanned(request: Request) -> None:
+        assert (request.fields["op"], request.fields["devname"]) == ("rescan", "loop4096")
+        request.reply({"partitions": ["loop4096p1"]})
+
+    def resized(request: Request) -> None:
+        assert (request.fields["op"], request.fields["devname"]) == ("resize", "loop4096")
+        request.reply({"size": 8192})
+
+    with Peer(sock, answer, rescanned, resized, released, rescanned, resized):
+        with loopd.attach(image, tmp_path, open_device=False, socket=sock) as device:
+            assert device.rescan() == device.partitions == ("loop4096p1",)
+            assert device.resize() == device.size == 8192
+        assert loopd.rescan(device, socket=sock) == ("loop4096p1",)
+        assert loopd.resize("loop4096", socket=sock) == 8192
+    for reply, call in ((b"{}", loopd.rescan), (b"{}", loopd.resize)):
+        with Peer(sock.with_name(call.__name__), lambda request, reply=reply: request.reply(reply)):  # type: ignore[misc]
+            with pytest.raises(loopd.BadReply):
+                call("loop4096", socket=sock.with_name(call.__name__))
+
+
+def test_a_directory_is_asked_for(sock: Path) -> None:
+    def made(request: Request) -> None:
+        assert request.fields == {"op": "directory", "name": "build", "reply_fd": 0}
+        request.reply({"path": "/run/loopd-dev/0-build"})
+
+    def removed(request: Request) -> None:
+        assert request.fields["remove"] is True
+        request.reply({"path": "/run/loopd-dev/0-build"})
+
+    with Peer(sock, made, removed):
+        assert loopd.directory("build", socket=sock) == "/run/loopd-dev/0-build"
+        loopd.directory("build", remove=True, socket=sock)
+
+
+def test_the_list_has_what_is_the_directorys_and_what_is_the_users(
+    sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOPD_DIRECTORY", str(tmp_path))
+    rows = [dict(LEASE, devname=name) for name in ("loop4096", "loop4097", "loop4098")]
+
+    def directorys(request: Request) -> None:
+        assert os.path.samestat(os.fstat(request.fds[request.fields["dir_fd"]]), tmp_path.stat())
+        request.reply({"leases": rows[:2]})
+
+    with Peer(sock, directorys, lambda request: request.reply({"leases": rows[1:]})):
+        assert [lease.devname for lease in loopd.list(socket=sock)] == ["loop4096", "loop4097", "loop4098"]
+
+
+def test_the_daemon_is_known_by_what_the_kernel_attests(sock: Path) -> None:
+    greeting = {"loopd": "1", "protocol": 1, "operations": [], "limits": {}}
+    with Peer(sock, lambda request: request.reply(greeting)):
+        assert loopd.Client(sock).daemon_pid() == os.getpid()
+
+
 # List, hello, names -----------------------------------------------------------------------------------------
 
 
@@ -670,7 +868,9 @@ def reachable() -> Path:
     return folder
 
 
-def python(code: str, *arguments: Path, flags: list[str] = [], wrap: str = 'exec "$@"', **environment: str) -> str:  # noqa: B006
+def python(
+    code: str, *arguments: Path, flags: Sequence[str] = (), wrap: str = 'exec "$@"', **environment: str
+) -> str:
     """What a Python process of its own prints."""
     argv = ["sh", "-c", wrap, "sh", sys.executable, *flags, "-c", code, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **environment}

@@ -27,6 +27,17 @@ from untouched import helpers, pair, reply_of, send, state
 from loopd import wire
 
 UNANSWERED = KNOWN("leases.stored: the reply socket that keeps its lease is not answered on")
+NODE_LEFT = KNOWN("Lifecycle.release: when its helper ends, the lease is closed and the client's nodes stay")
+WAYS = [
+    pytest.param(role, kinds, load, id=f"{role}-{'-'.join(kinds)}-{'under-load' if load else 'alone'}", marks=marks)
+    for role, kinds, marks in (
+        ("main", ("socket", "pidfd"), ()),
+        ("main", ("reply",), UNANSWERED),
+        ("helper", ("socket", "pidfd"), NODE_LEFT),
+        ("helper", ("reply",), NODE_LEFT),
+    )
+    for load in (False, True)
+]
 
 EVERY = os.environ.get("LOOPD_TEST_EVERY_CRASH") == "1"
 SAMPLE = 32
@@ -209,9 +220,7 @@ def recorded(daemon: Kept, role: str, kind: str, site: Site, tmp_path: Path) -> 
     return points
 
 
-@pytest.mark.parametrize("load", [False, True], ids=["alone", "under-load"])
-@pytest.mark.parametrize("kinds", [("socket", "pidfd"), pytest.param(("reply",), marks=UNANSWERED)], ids=["lease_fd", "reply_fd"])
-@pytest.mark.parametrize("role", ["main", "helper"])
+@pytest.mark.parametrize(("role", "kinds", "load"), WAYS)
 def test_killed_at_every_system_call(
     start_kept: Callable[..., Kept], tmp_path: Path, role: str, kinds: tuple[str, ...], load: bool  # noqa: F811
 ) -> None:

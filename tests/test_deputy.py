@@ -296,12 +296,13 @@ def test_a_grant_reaches_its_own_leases_only(daemon: Daemon, image: int) -> None
 def test_an_o_path_fd_is_no_grant(daemon: Daemon, image: int) -> None:
     """Any user of the host can have one of a directory whose name he knows, though he may not open it."""
     path = grant(daemon, ALICE, "mine")
+    below = Path("..", *path.parts[-2:])  # what is above the test's directory is closed to others
     with opened(path) as fd, holding(daemon, image, fd, user(ALICE)) as (name, _):
 
         def bob() -> list[Any]:
-            with pytest.raises(PermissionError), opened(path):
+            with pytest.raises(PermissionError), opened(below):
                 pass
-            with opened(path, os.O_PATH) as pinned:
+            with opened(below, os.O_PATH) as pinned:
                 return [request(wire.Leases(1, dir_fd=0), pinned), request(wire.Detach(name, 1, dir_fd=0), pinned)]
 
         told = client(daemon, bob, user(BOB))
@@ -509,15 +510,18 @@ def test_detaching_again_and_again(daemon: Daemon, image: int, directory: int, d
     def resident() -> int:
         return int(Path(f"/proc/{daemon.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    with (devices / name).open("rb"):
-        for _ in range(200):
-            assert ask(daemon.path, wire.encode_request(wire.Detach(name, 0)), []).fields == {"state": "busy"}
-        before = resident()
-        for _ in range(1500):
+    def detach(times: int) -> None:
+        for _ in range(times):
             reply = ask(daemon.path, wire.encode_request(wire.Detach(name, 0)), [])
             reply.close()
+            assert reply.fields == {"state": "busy"}
+
+    with (devices / name).open("rb"):
+        detach(200)
+        before = resident()
+        detach(3000)
         grown = resident() - before
-    assert grown < 1 << 20, f"{grown} bytes more"
+    assert grown < 1 << 18, f"{grown} bytes more"
 
 
 def _watches(daemon: Daemon) -> int:
@@ -544,13 +548,14 @@ def test_watches_do_not_pile_up(daemon: Daemon, image: int, directory: int, devi
     assert _watches(daemon) <= before + 1
 
 
+@KNOWN("the message is printed as it is where there is no journal")
 def test_what_is_recorded_cannot_be_forged(daemon: Daemon, tmp_path: Path, directory: int) -> None:
     """A path with a newline in it makes no record of its own."""
     path = tmp_path / "x\nloopd: loop1 was detached [MESSAGE_ID='b3e25ffbf24c48e7a4efdb5ee5a71269' LOOPD_EVENT='detached']"
     path.write_bytes(bytes(4096))
     with path.open("r+b") as image:
-        daemon.attach(image.fileno(), directory)
-    eventually(lambda: daemon.records("attached"), "the record is written")
+        assert daemon.attach(image.fileno(), directory).code is None
+    eventually(lambda: "was attached" in daemon.log(), "the record is written")
     assert daemon.records("detached") == []
 
 

@@ -1,8 +1,8 @@
 """Every system call on the way of an attach fails once, with each errno it can have, in the real daemon.
 
-The calls are those that strace records of one attach, so the list follows the code; a call of which nothing is known here fails
-the test. What may come of a fault: a refusal, or success after a retry, or a hang-up where it was the reply itself that could not
-be sent. Never silence, never a leak, never the end of the daemon; and the next client is served.
+The calls are those that strace records of one attach, so the list follows the code; a call of which nothing is known
+here fails the test. What may come of a fault: a refusal, or success after a retry, or a hang-up where it was the reply
+itself that could not be sent. Never silence, never a leak, never the end of the daemon; and the next client is served.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import pytest
 from conftest import Daemon, Reply, bound_to, eventually, require
@@ -150,7 +151,7 @@ class Tracer:
         self._strace.stderr.close()
         self._strace.wait(20)
 
-    def __enter__(self) -> Tracer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -222,7 +223,7 @@ class Rig:
         return calls
 
     def outcome(self, role: str, call: Call, error: str) -> str:
-        """Break one call; what is wrong with what came of it, "" for nothing, "-" if the call was not made this time."""
+        """Break one call; what is wrong with what came of it, "" for nothing, "-" if it was not made this time."""
         inject = f"inject={call.name}:error={error}:when={call.nth}"
         with Tracer(self.place / "trace", self.pids(role), f"-etrace={call.name}", "-e", inject) as tracer:
             try:
@@ -249,8 +250,8 @@ class Rig:
             honest(self.daemon)
             self._before.check(self.place)
         except (AssertionError, OSError, KeyError) as error:
-            own = [line for line in self.daemon.log().splitlines() if "and not by loopd" not in line]
-            return f"afterwards: {error}\n  log: {own[-8:]}"
+            own = [line[:160] for line in self.daemon.log().splitlines() if not line.startswith("loopd: loop")]
+            return f"afterwards: {error}\n  log: {own[-6:]}"
         return ""
 
 
@@ -259,22 +260,47 @@ def rig(start_daemon: Callable[..., Daemon], image: int, directory: int, tmp_pat
     """A daemon that may be broken."""
     require(shutil.which("strace"), "needs strace")
     config = tmp_path / "loopd.toml"
-    config.write_text("idle_timeout = 600\nrequest_timeout = 4\nlimits.new_numbers = 100000\n")
+    config.write_text("idle_timeout = 600\nrequest_timeout = 2\nlimits.new_numbers = 100000\n")
     started: list[Daemon] = []
 
     def start() -> Daemon:
         if started:
             with contextlib.suppress(AssertionError):
                 started[-1].kill()
-        started.append(start_daemon(f"--config={config}", name=f"loopd{len(started)}"))
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        started.append(start_daemon(f"--config={config}", name=f"loopd{len(started)}", environment=environment))
         return started[-1]
 
-    yield Rig(start, image, directory, tmp_path)
+    with _store(tmp_path / "notify"):
+        yield Rig(start, image, directory, tmp_path)
+
+
+@contextlib.contextmanager
+def _store(path: Path) -> Iterator[None]:
+    """A service manager that takes every notification, so that leases are booked in slots of its fd store as well."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(0.1)
+        end = threading.Event()
+
+        def take() -> None:
+            while not end.is_set():
+                with contextlib.suppress(TimeoutError):
+                    for fd in socket.recv_fds(manager, 4096, 253)[1]:
+                        os.close(fd)
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
 
 
 def _break(rig: Rig, role: str, calls: list[Call]) -> None:
     unknown = {call.meaning for call in calls} - {*ERRNOS, *CANNOT_FAIL}
-    assert not unknown, f"{sorted(unknown)}: say in ERRNOS with which errnos these can fail, or in CANNOT_FAIL why they cannot"
+    assert not unknown, f"{sorted(unknown)}: ERRNOS says with which errnos a call can fail, CANNOT_FAIL why not"
     wrong: list[str] = []
     missed: list[Call] = []
     for call in calls:
@@ -284,7 +310,8 @@ def _break(rig: Rig, role: str, calls: list[Call]) -> None:
                 missed.append(call)
             harm = rig.harm()
             if outcome not in ("", "-") or harm:
-                wrong.append(f"{role}: {call.name} {call.nth} fails with {error}: {outcome} {harm}\n  as in: {call.line}")
+                fault = f"{role}: {call.name} {call.nth} fails with {error}"
+                wrong.append(f"{fault}: {outcome} {harm}\n  as in: {call.line[:200]}")
             if harm:
                 rig.renew()
     assert not wrong, f"{len(wrong)} faults did harm:\n" + "\n".join(wrong)
@@ -297,7 +324,7 @@ def test_every_call_fails_once(rig: Rig, role: str) -> None:
 
 
 def test_making_the_number_fails(rig: Rig) -> None:
-    """No number is ahead of need, so the helper makes it: LOOP_CTL_ADD as any other call, and the answers to its asking."""
+    """No number is ahead of need, so the helper makes it: LOOP_CTL_ADD as any other call."""
     (maker,) = set(children(rig.daemon.pid)) - set(helpers(rig.daemon))
     os.kill(maker, signal.SIGSTOP)
     try:

@@ -1,4 +1,4 @@
-"""Files of a FUSE file system that never answers: refused or written off, whatever they are sent as, while others are served."""
+"""Files of a FUSE file system that never answers, sent as anything: refused or written off, while others are served."""
 
 from __future__ import annotations
 
@@ -56,12 +56,14 @@ def _queue(channel: socket.socket, fd: int) -> None:
     channel.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
 
 
-
-
 # What is sent behind reply_fd, by where the file that never answers is; and the code, None for an attach that is done.
 PLACES: dict[str, tuple[bytes, Callable[[Never, int, int], list[int]], str | None]] = {
     "fd": (b'"fd": 1, "dir_fd": 2', lambda never, _, directory: [never.file(), directory], "not-permitted"),
-    "a directory as fd": (b'"fd": 1, "dir_fd": 2', lambda never, _, directory: [never.directory(), directory], "bad-fd"),
+    "a directory as fd": (
+        b'"fd": 1, "dir_fd": 2',
+        lambda never, _, directory: [never.directory(), directory],
+        "bad-fd",
+    ),
     "dir_fd": (b'"fd": 1, "dir_fd": 2', lambda never, image, _: [image, never.directory()], "not-permitted"),
     "a file as dir_fd": (b'"fd": 1, "dir_fd": 2', lambda never, image, _: [image, never.file()], "bad-fd"),
     "lease_fd": (
@@ -80,7 +82,7 @@ DIRECTORIES = ("a directory as fd", "dir_fd")
 
 @contextlib.contextmanager
 def _stopped(daemon: Daemon) -> Iterator[None]:
-    """Let requests gather in the queue: once they are sent, the clients need not hold the file any more, nor hang in it."""
+    """Let requests gather in the queue: once they are sent, clients need not hold the file any more, nor hang in it."""
     os.kill(daemon.pid, signal.SIGSTOP)
     try:
         yield

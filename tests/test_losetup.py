@@ -23,12 +23,12 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT, Daemon, bound_to, eventually, exists, require
 
-import loopd
-from loopd import wire
+from loopd import __version__, wire
+from loopd.loop import Loop
 
 SOURCE = ROOT / "loopd" / "losetup.py"
 MIB = 1 << 20
-CONTENT = b"written in a container"
+PARTITIONS = 16
 
 
 class Result(NamedTuple):
@@ -61,26 +61,29 @@ class Box:
         self.folder = folder
         self.programs = folder / "bin"
         self.programs.mkdir()
-        shutil.copy(SOURCE, self.programs / "losetup")
+        for name, source in (("losetup", "losetup.py"), ("mount", "mountloop.py")):
+            shutil.copy(ROOT / "loopd" / source, self.programs / name)
         bind = f"mkdir /dev/loopd; mount --bind {grant} /dev/loopd; mount -o remount,bind,ro /dev/loopd;"
-        script = f"mount -t tmpfs -o mode=755 tmpfs /dev; mknod -m 666 /dev/null c 1 3; {bind if grant else ''}"
+        script = f"mount -t tmpfs -o mode=755 tmpfs /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/zero c 1 5; {bind if grant else ''}"
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
         self._process = subprocess.Popen(
             [*unshare, "sh", "-ec", f"{script} echo ready; exec sleep 1000"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         self.pid = int(children[0])
+        # The working directory is to be one of this mount namespace's.
+        self.inside = ["nsenter", f"--target={self.pid}", "--mount", "--pid"]
+        self.inside += ["sh", "-c", 'cd "$0" && exec "$@"', str(folder)]
         self.environment = {**os.environ, "LOOPD_SOCKET": daemon.path, "LC_ALL": "C.UTF-8"}
         self.environment["PATH"] = f"{self.programs}:{os.environ['PATH']}:/usr/sbin:/sbin"
         self.environment.pop("LOOPD_DIRECTORY", None)
 
     def __call__(self, *command: object) -> Result:
         """Run a command in it."""
-        inside = ["nsenter", f"--target={self.pid}", "--mount", "--pid", f"--wd={self.folder}"]
-        return run(*inside, *command, env=self.environment)
+        return run(*self.inside, *command, env=self.environment)
 
     def losetup(self, *arguments: object) -> Result:
         return self(self.programs / "losetup", *arguments)
@@ -129,7 +132,7 @@ def plain(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Iterator[Box]:
 def make_box(start_daemon: Callable[..., Daemon], tmp_path: Path, grant: bool) -> Iterator[Box]:
     grants = tmp_path / "grants"
     grants.mkdir()
-    daemon = start_daemon("--grant-directory", str(grants))
+    daemon = start_daemon("--grant-directory", str(grants), name="boxed")
     path = daemon.ask(wire.Directory("box", 0), []).fields["path"] if grant else ""
     folder = tmp_path / "box"
     folder.mkdir()
@@ -158,3 +161,573 @@ def test_find_show_and_detach(box: Box) -> None:
     assert box.names() == set()
     again = box.losetup("-d", device)
     assert again == Result(1, "", f"losetup: {device}: failed to use device: No such device\n")
+
+
+def test_every_option_of_setup_reaches_the_kernel(box: Box) -> None:
+    spellings = [
+        ["-o", "1M", "--sizelimit", "2M", "-b", "4096", "-r", "--direct-io=off", "--loop-ref", 'a "b" \\ ö'],
+        ["-o1MiB", "--sizelimit=2097152", "-b4K", "-r", "--direct-io=off", '--loop-ref=a "b" \\ ö'],
+        ["--offset=0x100000", "--sizelim", "2048K", "--sec", "4096", "--read-only", "--dir=off", '--loop=a "b" \\ ö'],
+    ]
+    wanted = "OFFSET,SIZELIMIT,LOG-SEC,RO,DIO,REF,AUTOCLEAR,PARTSCAN"
+    for options in spellings:
+        device = box.attach(*options, "image")
+        (row,) = json.loads(box.losetup("-l", "-J", "-O", wanted, device).out)["loopdevices"]
+        assert row == {
+            "offset": MIB, "sizelimit": 2 * MIB, "log-sec": 4096, "ro": True, "dio": False,
+            "ref": 'a "b" \\ ö', "autoclear": True, "partscan": False,
+        }  # fmt: skip
+        assert box("blockdev", "--getsize64", device).out == f"{2 * MIB}\n"
+        assert box.losetup("--detach", device).code == 0
+
+
+def test_combined_letters_and_arguments_behind_the_file(box: Box) -> None:
+    result = box.losetup("image", "-fPr", "--show")
+    device = result.out.rstrip()
+    assert box.losetup("-n", "-O", "RO,PARTSCAN", device).out == " 1        1\n"
+    assert box.losetup("-vd", device).code == 0
+
+
+def test_a_read_only_file_makes_a_read_only_device(box: Box) -> None:
+    (box.folder / "image").chmod(0o444)
+    assert box("mount", "--bind", "image", "image").code == 0
+    assert box("mount", "-o", "remount,bind,ro", "image").code == 0
+    device = box.attach("image")
+    assert box.losetup("-n", "-O", "RO", device).out == " 1\n"
+
+
+def test_without_show_nothing_is_printed(box: Box) -> None:
+    assert box.losetup("-f", "image") == Result(0, "", "")
+    assert len(bound_to(box.folder)) == 1
+
+
+def test_the_end_of_the_file_that_fits_no_sector(box: Box) -> None:
+    with (box.folder / "image").open("r+b") as file:
+        file.truncate(1000)
+    result = box.losetup("-f", "image")
+    assert (result.code, result.out) == (0, "")
+    assert "image: Warning: file does not end on a 512-byte sector boundary" in result.err
+
+
+def test_several_are_detached_whatever_becomes_of_the_first(box: Box) -> None:
+    first, second = box.attach("image"), box.attach("image")
+    result = box.losetup("-d", "/dev/loop1048575", first, os.path.basename(second))
+    assert result == Result(1, "", "losetup: /dev/loop1048575: failed to use device: No such device\n")
+    assert not bound_to(box.folder)
+
+
+def test_detach_all_leaves_others_alone(box: Box, daemon: Daemon, image: int, directory: int) -> None:
+    """The other is a client of another daemon, and the host's own."""
+    other = daemon.attach(image, directory).fields["devname"]
+    box.attach("image")
+    box.attach("image")
+    assert box.losetup("-D") == Result(0, "", "")
+    assert not bound_to(box.folder)
+    assert bound_to(box.folder.parent / "image") == [other]
+    assert box.losetup("-d", other).code == 1
+    assert box.losetup("-a") == Result(0, "", "")
+
+
+def test_a_grant_shows_its_own_devices_alone(granted: Box) -> None:
+    mine = granted.attach("image")
+    granted.environment["LOOPD_DIRECTORY"] = "/dev"
+    other = granted.attach("image")
+    assert granted.losetup("-n", "-O", "NAME").out.split() == [other]
+    assert granted.losetup("-d", mine).code == 1
+    assert granted.losetup("-D").code == 0
+    del granted.environment["LOOPD_DIRECTORY"]
+    assert granted.losetup("-n", "-O", "NAME").out.split() == [mine]
+
+
+def test_a_device_in_use_goes_at_the_last_close(box: Box) -> None:
+    device = box.attach("image")
+    (name,) = bound_to(box.folder)
+    path = box.dev(name)
+    with (path.parent / os.readlink(path) if path.is_symlink() else path).open("rb"):
+        assert box.losetup("-d", device) == Result(0, "", "")
+        assert bound_to(box.folder) == [name]
+    eventually(lambda: not bound_to(box.folder), "closed, it is gone")
+
+
+def test_the_devices_end_with_the_container(box: Box) -> None:
+    device = box.attach("image")
+    assert box.losetup(device).code == 0
+    box.close()
+    eventually(lambda: not bound_to(box.folder), "PID 1 has ended")
+
+
+def test_set_capacity(box: Box) -> None:
+    device = box.attach("image")
+    with (box.folder / "image").open("r+b") as file:
+        file.truncate(8 * MIB)
+    assert box("blockdev", "--getsize64", device).out == f"{4 * MIB}\n"
+    assert box.losetup("-c", device) == Result(0, "", "")
+    assert box("blockdev", "--getsize64", device).out == f"{8 * MIB}\n"
+    assert box.losetup("--set-capacity", "loop1048575").code == 1
+
+
+def test_sector_size_and_direct_io_of_an_attached_device(box: Box) -> None:
+    device = box.attach("--direct-io=off", "image")
+    assert box.losetup("-b", "4096", device) == Result(0, "", "")
+    assert box("blockdev", "--getss", device).out == "4096\n"
+    refused = box.losetup("-b", "99999999999", device)
+    assert refused == Result(1, "", f"losetup: {device}: set logical block size failed: Invalid argument\n")
+    assert box.losetup("--direct-io=on", device) == Result(0, "", "")
+    assert box.losetup("-n", "-O", "DIO,LOG-SEC", device).out == "  1    4096\n"
+    assert box.losetup("--direct-io=off", device) == Result(0, "", "")
+    assert box.losetup("-n", "-O", "DIO", device).out == "  0\n"
+    gone = box.losetup("--direct-io", "/dev/loop1048575")
+    assert gone == Result(1, "", "losetup: /dev/loop1048575: failed to use device: No such device\n")
+
+
+def test_no_overlap(box: Box) -> None:
+    device = box.attach("-L", "-o", "1M", "--sizelimit", "1M", "image")
+    assert box.attach("-L", "-o", "1M", "--sizelimit", "1M", "image") == device
+    exists_already = Result(1, "", "losetup: image: overlapping loop device exists\n")
+    assert box.losetup("-L", "-f", "image") == exists_already
+    assert box.losetup("-Lfo1536K", "image") == exists_already
+    assert box.attach("-L", "-o", "2M", "image") != device
+    assert box.attach("-L", "--sizelimit", "1M", "image") != device
+    assert box.losetup("-D").code == 0
+    box.attach("-r", "image")
+    refused = box.losetup("-Lf", "image")
+    assert refused == Result(1, "", "losetup: image: overlapping read-only loop device exists\n")
+    assert len(bound_to(box.folder)) == 1
+
+
+def test_remove(box: Box) -> None:
+    device = box.attach("image")
+    busy = box.losetup("--remove", device)
+    assert busy == Result(1, "", f"losetup: {device}: remove failed: Device or resource busy\n")
+    assert box.losetup("-d", device).code == 0
+    assert box.losetup("--remove", device) == Result(0, "", "")
+
+
+# What a broker cannot grant ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["/dev/loop0", "image"], ["-P", "loop0", "image"], ["-f"], ["-L", "-f"]])
+def test_a_device_of_ones_choice_is_refused(plain: Box, arguments: list[str]) -> None:
+    result = plain.losetup(*arguments)
+    assert (result.code, result.out) == (1, "")
+    assert "loopd" in result.err
+    assert "-f --show FILE" in result.err
+    assert not bound_to(plain.folder)
+
+
+def test_a_refusal_of_loopd_is_told_with_its_reason(plain: Box) -> None:
+    result = plain.losetup("-f", "--show", "-b", "500", "image")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("losetup: image: failed to set up loop device: sector_size: expected one of 512, 1024")
+    result = plain.losetup("-f", "--show", "-o", "4M", "image")
+    assert result.code == 1
+    assert "past the end" in result.err
+    (plain.dev("other")).mkdir()
+    plain.environment["LOOPD_DIRECTORY"] = "/dev/nowhere"
+    result = plain.losetup("-f", "image")
+    assert result == Result(
+        1, "", "losetup: image: failed to set up loop device: /dev/nowhere: No such file or directory\n"
+    )
+
+
+def test_without_the_socket_it_says_what_to_do(plain: Box) -> None:
+    plain.environment["LOOPD_SOCKET"] = str(plain.folder / "nowhere")
+    for arguments, code in ((["-f", "image"], 1), (["-a"], 1), (["-d", "/dev/loop0"], 1), (["/dev/loop0"], 2)):
+        if arguments[-1] == "/dev/loop0":
+            plain("mknod", "/dev/loop0", "b", "7", "0")
+        result = plain.losetup(*arguments)
+        assert (result.code, result.out) == (code, ""), arguments
+        assert result.err.count("\n") == 1
+        assert "systemctl enable --now loopd.socket" in result.err
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(plain.environment["LOOPD_SOCKET"])
+    result = plain.losetup("-a")
+    assert "systemctl restart loopd.socket" in result.err
+
+
+def test_without_the_socket_it_is_the_real_one_if_asked(plain: Box, real: str) -> None:
+    plain.environment["LOOPD_LOSETUP_FALLBACK"] = real
+    assert "(loopd " in plain.losetup("--version").out
+    plain.environment["LOOPD_SOCKET"] = str(plain.folder / "nowhere")
+    assert plain.losetup("--version").out == run(real, "--version").out
+    # Itself by mistake: no endless loop.
+    plain.environment["LOOPD_LOSETUP_FALLBACK"] = str(plain.programs / "losetup")
+    assert "systemctl enable" in plain.losetup("-a").err
+    plain.environment["LOOPD_LOSETUP_FALLBACK"] = "/nonexistent/losetup"
+    missing = plain.losetup("-a")
+    assert missing == Result(
+        1, "", "losetup: LOOPD_LOSETUP_FALLBACK: /nonexistent/losetup: No such file or directory\n"
+    )
+
+
+def test_an_answer_that_makes_no_sense(plain: Box) -> None:
+    """Whatever a daemon of another version says, it is an error and no traceback."""
+    path = str(plain.folder / "other.sock")
+    plain.environment["LOOPD_SOCKET"] = path
+    answers = [b"{", b"[]", b"null", b'{"error": 1}', b'{"devname": "../x"}', b"\xff", b"[" * 60000, b'{"leases": [1]}']
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(path)
+        listener.settimeout(20)
+        for answer in answers:
+            arguments = ["-f", "image"] if b"leases" not in answer else ["-a"]
+            with subprocess.Popen(
+                [*plain.inside, str(plain.programs / "losetup"), *arguments], env=plain.environment,
+                stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
+            ) as process:  # fmt: skip
+                _, fds, _, _ = socket.recv_fds(listener, 8192, 8)
+                with socket.socket(fileno=fds[-1]) as reply:
+                    reply.send(answer)
+                for fd in fds[:-1]:
+                    os.close(fd)
+                error = process.communicate(timeout=20)[1]
+            assert process.returncode == 1, answer
+            assert "the answer of loopd makes no sense" in error, answer
+            assert error.count("\n") == 1
+        listener.setblocking(False)
+        assert not bound_to(plain.folder)
+
+
+# Flat names -------------------------------------------------------------------------------------------------------
+
+
+def test_flat_names_lead_into_the_grant(granted: Box) -> None:
+    device = granted.attach("-P", "image")
+    name = os.path.basename(device)
+    assert os.readlink(granted.dev(name)) == f"loopd/{name}"
+    assert granted.names() == {name, *(f"{name}p{number}" for number in range(1, PARTITIONS + 1))}
+    assert granted("test", "-b", device).code == 0
+    assert granted("test", "-b", f"{device}p1").code == 1
+    # A partition appears, and with it what the name leads to.
+    add_partition(name)
+    eventually(lambda: granted("test", "-b", f"{device}p1").code == 0, "the partition's node is there")
+    assert granted("dd", "if=/dev/zero", f"of={device}p1", "bs=512", "count=1").code == 0
+    assert granted.losetup("-d", device).code == 0
+    assert granted.names() == set()
+
+
+def add_partition(name: str) -> None:
+    """What a kernel with a parser of tables does, or partprobe."""
+    with Loop(int(name[4:])) as device:
+        device.add_partition(1, MIB, MIB)
+
+
+def test_without_partitions_there_is_one_flat_name(granted: Box) -> None:
+    device = granted.attach("image")
+    assert granted.names() == {os.path.basename(device)}
+
+
+def test_a_name_that_is_taken_is_left_alone(granted: Box) -> None:
+    first = granted.attach("image")
+    name = os.path.basename(first)
+    assert granted.losetup("-d", first).code == 0
+    # The next number is not known; so every name of the next few is taken.
+    taken = [f"loop{int(name[4:]) + more}" for more in range(20)]
+    for number in taken:
+        granted.dev(number).write_text("mine")
+    second = granted.attach("-P", "image")
+    assert second == f"/dev/loopd/{os.path.basename(second)}"
+    assert granted("test", "-b", second).code == 0
+    assert granted.losetup("-d", second).code == 0
+    assert {granted.dev(number).read_text() for number in taken} == {"mine"}
+
+
+def test_the_nodes_in_its_own_dev_are_flat_already(plain: Box) -> None:
+    device = plain.attach("-P", "image")
+    name = os.path.basename(device)
+    assert plain.names() == {name}
+    add_partition(name)
+    eventually(lambda: plain("test", "-b", f"{device}p1").code == 0, "the partition's node is there")
+
+
+# Showing, beside the real one -------------------------------------------------------------------------------------
+
+
+SHOW = ["NAME", "AUTOCLEAR", "BACK-FILE", "BACK-INO", "BACK-MAJ:MIN", "MAJ:MIN", "OFFSET", "PARTSCAN", "RO", "SIZELIMIT",
+        "DIO", "LOG-SEC"]  # fmt: skip
+NEWER = ["REF", "BACK-MAJ", "BACK-MIN", "MAJ", "MIN"]
+"""Columns that came after util-linux 2.38."""
+
+
+def commands(device: str, columns: list[str]) -> list[list[str]]:
+    table = ["-O", ",".join(columns)]
+    forms = [["-l"], ["-n", "-l"], ["--raw", "-l"], ["-J", "-l"], ["--json", *table], ["--raw", *table], table]
+    forms += [["-O", column] for column in columns] + [["-n", "-O", column.lower()] for column in columns]
+    forms += [["-l", "-O", "+maj:min,ro"], ["-J"], ["--raw"], []]
+    found = [[*form, device] for form in forms]
+    return found + [[*form, "-j", "image"] for form in (["-l"], ["-l", "-J"], [], ["-n", "-O", "RO,NAME"])]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["-r", "-o", "512", "--sizelimit", "4096"],
+        ["-P", "-b", "4096", "--direct-io=on"],
+        ["-o", "1M", "--direct-io=off"],
+    ],
+    ids=" ".join,
+)
+def test_shows_what_the_real_one_shows(box: Box, real: str, options: list[str]) -> None:
+    device = box.attach(*options, "image")
+    offers = run(real, "--help").out
+    columns = SHOW + [column for column in NEWER if f" {column} " in offers]
+    for command in commands(device, columns):
+        theirs = box(real, *command)
+        assert theirs.code == 0
+        assert box.losetup(*command) == theirs._replace(out=compact(theirs.out) if packed(command) else theirs.out)
+
+
+def packed(command: list[str]) -> bool:
+    return bool({"-J", "--json", "--raw"}.intersection(command))
+
+
+def compact(text: str) -> str:
+    """Up to util-linux 2.40 device numbers are padded in JSON and raw, too."""
+    return re.sub(r'(?<=") *(\d+:\d+) *(?=")|(?:\\x20)+(\d+:\d+)(?:\\x20)*', lambda found: found[1] or found[2], text)
+
+
+def test_shows_names_that_are_no_plain_text(box: Box, real: str) -> None:
+    name = 'a b\tc\nd\\x "é日本'
+    (box.folder / name).write_bytes(bytes(4096))
+    device = box.attach(name)
+    for command in (["-l"], ["-J", "-l"], ["--raw", "-l"], ["-n", "-O", "BACK-FILE,NAME"]):
+        assert box.losetup(*command, device) == box(real, *command, device), command
+
+
+def test_shows_a_file_that_is_gone(box: Box, real: str) -> None:
+    device = box.attach("image")
+    (box.folder / "image").unlink()
+    assert box.losetup(device) == box(real, device)
+    assert "(deleted)" in box.losetup("-l", device).out
+
+
+def test_associated_with_an_offset(box: Box, real: str) -> None:
+    first, second = box.attach("image"), box.attach("-o", "1M", "image")
+    (box.folder / "other").write_bytes(bytes(4096))
+    box.attach("other")
+    (box.folder / "link").symlink_to("image")
+    for command in (["-j", "image"], ["-j", "link"], ["-j", "image", "-o", "1M"], ["-j", "image", "-o", "2M"]):
+        assert sorted(box.losetup(*command).out.splitlines()) == sorted(box(real, *command).out.splitlines())
+    assert box.losetup("-n", "-O", "NAME", "-j", "link").out.split() == [first, second]
+
+
+def test_shows_nothing_as_the_real_one_does(plain: Box, real: str) -> None:
+    for form in ([], ["-l"], ["-l", "-J"], ["-l", "--raw"], ["-n"]):
+        assert plain.losetup(*form, "-j", "/nonexistent") == plain(real, *form, "-j", "/nonexistent")
+    assert plain.losetup() == Result(0, "", "")
+    assert plain.losetup("-a") == Result(0, "", "")
+
+
+def test_all_shows_each(box: Box) -> None:
+    devices = {box.attach("image"), box.attach("-o", "1M", "image")}
+    assert {line.partition(":")[0] for line in box.losetup("-a").out.splitlines()} == devices
+    assert set(box.losetup("-n", "-O", "NAME").out.split()) == devices
+    assert {row["name"] for row in json.loads(box.losetup("-J").out)["loopdevices"]} == devices
+    assert box.losetup("--output-all", "-n").out.count("\n") == 2
+    assert box.losetup().out.splitlines()[0].split() == (
+        "NAME SIZELIMIT OFFSET AUTOCLEAR RO BACK-FILE DIO LOG-SEC".split()
+    )
+
+
+def test_more_devices_than_one_reply_holds(plain: Box, tmp_path: Path) -> None:
+    folder = plain.folder / ("x" * 200) / ("y" * 200) / ("z" * 200)
+    folder.mkdir(parents=True)
+    (folder / "image").write_bytes(bytes(512))
+    for _ in range(70):
+        plain.attach(folder / "image")
+    assert len(plain.losetup("-n", "-O", "NAME").out.split()) == 70
+    assert plain.losetup("-D").code == 0
+    assert not bound_to(folder)
+
+
+def test_a_device_without_a_node_is_lost(plain: Box) -> None:
+    device = plain.attach("image")
+    plain.dev(os.path.basename(device)).unlink()
+    assert plain.losetup("-n", "-O", "NAME").out == f"{device} (lost)\n"
+    assert plain.losetup("-d", device).code == 0
+    assert not bound_to(plain.folder)
+
+
+def test_a_node_by_another_name(plain: Box) -> None:
+    device = plain.attach("image")
+    (name,) = bound_to(plain.folder)
+    major, minor = Path(f"/sys/block/{name}/dev").read_text().split(":")
+    assert plain("mknod", "/dev/mine", "b", major, minor.strip()).code == 0
+    assert plain.losetup("-n", "-O", "NAME", "/dev/mine").out == "/dev/mine\n"
+    assert plain.losetup("-d", "mine").code == 0
+    assert plain("test", "-e", device).code == 1
+
+
+# The command line, beside the real one ----------------------------------------------------------------------------
+
+# None of these gets as far as a device, so that the real one can be run on the host.
+WRONG = """
+-x|--foo|-o|--offset|--list=3|--find=x|--de|--det|--s|-J --raw|-o 5 -a|-r -a|-P -a|--show -a|--sizelimit 1 -l|-n|-f x y
+-a -d x|-f -D|-d x -c y|-l -D|-O NAME -f -d x|-j x -a -f|-O foo|-O NAME,foo|-O ,|-j|-b|--loop-ref|--raw -J -l|-Pr
+-b x -f y|-o 1x -f y|-o -5 -f y|-o 99999999999999999999 -f y|-o 1.5 -f y|-o 0x -f y|-o 09 -f y|-o 1KiBx -f y|-o 1KK -f y
+-o K -f y|--sizelimit 16E -f y|--sizelimit= -f y|--direct-io=foo -f y|--direct-io= x|-o 5 -l|/dev/nonexistent
+-d /dev/nonexistent|-c /dev/nonexistent|nonexistent|-l /dev/nonexistent|/dev/null|-d /dev/null|-d nonexistent /dev/null
+-f nofile|-f --show -r /|-f /|--direct-io=off nonexistent|-b 512 nonexistent|--zzz=3|--li=1|-lx|-fx|--verbose=1|--h=1
+"""
+
+
+@pytest.mark.parametrize("line", [line for row in WRONG.split("\n") for line in row.split("|") if line])
+def test_says_what_the_real_one_says(plain: Box, real: str, line: str) -> None:
+    theirs = plain(real, *line.split(" "))
+    ours = plain.losetup(*line.split(" "))
+    # getopt(3) begins with argv[0], err(3) with its last component. Rows of the newest have one option more.
+    said = theirs.err.replace(f"{real}:", "losetup:").replace(" --remove", "")
+    assert ours._replace(err=ours.err.replace(" --remove", "")) == theirs._replace(err=said)
+    assert ours.code == 1
+
+
+def test_sizes_are_read_as_the_real_one_reads_them(plain: Box, real: str) -> None:
+    """What is too large for the file is refused by both, in words of their own; so an offset in it is looked for."""
+    for text in ("512", "0x200", "01000", "1K", "1k", "1KiB", "1kb", "1KB", "1M", "1.5M", "0.5K", " 512", "2MB", "0"):
+        device = plain.attach("-o", text, "image")
+        assert plain(real, "-n", "-l", "-j", "image", "-o", text).out.split()[:1] == [device], text
+        assert plain.losetup("-d", device).code == 0
+
+
+def test_help_names_every_option_and_column(plain: Box, real: str) -> None:
+    ours, theirs = plain.losetup("--help"), run(real, "--help")
+    assert (ours.code, ours.err) == (0, "")
+    word = re.compile(r"(?<![\w-])--?[a-zA-Z][a-z-]*")
+    assert set(word.findall(theirs.out)) - {"-l", "-f"} <= set(word.findall(ours.out)) | {"--list"}
+    for column in SHOW:
+        assert f" {column} " in ours.out
+    assert plain.losetup("-h") == ours
+
+
+def test_the_version(plain: Box) -> None:
+    result = plain.losetup("-V")
+    assert result == Result(0, f"losetup from util-linux 2.42 (loopd {__version__})\n", "")
+    assert plain.losetup("--vers", "--foo") == result
+
+
+def test_standard_output_that_cannot_be_written(plain: Box) -> None:
+    plain("mknod", "-m", "666", "/dev/full", "c", "1", "7")
+    result = plain("sh", "-c", "losetup --version >/dev/full")
+    assert result == Result(1, "", "losetup: write error: No space left on device\n")
+
+
+def test_an_interrupt_leaves_no_device(plain: Box) -> None:
+    path = str(plain.folder / "slow.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(path)
+        listener.settimeout(20)
+        with subprocess.Popen(
+            [*plain.inside, str(plain.programs / "losetup"), "-f", "image"], stderr=subprocess.PIPE, text=True,
+            env={**plain.environment, "LOOPD_SOCKET": path},
+        ) as process:  # fmt: skip
+            _, fds, _, _ = socket.recv_fds(listener, 8192, 8)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=20)[1] == ""
+            assert process.returncode == 130
+            with socket.socket(fileno=fds[-1]) as reply:
+                assert reply.recv(1) == b""  # by which loopd knows, and takes the device away
+            for fd in fds[:-1]:
+                os.close(fd)
+
+
+def test_one_file_for_old_interpreters() -> None:
+    """It imports nothing of the package, and nothing that the standard library of 3.8 has not."""
+    for name in ("losetup.py", "mountloop.py"):
+        path = ROOT / "loopd" / name
+        text = path.read_text()
+        assert text.startswith("#!/usr/bin/python3 -IS\n")
+        assert "loopd import" not in text
+        assert os.access(path, os.X_OK)
+        compile(text, name, "exec")
+    old = shutil.which("python3.8")
+    require(old, "needs python3.8 to try it on")
+    assert run(str(old), "-IS", SOURCE, "-V").code == 0
+
+
+# mount -o loop ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file_system(box: Box) -> Box:
+    require(shutil.which("mkfs.ext4", path="/usr/sbin:/sbin:/usr/bin"), "needs mkfs.ext4 (package e2fsprogs)")
+    assert run("mkfs.ext4", "-q", box.folder / "image", env=box.environment).code == 0
+    (box.folder / "mnt").mkdir()
+    return box
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-o", "loop", "image", "mnt"],
+        ["image", "mnt"],
+        ["-t", "ext4", "-oloop,noatime", "image", "mnt"],
+        ["image", "mnt", "-o", "offset=0,sizelimit=4M,loop"],
+        ["--options=loop", "--types=ext4", "--source", "image", "mnt"],
+        ["--target", "mnt", "image"],
+        ["-vo", "loop", "--", "image", "mnt"],
+    ],
+    ids=" ".join,
+)
+def test_mount_of_a_file(file_system: Box, arguments: list[str]) -> None:
+    box = file_system
+    done = box("mount", *arguments)
+    assert (done.code, done.err) == (0, "")
+    assert len(bound_to(box.folder)) == 1
+    assert box("sh", "-c", "echo text >mnt/file && sync -f mnt/file && cat mnt/file").out == "text\n"
+    assert ("noatime" in box("findmnt", "-no", "OPTIONS", "mnt").out) == ("-oloop,noatime" in arguments)
+    # As autoclear has it: umount lets the device go.
+    assert box("umount", "mnt").code == 0
+    eventually(lambda: not bound_to(box.folder), "the device went with the mount")
+    assert box.losetup("-a").out == ""
+    assert box.names() == set()
+
+
+def test_mount_read_only(file_system: Box) -> None:
+    for options in (["-r"], ["-o", "ro,loop"]):
+        assert file_system("mount", *options, "image", "mnt").code == 0
+        (name,) = bound_to(file_system.folder)
+        assert Path(f"/sys/block/{name}/ro").read_text() == "1\n"
+        assert file_system("umount", "mnt").code == 0
+        eventually(lambda: not bound_to(file_system.folder), "the device went with the mount")
+
+
+def test_a_mount_that_fails_leaves_no_device(file_system: Box) -> None:
+    result = file_system("mount", "-o", "loop", "image", "nowhere")
+    assert result.code == 32
+    assert "nowhere" in result.err
+    assert not bound_to(file_system.folder)
+    assert file_system("mount", "-o", "loop=/dev/loop0", "image", "mnt").code == 32
+    file_system.environment["LOOPD_SOCKET"] = "/nonexistent"
+    result = file_system("mount", "-o", "loop", "image", "mnt")
+    assert result.code == 32
+    assert "systemctl enable --now loopd.socket" in result.err
+
+
+def test_mounted_twice_is_refused_or_shared(file_system: Box) -> None:
+    """Two devices of one file system would destroy it."""
+    box = file_system
+    (box.folder / "second").mkdir()
+    assert box("mount", "-o", "loop", "image", "mnt").code == 0
+    again = box("mount", "-o", "loop", "image", "second")
+    assert again.code == 32
+    assert "overlapping loop device exists" in again.err
+    assert box("umount", "mnt").code == 0
+    eventually(lambda: not bound_to(box.folder), "the device went with the mount")
+    device = box.attach("image")
+    assert box("mount", "-o", "loop", "image", "mnt").code == 0
+    assert box("umount", "mnt").code == 0
+    assert box.losetup(device).code == 0  # it was there before, and stays
+
+
+def test_other_mounts_go_to_mount_as_they_are(box: Box) -> None:
+    (box.folder / "mnt").mkdir()
+    for arguments in (["-t", "tmpfs", "tmpfs", "mnt"], ["--bind", "bin", "mnt"], ["-o", "bind", "bin", "mnt"]):
+        assert box("mount", *arguments).code == 0
+        assert box("umount", "mnt").code == 0
+    (box.folder / "file").touch()
+    assert box("mount", "--bind", "image", "file").code == 0
+    assert box("umount", "file").code == 0
+    assert box("mount").out == box("cat", "/proc/mounts").out or box("mount").out.count(" on /dev ") == 1
+    real_mount = shutil.which("mount", path="/usr/bin:/bin")
+    assert box("mount", "--version").out == run(real_mount, "--version").out
+    assert not bound_to(box.folder)

@@ -1,4 +1,4 @@
-"""What a daemon holds, so that a test can tell that nothing is left of what was tried; and clients that are not the test itself.
+"""What a daemon holds, to tell that nothing is left of what was tried; and clients that are not the test itself.
 
 Looks at the daemon from outside, through /proc: nothing here speaks to it but `honest`.
 """
@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ def helpers(daemon: Daemon) -> list[int]:
     return found
 
 
+def _free(place: Path) -> bool:
+    return not bound_to(place)
+
+
 class Untouched:
     """What a daemon at rest holds; `check` tells what has been added since, or taken away."""
 
@@ -103,9 +108,12 @@ class Untouched:
         try:
             eventually(lambda: self._held() == self._before, "nothing more is held than before")
         except (AssertionError, OSError):
-            raise AssertionError(f"held before:\n{self._before}\nheld now:\n{self._held()}") from None
+            names = ("main process", "helpers", "other children", "ended children")
+            now = zip(names, self._before, self._held(), strict=True)
+            said = [f"{name}:\n  before {then}\n  now {held}" for name, then, held in now if then != held]
+            raise AssertionError("\n".join(said)) from None
         for place in places:
-            eventually(lambda place=place: not bound_to(place), f"no file of {place} is bound")
+            eventually(partial(_free, place), f"no file of {place} is bound")
             found = [path for path in place.rglob("loop*") if path.is_block_device()]
             assert not found, f"nodes that are left: {found}"
 
@@ -135,9 +143,14 @@ def honest(daemon: Daemon) -> None:
 
 
 def send(
-    path: str, payload: bytes, fds: list[int], *, credentials: tuple[int, int, int] | None = None, autobind: bool = False
+    path: str,
+    payload: bytes,
+    fds: list[int],
+    *,
+    credentials: tuple[int, int, int] | None = None,
+    autobind: bool = False,
 ) -> socket.socket:
-    """Send a datagram as it is, perhaps under credentials (pid, uid, gid) of the caller's choice; the socket it was sent by."""
+    """Send a datagram as it is, perhaps with credentials (pid, uid, gid) of choice; returns the socket it left by."""
     sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         if autobind:
@@ -198,7 +211,7 @@ def concurrently(act: Callable[[], object], prepare: Callable[[], object]) -> It
             prepare()
             os.write(write, json.dumps(act()).encode())
             status = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001  # a fork of the test must not return into its frames
             traceback.print_exc()
         finally:
             os._exit(status)
@@ -254,8 +267,12 @@ def cgroup(name: str) -> Iterator[Callable[[], None] | None]:
     if made is None:
         yield None
         return
+
+    def enter() -> None:
+        (made / "cgroup.procs").write_text(str(os.getpid()))
+
     try:
-        yield lambda: (made / "cgroup.procs").write_text(str(os.getpid())) and None
+        yield enter
     finally:
         eventually(lambda: not (made / "cgroup.procs").read_text(), "the cgroup is empty")
         made.rmdir()

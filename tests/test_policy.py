@@ -1,0 +1,674 @@
+"""Policy: every key of loopd.toml does what it says, by real requests; a wrong one is an error that names it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
+from processes import CLONE_NEWNS, Activated, become, unshare
+from untouched import cgroup, elsewhere, leases, pair, reply_of, send
+
+from loopd import numbers, policy, wire
+from loopd.policy import Allow, ConfigurationError, Limits, Policy
+
+EXAMPLE = ROOT / "docs/loopd.toml.example"
+SOON = 5.0
+
+
+def KNOWN(bug: str) -> pytest.MarkDecorator:  # noqa: N802  # reads as the mark that it is
+    """A bug of the daemon that the test shows; when it is mended the mark goes."""
+    return pytest.mark.xfail(strict=True, reason=bug)
+
+
+# The example ------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_has_every_key_with_its_default() -> None:
+    tables = tomllib.loads(EXAMPLE.read_text())
+    assert set(tables) - {"limits", "allow"} == set(policy.KEYS)
+    assert set(tables["limits"]) == set(policy.LIMIT_KEYS) == set(Limits._fields)
+    assert set(tables["allow"]) == set(policy.ALLOW_KEYS) == set(Allow._fields)
+    assert policy.load(str(EXAMPLE)) == Policy()
+    assert Policy._fields == (*policy.KEYS, "limits", "allow", "rules")
+
+
+def test_the_example_explains_every_key() -> None:
+    lines = EXAMPLE.read_text().splitlines()
+    keys = [number for number, line in enumerate(lines) if re.match(r"\w+ = ", line)]
+    assert len(keys) == len(policy.KEYS) + len(policy.LIMIT_KEYS) + len(policy.ALLOW_KEYS)
+    for number in keys:
+        assert lines[number - 1].startswith("# "), lines[number]
+
+
+def test_the_examples_rule_can_be_used(tmp_path: Path) -> None:
+    _, _, rule = EXAMPLE.read_text().partition("# [[rule]]\n")
+    path = tmp_path / "loopd.toml"
+    path.write_text("[[rule]]\n" + "".join(line.removeprefix("# ") for line in rule.splitlines(keepends=True)))
+    (found,) = policy.load(str(path)).rules
+    assert found.instance
+    assert found.account
+    assert found.uids == ((0, 0), (100000, 165535))
+    assert found.gids == ((100000, 165535),)
+    assert set(tomllib.loads(path.read_text())["rule"][0]) - {"limits", "allow"} == set(policy.RULE_KEYS)
+
+
+# What is wrong ----------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "idle_timeout = -1": ("idle_timeout", "0 or more"),
+    "idle_timeout = nan": ("idle_timeout", "a number"),
+    "request_timeout = 0.5": ("request_timeout", "1 or more"),
+    "number_wait = '5'": ("number_wait", "a number"),
+    "reply_to_address = 1": ("reply_to_address", "true or false"),
+    "surprise = 1": ("surprise", "there is no such key"),
+    "limits = 5": ("limits", "a table"),
+    "limits.surprise = 1": ("limits.surprise", "there is no such key; there are devices, "),
+    "limits.devices = -1": ("limits.devices", "0 or more"),
+    "limits.devices = 1.5": ("limits.devices", "a whole number"),
+    "limits.devices = true": ("limits.devices", "a whole number"),
+    "limits.requests = 0": ("limits.requests", "1 or more"),
+    "limits.stuck = 0": ("limits.stuck", "1 or more"),
+    "limits.new_numbers = 'all'": ("limits.new_numbers", "a whole number"),
+    "limits.new_numbers_per_minute = inf": ("limits.new_numbers_per_minute", "a number"),
+    "limits.bytes = '1 GiB'": ("limits.bytes", "a whole number"),
+    "allow.surprise = true": ("allow.surprise", "there is no such key"),
+    "allow.attach = 'no'": ("allow.attach", "true or false"),
+    "allow.write = 0": ("allow.write", "true or false"),
+    "allow.partscan = []": ("allow.partscan", "true or false"),
+    "allow.lock = 1": ("allow.lock", "true or false"),
+    "allow.direct_io = 'auto'": ("allow.direct_io", "true or false"),
+    "allow.block_devices = ''": ("allow.block_devices", "true or false"),
+    "allow.mknod = 2": ("allow.mknod", "true or false"),
+    "allow.file_systems = 'ext4'": ("allow.file_systems", "a list"),
+    "allow.file_systems = [1]": ("allow.file_systems", "a list"),
+    "allow.file_systems = ['ext4', 'proc', 'sysfs']": ("allow.file_systems", "files of proc, sysfs are never allowed"),
+    "allow.sector_sizes = [520]": ("allow.sector_sizes", "512, 1024, 2048, 4096"),
+    "allow.sector_sizes = []": ("allow.sector_sizes", "some of"),
+    "rule = 1": ("rule 1", "a table"),
+    "rule = [1]": ("rule 1", "a table"),
+    "[[rule]]\nsurprise = 1": ("rule 1.surprise", "there is no such key; there are instance, "),
+    "[[rule]]\n[[rule]]\nuid = 'root'": ("rule 2.uid", "an id or a range"),
+    "[[rule]]\nuid = -1": ("rule 1.uid", "an id or a range"),
+    "[[rule]]\ngid = ['1-', 2]": ("rule 1.gid", "an id or a range"),
+    "[[rule]]\ngid = true": ("rule 1.gid", "an id or a range"),
+    "[[rule]]\naccount = ''": ("rule 1.account", "a pattern"),
+    "[[rule]]\ninstance = 5": ("rule 1.instance", "a pattern"),
+    "[[rule]]\nlimits.devices = 'x'": ("rule 1.limits.devices", "a whole number"),
+    "[[rule]]\nallow.lock = 'x'": ("rule 1.allow.lock", "true or false"),
+    "not toml": ("-", "line 1"),
+}
+
+
+def _problem(path: Path, text: str) -> tuple[str, str]:
+    path.write_text(text)
+    with pytest.raises(ConfigurationError) as caught:
+        policy.load(str(path))
+    ((file, key, reason),) = caught.value.problems
+    assert file == str(path)
+    return key, reason
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_key_or_value(tmp_path: Path, text: str) -> None:
+    key, reason = WRONG[text]
+    found = _problem(tmp_path / "loopd.toml", text)
+    assert found[0] == key
+    assert reason in found[1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(text, marks=KNOWN("it is no ConfigurationError, or none at all"))
+        for text in ("allow.sector_sizes = [[512]]", "allow.sector_sizes = [512.0]", "[[rule]]\nuid = '9-5'", "[[rule]]\nuid = []")
+    ],
+)
+def test_a_value_that_can_only_be_a_mistake(tmp_path: Path, text: str) -> None:
+    _problem(tmp_path / "loopd.toml", text)
+
+
+def check(path: Path | str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "loopd", "--check-config", f"--config={path}"]
+    return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_check_config_names_file_key_and_reason_of_everything(tmp_path: Path) -> None:
+    path, more = tmp_path / "loopd.toml", tmp_path / "loopd.toml.d" / "10-more.toml"
+    path.write_text("surprise = 1\nlimits.devices = -1\n")
+    more.parent.mkdir()
+    more.write_text("[[rule]]\nuid = 'root'\n")
+    (more.parent / "20-broken.toml").write_text("[")
+    done = check(path)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert [line.rpartition(": expected")[0] or line for line in lines[:2]] == [
+        f"loopd: {path}: limits.devices",
+        f"loopd: {path}: surprise: there is no such key; there are {', '.join(policy.KEYS)}",
+    ]
+    assert lines[2].startswith(f"loopd: {more}: rule 1.uid: expected an id")
+    assert lines[3].startswith(f"loopd: {more.parent}/20-broken.toml: -: ")
+    assert len(lines) == 4
+
+
+def test_check_config_of_what_is_right(tmp_path: Path) -> None:
+    done = check(EXAMPLE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@KNOWN("a --config that is not there is taken for the defaults, which may allow more")
+def test_a_file_that_is_asked_for_and_is_not_there(tmp_path: Path) -> None:
+    done = check(tmp_path / "loopd.tmol")
+    assert done.returncode == 1
+    assert "loopd.tmol" in done.stderr
+
+
+@KNOWN("a directory that the daemon's user may not search is taken for one without a file")
+@pytest.mark.parametrize("closed", ["the folder", "the folder of more files"])
+def test_a_policy_that_cannot_be_read_is_not_the_defaults(tmp_path: Path, closed: str) -> None:
+    """The service is no root: a policy in a folder of root's alone must not be passed over in silence."""
+    folder = tmp_path / "loopd"
+    more = folder / "loopd.toml.d"
+    more.mkdir(parents=True)
+    (folder / "loopd.toml").write_text("")
+    (more / "deny.toml").write_text("allow.attach = false")
+    folder.chmod(0o755)
+    (folder if closed == "the folder" else more).chmod(0o700)
+
+    def read() -> bool:
+        try:
+            policy.load("loopd/loopd.toml")
+        except ConfigurationError:
+            return True
+        return False
+
+    def prepare() -> None:
+        os.chdir(tmp_path)
+        become(65534)
+
+    assert elsewhere(read, prepare)
+
+
+def test_files_are_merged_in_the_order_of_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "loopd.toml"
+    path.write_text("limits.devices = 1\nlimits.requests = 1\nlimits.stuck = 1\n[[rule]]\nuid = 1\nlimits.bytes = 1\n")
+    more = tmp_path / "loopd.toml.d"
+    more.mkdir()
+    (more / "b.toml").write_text("limits.requests = 3\n[[rule]]\nuid = 1\nlimits.bytes = 3\n")
+    (more / "a.toml").write_text("limits.devices = 2\nlimits.requests = 2\n[[rule]]\nuid = 1\nlimits.bytes = 2\n")
+    (more / "c.toml.bak").write_text("limits.devices = 9\n")
+    loaded = policy.load(str(path))
+    assert loaded.limits == Limits(devices=2, requests=3, stuck=1)
+    assert loaded.terms("", "/", 1, 1).limits.bytes == 3
+    path.unlink()
+    assert policy.load(str(path)).limits == Limits(devices=2, requests=3)
+
+
+# Real requests ----------------------------------------------------------------------------------------------------
+
+
+def _apart(state: Path) -> Path:
+    """A state directory with a counter that starts anywhere: a number that is lost to another daemon counts too."""
+    state.mkdir(mode=0o700)
+    counter = numbers.Counter(str(state / "numbers"))
+    try:
+        os.pwrite(counter._fd, numbers._HEADER.pack(numbers._MAGIC, random.randrange(numbers.BLOCKS)), 0)
+    finally:
+        counter.close()
+    return state
+
+
+@pytest.fixture
+def configured(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Callable[..., Daemon]:
+    """Start a daemon with this policy, to which everybody may send."""
+
+    def start(text: str, *options: str, **more: Any) -> Daemon:
+        path = tmp_path / "loopd.toml"
+        path.write_text(text)
+        options = (f"--state-directory={_apart(tmp_path / 'state')}", *options)
+        daemon = start_daemon(f"--config={path}", *options, **more)
+        Path(daemon.path).chmod(0o666)
+        tmp_path.chmod(0o711)
+        return daemon
+
+    return start
+
+
+def client(daemon: Daemon, act: Callable[[], object], *prepare: Callable[[], object]) -> Any:
+    """What `act` returns in a process that has gone to the daemon's directory and then done what is to be prepared."""
+
+    def begin() -> None:
+        os.chdir(daemon.directory)
+        for step in prepare:
+            step()
+
+    return elsewhere(act, begin)
+
+
+def ids(uid: int, gid: int) -> Callable[[], None]:
+    """For `client`: that uid and gid, without capabilities where they are not 0."""
+
+    def act() -> None:
+        os.setgroups([])
+        os.setgid(gid)
+        os.setuid(uid)
+
+    return act
+
+
+def request(message: wire.Request, *fds: int) -> dict[str, Any]:
+    reply = ask("loopd.sock", wire.encode_request(message), list(fds))
+    for fd in reply.fds:
+        os.close(fd)
+    reply.channel.close()
+    return reply.fields
+
+
+def devices_allowed() -> int:
+    found: int = request(wire.Hello(0))["limits"]["devices"]
+    return found
+
+
+RULES = """
+limits.devices = 1
+[[rule]]
+uid = 20002
+limits.devices = 2
+[[rule]]
+uid = [20003, "20004-20009"]
+limits.devices = 3
+[[rule]]
+gid = "20011-20012"
+limits.devices = 4
+[[rule]]
+uid = "20005-20006"
+limits.devices = 5
+[[rule]]
+account = "*/loopd-test-*"
+limits.devices = 6
+[[rule]]
+account = "/nobody/*"
+limits.devices = 7
+[[rule]]
+instance = "other*"
+limits.devices = 8
+[[rule]]
+account = "*/loopd-test-*"
+uid = 20020
+limits.devices = 9
+"""
+
+
+def test_rules(configured: Callable[..., Daemon]) -> None:
+    """By uid, gid, their ranges, account and instance; all that a rule names must match, and the later one wins."""
+    daemon = configured(RULES)
+
+    def allowed(uid: int, gid: int, *prepare: Callable[[], object]) -> int:
+        found: int = client(daemon, devices_allowed, *prepare, ids(uid, gid))
+        return found
+
+    assert [allowed(uid, 1) for uid in range(20001, 20011)] == [1, 2, 3, 3, 5, 5, 3, 3, 3, 1]
+    assert [allowed(20001, gid) for gid in range(20010, 20014)] == [1, 4, 4, 1]
+    assert allowed(20005, 20011) == 5
+    assert allowed(20020, 1) == 1
+    with cgroup(f"loopd-test-{os.getpid()}") as enter:
+        require(enter, "needs a cgroup hierarchy to make a second account in")
+        assert enter is not None
+        assert allowed(20002, 1, enter) == 6
+        assert allowed(20020, 1, enter) == 9
+
+
+def test_rules_of_an_instance(configured: Callable[..., Daemon]) -> None:
+    daemon = configured(RULES, "--instance=others")
+    assert client(daemon, devices_allowed, ids(20002, 1)) == 8
+
+
+# One daemon for all: each permission is taken away from a uid of its own.
+TAKEN = {
+    "attach": 20100, "write": 20101, "partscan": 20102, "lock": 20103, "direct_io": 20104, "sector_sizes": 20105,
+    "file_systems": 20106, "block_devices": 20107,
+}  # fmt: skip
+PERMISSIONS = "".join(
+    f"[[rule]]\nuid = {uid}\nallow.{key} = "
+    + {"sector_sizes": "[512]", "file_systems": '["xfs"]', "block_devices": "true"}.get(key, "false") + "\n"
+    for key, uid in TAKEN.items()
+)  # fmt: skip
+
+
+def test_permissions(configured: Callable[..., Daemon], make_image: Callable[..., int], tmp_path: Path) -> None:
+    assert {*TAKEN, "mknod"} == set(policy.ALLOW_KEYS)
+    daemon = configured(PERMISSIONS)
+    image, readable = make_image(), make_image(flags=os.O_RDONLY)
+
+    def code(uid: int, backing: int = image, **fields: Any) -> str | None:
+        def act() -> str | None:
+            answer = request(wire.Attach(0, reply_fd=1, deliver=("fd",), **fields), backing)
+            return answer["error"]["code"] if "error" in answer else None
+
+        found: str | None = client(daemon, act, ids(uid, uid))
+        return found
+
+    refused = "not-permitted"
+    other = 20199  # whom no rule is about
+    asked: dict[str, dict[str, Any]] = {
+        "attach": {}, "write": {}, "partscan": {"partscan": True}, "lock": {"lock": True},
+        "direct_io": {"direct_io": "on", "sector_size": 4096}, "sector_sizes": {"sector_size": 4096}, "file_systems": {},
+    }  # fmt: skip
+    for key, fields in asked.items():
+        assert code(TAKEN[key], **fields) == refused, key
+        assert code(other, **fields) in (None, "unsupported"), key  # direct I/O is the file system's to have
+    for key in ("partscan", "lock", "direct_io", "sector_sizes"):
+        assert code(TAKEN[key]) is None, key
+    assert code(TAKEN["write"], read_only=True) is None
+    assert code(TAKEN["write"], readable) is None
+    assert code(TAKEN["attach"], readable, read_only=True) == refused
+    with open(os.memfd_create("memory"), "r+b") as memory:
+        os.truncate(memory.fileno(), 1 << 16)
+        assert code(TAKEN["file_systems"], memory.fileno()) is None  # on none
+    with _loop_device(tmp_path) as device:
+        assert code(other, device) == "bad-fd"
+        assert code(TAKEN["block_devices"], device) is None
+    eventually(lambda: not leases(daemon), "every lease is over", SOON)
+
+
+@contextlib.contextmanager
+def _loop_device(tmp_path: Path) -> Iterator[int]:
+    path = tmp_path / "below"
+    path.write_bytes(bytes(1 << 20))
+    name = subprocess.run(["losetup", "-f", "--show", str(path)], check=True, capture_output=True, text=True).stdout
+    try:
+        with open(name.strip(), "r+b", buffering=0) as device:
+            yield device.fileno()
+    finally:
+        subprocess.run(["losetup", "-d", name.strip()], check=True)
+
+
+@KNOWN('"auto", the default, turns it on all the same')
+def test_direct_io_is_off_where_it_is_not_allowed(
+    configured: Callable[..., Daemon], make_image: Callable[..., int]
+) -> None:
+    image = make_image()
+    daemon = configured("[[rule]]\nuid = 20104\nallow.direct_io = false\n")
+    message = wire.Attach(0, reply_fd=1, deliver=("fd",), sector_size=4096)
+    free, bound = (client(daemon, lambda: request(message, image), ids(uid, uid)) for uid in (20199, 20104))
+    require(free["direct_io"], "the file system of the test's directory has no direct I/O")
+    assert not bound["direct_io"]
+
+
+def test_clients_with_cap_mknod(configured: Callable[..., Daemon], image: int) -> None:
+    """In a container they are warned, or refused; on the host it means nothing, where root can do what he likes anyway."""
+    daemon = configured("[[rule]]\ngid = 20200\nallow.mknod = false\n")
+    message = wire.Attach(0, reply_fd=1, deliver=("fd",))
+
+    def act() -> dict[str, Any]:
+        return request(message, image)
+
+    container = lambda: unshare(CLONE_NEWNS)  # noqa: E731  # a step of preparation
+    (warning,) = client(daemon, act, container)["warnings"]
+    assert "--cap-drop MKNOD" in warning
+    fields = client(daemon, act, container, ids(0, 20200))
+    assert fields["error"]["code"] == "not-permitted"
+    assert "--cap-drop MKNOD" in fields["error"]["message"]
+    assert client(daemon, act, ids(0, 20200))["warnings"] == []
+    assert client(daemon, act, container, ids(20201, 20200))["warnings"] == []
+
+
+# Limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_devices_at_once(configured: Callable[..., Daemon], image: int, directory: int) -> None:
+    daemon = configured("limits.devices = 2")
+    first, second, third = (daemon.attach(image, directory) for _ in range(3))
+    assert (first.code, second.code, third.code) == (None, None, "quota")
+    assert daemon.hello().fields["limits"]["devices"] == 2
+    assert daemon.ask(wire.Detach(first.fields["devname"], 0), []).fields == {"state": "released"}
+    assert daemon.attach(image, directory).code is None
+
+
+def test_a_device_that_is_held_open_counts(
+    configured: Callable[..., Daemon], image: int, directory: int, devices: Path
+) -> None:
+    daemon = configured("limits.devices = 1")
+    name = daemon.attach(image, directory).fields["devname"]
+    with (devices / name).open("rb"):
+        assert daemon.ask(wire.Detach(name, 0), []).fields == {"state": "busy"}
+        assert daemon.attach(image, directory).code == "quota"
+    eventually(lambda: not leases(daemon), "the device is gone", SOON)
+    assert daemon.attach(image, directory).code is None
+
+
+def test_limits_are_an_accounts(configured: Callable[..., Daemon], image: int, directory: int) -> None:
+    """65,536 uids of one user are one account; another container is another."""
+    daemon = configured("limits.devices = 1")
+    daemon.attach(image, directory)
+    message = wire.Attach(0, reply_fd=1, deliver=("fd",))
+
+    def act() -> dict[str, Any]:
+        return request(message, image)
+
+    for uid in (0, 20300, 20301):
+        assert client(daemon, act, ids(uid, uid))["error"]["code"] == "quota"
+    with cgroup(f"loopd-test-{os.getpid()}") as enter:
+        require(enter, "needs a cgroup hierarchy to make a second account in")
+        assert enter is not None
+        assert "devname" in client(daemon, act, enter, ids(20300, 20300))
+
+
+def test_requests_under_way(configured: Callable[..., Daemon], image: int, directory: int, devices: Path) -> None:
+    """What is beyond the limit is dropped: its reply socket hangs up. It is counted."""
+    daemon = configured("limits.requests = 1")
+    name = daemon.attach(image, directory).fields["devname"]
+    with (devices / name).open("rb"):
+        ours, theirs = pair()
+        with theirs:
+            send(daemon.path, wire.encode_request(wire.Detach(name, 0, wait=3)), [theirs.fileno()]).close()
+        for _ in range(5):
+            assert daemon.ask(wire.Hello(0), []).fields == {}
+        assert reply_of(ours).fields == {"state": "busy"}
+        ours.close()
+        (record,) = eventually(lambda: daemon.records("shed"), "it is in the journal", SOON)
+        assert record["LOOPD_COUNT"] == "5"
+        assert daemon.hello().code is None
+
+
+def test_new_numbers(configured: Callable[..., Daemon], image: int, directory: int, devices: Path) -> None:
+    """Beyond the limit an account gets again what it had."""
+    daemon = configured("limits.new_numbers = 2\nlimits.new_numbers_per_minute = 0")
+    names = set()
+    for _ in range(8):
+        reply = daemon.attach(image, directory)
+        assert reply.code is None, reply.fields
+        name = reply.fields["devname"]
+        names.add(name)
+        assert daemon.ask(wire.Detach(name, 0), []).fields == {"state": "released"}
+        eventually(lambda name=name: not exists(name), "the number is removed")
+    assert len(names) == 2
+    held = [daemon.attach(image, directory) for _ in range(3)]
+    assert [reply.code for reply in held] == [None, None, "quota"]
+    assert "2 and 0 a minute" in held[2].fields["error"]["message"]
+
+
+def test_new_numbers_a_minute(configured: Callable[..., Daemon], image: int, directory: int) -> None:
+    daemon = configured("limits.new_numbers = 1\nlimits.new_numbers_per_minute = 60")
+    assert daemon.attach(image, directory).code is None
+    began = time.monotonic()
+    eventually(lambda: daemon.attach(image, directory).code is None, "there is another number", SOON)
+    assert time.monotonic() - began > 0.5
+
+
+@pytest.mark.parametrize("wait", [0, 5])
+def test_waiting_for_a_number(configured: Callable[..., Daemon], image: int, directory: int, wait: int) -> None:
+    """The one number of this account is being removed when it is wanted again: it is waited for, or not."""
+    daemon = configured(f"limits.new_numbers = 1\nlimits.new_numbers_per_minute = 0\nnumber_wait = {wait}")
+    codes = set()
+    for _ in range(10):
+        reply = daemon.attach(image, directory)
+        codes.add(reply.code)
+        if reply.code is None:
+            assert daemon.ask(wire.Detach(reply.fields["devname"], 0), []).fields == {"state": "released"}
+    assert None in codes
+    # "quota": the number cannot be removed as long as somebody, udev perhaps, has it open.
+    assert "timeout" in codes if wait == 0 else "timeout" not in codes
+
+
+def test_bytes(configured: Callable[..., Daemon], make_image: Callable[..., int], directory: int, tmp_path: Path) -> None:
+    daemon = configured(f"limits.bytes = {3 << 20}")
+    big, small = make_image(2 << 20, "big"), make_image(1 << 20, "small")
+    assert daemon.attach(big, directory).code is None
+    refused = daemon.attach(big, directory)
+    assert refused.code == "quota"
+    assert daemon.attach(small, directory).code is None
+    eventually(lambda: len(bound_to(tmp_path)) == 2, "what was refused is not bound", SOON)
+
+
+@KNOWN("a device that takes over the size of a grown file is not held against the limit")
+def test_bytes_after_a_resize(configured: Callable[..., Daemon], image: int, directory: int) -> None:
+    daemon = configured(f"limits.bytes = {2 << 20}")
+    name = daemon.attach(image, directory).fields["devname"]
+    os.truncate(image, 3 << 20)
+    assert daemon.ask(wire.Resize(name, 0), []).code == "quota"
+
+
+def lingering(seconds: int) -> tuple[socket.socket, socket.socket]:
+    """A TCP socket whose last close takes so long, since its peer reads nothing; and the peer."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        ours = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+    ours.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            ours.send(bytes(65536))
+    ours.setblocking(True)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
+    return ours, peer
+
+
+@contextlib.contextmanager
+def hanging(daemon: Daemon, count: int) -> Iterator[None]:
+    """Send requests that are answered, and whose helpers then hang when they close what came along."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(0, count, 8):
+            asked = []
+            os.kill(daemon.pid, signal.SIGSTOP)  # so that the daemon's is the last close
+            try:
+                for _ in range(min(8, count)):
+                    slow, peer = lingering(40)
+                    stack.enter_context(peer)
+                    ours, theirs = pair()
+                    with theirs, slow:
+                        send(daemon.path, b'{"op": "hello", "reply_fd": 0}', [theirs.fileno(), slow.fileno()]).close()
+                    asked.append(ours)
+            finally:
+                os.kill(daemon.pid, signal.SIGCONT)
+            for ours in asked:
+                with ours, contextlib.suppress(TimeoutError):
+                    reply_of(ours, 2)
+        yield
+
+
+def test_helpers_that_hang(configured: Callable[..., Daemon]) -> None:
+    """Written off after `request_timeout`; after so many as `stuck` allows, nothing more is done until one ends."""
+    daemon = configured("limits.stuck = 1\nrequest_timeout = 1")
+    assert daemon.hello().code is None
+    with hanging(daemon, 1):
+        (record,) = eventually(lambda: daemon.records("stuck"), "it is written off", SOON)
+        assert 0.9e6 < int(record["LOOPD_DURATION_USEC"])
+    # A socket's close is no wait that withstands SIGKILL: it is over at once, and the account is served.
+    eventually(lambda: daemon.hello().fields, "the account is served again", SOON)
+
+
+# The daemon's own -------------------------------------------------------------------------------------------------
+
+
+def test_idle_timeout(configured: Callable[..., Daemon]) -> None:
+    daemon = configured("idle_timeout = 0.5")
+    assert daemon.hello().code is None
+    began = time.monotonic()
+    assert daemon.wait(20) == 0
+    assert time.monotonic() - began > 0.4
+
+
+@pytest.mark.parametrize("vouched", [False, True])
+def test_reply_to_address(tmp_path: Path, vouched: bool) -> None:
+    """Without CAP_NET_ADMIN, as the service is, nothing proves where the sender is, but for the administrator's word."""
+    require(os.geteuid() == 0, "needs root: loop devices")
+    require(shutil.which("setpriv"), "needs setpriv (package util-linux)")
+    path = tmp_path / "loopd.toml"
+    path.write_text(f"reply_to_address = {str(vouched).lower()}")
+    wrapper = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
+    directory = tmp_path / "loopd"
+    directory.mkdir()
+    daemon = Activated(directory, [f"--config={path}"], wrapper, {})
+    with contextlib.ExitStack() as stack:
+        stack.callback(daemon.stop)
+        daemon.start()
+        sender = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        sender.bind("")
+        sender.connect(daemon.path)
+        sender.settimeout(SOON)
+        sender.send(b'{"op": "hello"}')
+        if vouched:
+            assert b'"protocol"' in sender.recv(4096)
+        else:
+            (record,) = eventually(lambda: daemon.records("refused"), "it is in the journal")
+            assert record["LOOPD_CODE"] == "undeliverable"
+            sender.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sender.recv(4096)
+
+
+# Reload -----------------------------------------------------------------------------------------------------------
+
+
+def test_reload(configured: Callable[..., Daemon], image: int, directory: int, devices: Path, tmp_path: Path) -> None:
+    """New requests follow it, leases stay; with anything wrong in it the old one stays, and the journal says why."""
+    daemon = configured("limits.devices = 3")
+    path = tmp_path / "loopd.toml"
+    held = [daemon.attach(image, directory) for _ in range(2)]
+
+    def reload(text: str, event: str) -> list[dict[str, str]]:
+        before = len(daemon.records(event))
+        path.write_text(text)
+        os.kill(daemon.pid, signal.SIGHUP)
+        return eventually(lambda: daemon.records(event)[before:], "it is in the journal", SOON)  # type: ignore[no-any-return]
+
+    (record,) = reload("limits.devices = 2", "reloaded")
+    assert record["LOOPD_PATH"] == str(path)
+    assert daemon.hello().fields["limits"]["devices"] == 2
+    assert daemon.attach(image, directory).code == "quota"
+    assert all((devices / reply.fields["devname"]).is_block_device() for reply in held)
+
+    found = reload("limits.devices = 9\nlimits.surprise = 1\nallow.lock = 5", "warned")
+    eventually(lambda: "allow.lock" in daemon.log(), "all of it is in the journal", SOON)
+    assert f"The old policy stays in force: {path}: limits.surprise: there is no such key" in found[0]["MESSAGE"]
+    assert daemon.hello().fields["limits"]["devices"] == 2
+    reload("not toml", "warned")
+    assert daemon.attach(image, directory).code == "quota"
+    reload("", "reloaded")
+    assert daemon.hello().fields["limits"]["devices"] == Limits().devices
+
+
+def test_a_daemon_does_not_start_with_a_wrong_policy(configured: Callable[..., Daemon], tmp_path: Path) -> None:
+    """It would otherwise allow what the administrator wanted to forbid."""
+    daemon = configured("allow.attach = 'no'")
+    with contextlib.suppress(TimeoutError):
+        daemon.ask(wire.Hello(0), [], timeout=1)
+    assert daemon.wait() == 1
+    assert f"{tmp_path / 'loopd.toml'}: allow.attach: expected true or false" in daemon.log()
