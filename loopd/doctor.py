@@ -81,14 +81,10 @@ def _group(asked: client.Client) -> Finding:
         status = os.stat(asked.socket)
     except OSError as error:
         return Finding("WARN", "group", f"not known: {asked.socket}: {error.strerror}")
-    text = (
-        f"{asked.socket} is of uid {status.st_uid} and gid {status.st_gid}, {stat.filemode(status.st_mode)}"
-    )
+    text = f"{asked.socket} is of uid {status.st_uid} and gid {status.st_gid}, {stat.filemode(status.st_mode)}"
     if os.access(asked.socket, os.W_OK, effective_ids=True):
         return Finding("OK", "group", text)
-    remedy = (
-        "add the user to that group; a container with --group-add, in rootless podman --group-add keep-groups"
-    )
+    remedy = "add the user to that group; a container with --group-add, in rootless podman --group-add keep-groups"
     return Finding("FAIL", "group", f"{text}, and not to be written by uid {os.geteuid()}", remedy)
 
 
@@ -102,18 +98,14 @@ def _directory(place: _Place) -> Finding:
         if os.path.ismount(GRANTS):
             return Finding("OK", "directory", f"{GRANTS} is there for containers")
         remedy = "systemctl enable --now 'run-loopd\\x2ddev.mount'"
-        return Finding(
-            "WARN", "directory", f"{GRANTS} is no mount: there is no directory for containers", remedy
-        )
+        return Finding("WARN", "directory", f"{GRANTS} is no mount: there is no directory for containers", remedy)
     return Finding("WARN", "directory", f"{client.directory_grant()} is no directory of loopd's", layers.BIND)
 
 
 def _nodev(place: _Place) -> Finding:
     if os.fstatvfs(place.fd).f_flag & os.ST_NODEV:
         found = layers.obstacle(place.fd, own=False)
-        return Finding(
-            "FAIL", "nodev", f"{place.path}: its mount has the option nodev", found.hint if found else ""
-        )
+        return Finding("FAIL", "nodev", f"{place.path}: its mount has the option nodev", found.hint if found else "")
     return Finding("OK", "nodev", f"the mount of {place.path} lets devices be opened")
 
 
@@ -126,9 +118,7 @@ def _user_namespace(place: _Place) -> Finding:
     if found is None:
         text = f"no device opens in {place.path}, which is of its making; loopctl attaches a mount instead"
         return Finding("OK", "user namespace", text)
-    return Finding(
-        "FAIL", "user namespace", f"no device opens in {place.path}, which is of its making", found.hint
-    )
+    return Finding("FAIL", "user namespace", f"no device opens in {place.path}, which is of its making", found.hint)
 
 
 def _device(asked: client.Client) -> Iterator[Finding]:
@@ -152,9 +142,7 @@ def _device(asked: client.Client) -> Iterator[Finding]:
         if layer == name and found is not None:
             yield Finding("FAIL", name, found.message, found.hint)
         elif found is None or layer:
-            yield Finding(
-                "OK", name, f"{what} refuses nothing" if found is None else f"{what} is not what refuses"
-            )
+            yield Finding("OK", name, f"{what} refuses nothing" if found is None else f"{what} is not what refuses")
         else:
             yield Finding("WARN", name, "not known, since no device was attached")
     if found is None:
