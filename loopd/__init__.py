@@ -11,9 +11,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-TYPE_CHECKING = (
-    False  # type checkers know the name; importing typing for it would double the cost of this module
-)
+TYPE_CHECKING = False  # type checkers know the name; importing typing for it would double the cost of this module
 if TYPE_CHECKING:
     from typing import Iterable
 

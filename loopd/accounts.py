@@ -98,10 +98,6 @@ class Account:
         self.spent += 1
         return True
 
-    def unspend(self) -> None:
-        """Give the charge of one number back: it is as good as new."""
-        self.spent = max(0.0, self.spent - 1)
-
     @property
     def in_use(self) -> bool:
         """Whether anything is charged to it now."""

@@ -84,6 +84,11 @@ class Audit:
         self._waiting.append(fields)
         self.flush()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether records wait for journald."""
+        return bool(self._waiting)
+
     def flush(self) -> bool:
         """Write what waits; True when nothing is left."""
         while self._waiting:

@@ -36,9 +36,7 @@ class _Failure(Exception):
 
 def _clean(text: str) -> str:
     """`text` on one line and harmless to a terminal: a backing file's name is for anybody to choose."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def _say(text: str) -> None:
@@ -82,9 +80,7 @@ def _age(seconds: float) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 class _Column(NamedTuple):
@@ -148,9 +144,7 @@ def _seconds(text: str) -> float:
 def _lifetime(text: str) -> str:
     number = text.isascii() and text.isdecimal() and int(text) < 2**31  # what pid_t holds
     if text not in ("container", "detach", "parent") and not number:
-        raise argparse.ArgumentTypeError(
-            f"expected container, detach, parent or the id of a process, not {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"expected container, detach, parent or the id of a process, not {text!r}")
     return text
 
 
@@ -219,9 +213,7 @@ def _lasting(device: client.Device) -> str:
     """Where a device that was delivered as an fd can be opened after loopctl has ended."""
     path = client.node_path(device.devname)
     if path is None or os.lstat(path).st_rdev != os.makedev(device.major, device.minor):
-        raise _Failure(
-            f"{device.devname} has no node here, and an fd of it ends with loopctl: use `loopctl run`"
-        )
+        raise _Failure(f"{device.devname} has no node here, and an fd of it ends with loopctl: use `loopctl run`")
     return path
 
 
@@ -475,9 +467,7 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "attach": Verb("attach an image to a loop device and print its path", _attach, _attach_options),
-    "run": Verb(
-        "attach an image for the length of a command, {} in which is the device", _run, _image_options
-    ),
+    "run": Verb("attach an image for the length of a command, {} in which is the device", _run, _image_options),
     "detach": Verb("detach devices and wait until their images are free", _detach, _detach_options),
     "list": Verb("show the devices that are held", _list, _json_option),
     "directory": Verb(
@@ -485,9 +475,7 @@ VERBS: dict[str, Verb] = {
         _directory,
         _directory_options,
     ),
-    "rescan": Verb(
-        "have the partitions of a device read again, and print their paths", _rescan, _device_option
-    ),
+    "rescan": Verb("have the partitions of a device read again, and print their paths", _rescan, _device_option),
     "resize": Verb("have a device take over the size of its image, and print it", _resize, _device_option),
     "doctor": Verb("look for what keeps devices from here, and say what helps", _doctor, _no_option),
     "hello": Verb("show what the daemon is and offers", _hello, _json_option),

@@ -311,9 +311,7 @@ _Record = TypeVar("_Record", Attached, Detached, LeaseInfo, Granted, Rescanned, 
 def _record(kind: type[_Record], fields: dict[str, Any]) -> _Record:
     """A reply as a value. A field that is not known here is a newer daemon's and is left out."""
     values: dict[str, Any] = dict.fromkeys(name for name in kind._fields if name not in kind._field_defaults)
-    values.update(
-        (name, tuple(value) if isinstance(value, list) else value) for name, value in fields.items()
-    )
+    values.update((name, tuple(value) if isinstance(value, list) else value) for name, value in fields.items())
     record = kind(**{name: values[name] for name in kind._fields if name in values})
     for name in kind._fields:
         if getattr(record, name) is None and name not in kind._field_defaults and name != "diskseq":
@@ -425,9 +423,7 @@ class Device:
     def keep(self) -> None:
         """Leave the device attached behind the ``with`` block: its lifetime, or a detach, ends it."""
         if self._lifetime == "device":
-            raise ValueError(
-                'a device of the lifetime "device" cannot be kept: attach with lifetime="container"'
-            )
+            raise ValueError('a device of the lifetime "device" cannot be kept: attach with lifetime="container"')
         self._kept = True
         self.close()
 
@@ -466,9 +462,7 @@ def pidfd_open(pid: int) -> int:
         import ctypes  # noqa: PLC0415  # costs all who do not need it
 
         libc = ctypes.CDLL(None, use_errno=True)
-        fd = int(
-            libc.syscall(ctypes.c_long(434), ctypes.c_int(pid), ctypes.c_uint(0))
-        )  # 434 on all but Alpha
+        fd = int(libc.syscall(ctypes.c_long(434), ctypes.c_int(pid), ctypes.c_uint(0)))  # 434 on all but Alpha
         if fd < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return fd
@@ -699,9 +693,7 @@ class Client:
                 answer = self._ask(outputs, request, fds)
             except Exists as error:
                 if way.dir_fd is not None and layers.is_devtmpfs(way.dir_fd):
-                    error.hint = (
-                        "in the host's /dev the kernel makes the node: leave the delivery to the client"
-                    )
+                    error.hint = "in the host's /dev the kernel makes the node: leave the delivery to the client"
                 raise
             attached = _parsed(Attached, answer.fields)
             try:
@@ -709,17 +701,13 @@ class Client:
             except BaseException:
                 answer.fds.close()
                 with suppress(Error):
-                    self.detach(
-                        os.path.join(way.path, attached.devname), wait=DETACH_WAIT, diskseq=attached.diskseq
-                    )
+                    self.detach(os.path.join(way.path, attached.devname), wait=DETACH_WAIT, diskseq=attached.diskseq)
                 raise
             answer.fds.close()
             outputs.pop_all()
             return Device(self, attached, path, lifetime, answer.channel, file)
 
-    def _delivered(
-        self, way: _Way, attached: Attached, fds: _Fds, open_device: bool
-    ) -> tuple[str, io.FileIO | None]:
+    def _delivered(self, way: _Way, attached: Attached, fds: _Fds, open_device: bool) -> tuple[str, io.FileIO | None]:
         """Where the device is, and the device, open."""
         # The fds of a reply come in the order of the deliveries that have one.
         order = [name for name in way.deliver if name != "node"]
@@ -746,9 +734,7 @@ class Client:
                 raise
             return path, file
 
-    def detach(
-        self, device: StrPath, *, wait: float = 0.0, force: bool = False, diskseq: int | None = None
-    ) -> bool:
+    def detach(self, device: StrPath, *, wait: float = 0.0, force: bool = False, diskseq: int | None = None) -> bool:
         """End the lease of a device, given as ``"loop4096"`` or with its directory.
 
         Waits up to `wait` seconds (at most 3600) beyond the timeout. True when the image is free, False while
@@ -802,9 +788,7 @@ class Client:
                 return
             request = request._replace(after=leases[-1].devname)
 
-    def _about(
-        self, device: StrPath, request: wire.Detach | wire.Rescan | wire.Resize, wait: float = 0.0
-    ) -> Any:
+    def _about(self, device: StrPath, request: wire.Detach | wire.Rescan | wire.Resize, wait: float = 0.0) -> Any:
         """The answer to a request about a lease. Its owner may be a directory of loopd's: the one that `device`
         is in or this container's, else it is this user.
         """
@@ -830,9 +814,7 @@ class Client:
         with ExitStack() as stack:
             return self._ask(stack, wire.Hello()).pid
 
-    def _ask(
-        self, stack: ExitStack, request: wire.Request, fds: Sequence[int] = (), wait: float = 0.0
-    ) -> _Answer:
+    def _ask(self, stack: ExitStack, request: wire.Request, fds: Sequence[int] = (), wait: float = 0.0) -> _Answer:
         """Send `request` with `fds` (borrowed) and a socket for the reply; `stack` owns what comes back."""
         deadline = time.monotonic() + self.timeout + wait
         channel, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
@@ -871,9 +853,7 @@ def _prove(file: io.FileIO, path: str, attached: Attached) -> None:
     """What was opened is what was attached."""
     status = os.fstat(file.fileno())
     if not stat.S_ISBLK(status.st_mode) or status.st_rdev != os.makedev(attached.major, attached.minor):
-        raise DeviceInaccessible(
-            f"{path} is not {attached.devname}, the device that was attached", "", "device", 0
-        )
+        raise DeviceInaccessible(f"{path} is not {attached.devname}, the device that was attached", "", "device", 0)
 
 
 def node_path(device: StrPath) -> str | None:
@@ -950,9 +930,7 @@ def attach(
     )
 
 
-def detach(
-    device: StrPath, *, wait: float = 0.0, socket: StrPath | None = None, timeout: float = TIMEOUT
-) -> bool:
+def detach(device: StrPath, *, wait: float = 0.0, socket: StrPath | None = None, timeout: float = TIMEOUT) -> bool:
     """`Client.detach`: True when the image is free, False while somebody has the device open."""
     return Client(socket, timeout).detach(device, wait=wait)
 
@@ -972,9 +950,7 @@ def resize(device: StrPath, *, socket: StrPath | None = None, timeout: float = T
     return Client(socket, timeout).resize(device)
 
 
-def directory(
-    name: str, *, remove: bool = False, socket: StrPath | None = None, timeout: float = TIMEOUT
-) -> str:
+def directory(name: str, *, remove: bool = False, socket: StrPath | None = None, timeout: float = TIMEOUT) -> str:
     """`Client.directory`: the path of a directory to be bound into a container."""
     return Client(socket, timeout).directory(name, remove=remove)
 

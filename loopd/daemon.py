@@ -77,7 +77,10 @@ def _listeners(passed: list[tuple[str, int]]) -> list[Listener]:
     for name, fd in passed:
         if name == SLOT:
             continue
-        listener = socket.socket(fileno=fd)
+        try:
+            listener = socket.socket(fileno=fd)
+        except OSError as error:
+            raise CannotStart(f"{name!r} is no AF_UNIX datagram socket, but no socket at all") from error
         if listener.family != socket.AF_UNIX or listener.type != socket.SOCK_DGRAM:
             raise CannotStart(f"socket {name!r} is no AF_UNIX datagram socket: loopd.socket has ListenDatagram=")
         transport.prepare(listener)
@@ -136,6 +139,7 @@ class Daemon:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._bugs = 0
+        self._flushing = False
         if os.uname().sysname != "Linux" or sys.version_info < (3, 11):
             raise CannotStart("loopd needs Linux and Python 3.11 or later")
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -207,6 +211,9 @@ class Daemon:
             self._poller.remove(self._numbers.channel.fileno())
             self._numbers.restart(self._fork_numbers())
 
+    FLUSH_PAUSE = 0.1
+    """Seconds after which records are offered again to a journal that took none."""
+
     UEVENT_PAUSE = 0.02
     """Seconds in which uevents are gathered: every attach makes some, and hardly one has to be acted on."""
 
@@ -276,6 +283,13 @@ class Daemon:
             self._audit.record(Event.FAILED, traceback.format_exc()[-4000:])
             if self._bugs > self.MOST_BUGS:
                 raise
+        if self._audit.waiting and not self._flushing:
+            self._flushing = True
+            self._poller.later(self.FLUSH_PAUSE, self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        self._audit.flush()
 
     def _idle_check(self) -> None:
         idle = time.monotonic() - self._service.last_activity
@@ -284,7 +298,6 @@ class Daemon:
             self._stopping = True
             return
         self._report()
-        self._audit.flush()
         self._poller.later(max(0.05, timeout - idle) if idle < timeout else min(timeout, 5.0), self._idle_check)
 
     def _stop(self) -> None:

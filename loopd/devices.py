@@ -16,8 +16,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from . import rights
 from .files import Backing
-from .loop import LOOP_MAJOR, Loop, LoopControl, UnexpectedDevice, supports_configure
+from .loop import LOOP_MAJOR, Loop, LoopControl, UnexpectedDevice, backing_file, supports_configure
 from .wire import Attach, Code, Refusal
 
 PRIVATE_NODES = "/run/loopd-nodes"
@@ -126,22 +127,35 @@ class Access:
 
     @contextlib.contextmanager
     def opened(self, number: int) -> Iterator[tuple[Loop, int]]:
-        """The device, and an fd of a second open file description for its lock; both closed at the end."""
+        """The device, and an fd of its node in /dev for the lock; both closed at the end."""
         with self._node(number) as directory, contextlib.ExitStack() as stack:
             loop = stack.enter_context(Loop(number, directory))
-            lock = os.open(f"/proc/self/fd/{loop.fd}", os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(_close, lock)
+            lock = _open_for_lock(loop)
+            stack.callback(os.close, lock)
             yield loop, lock
+
+
+def _open_for_lock(loop: Loop) -> int:
+    """Open the node that udev opens: a lock by flock(2) is on a node, not on the device that it leads to.
+
+    As root, whose node it is until udev has changed that; acting so takes no capability but what a client's directory
+    needs. Where there is no such node there is no udev to keep away either, and any other description will do.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with rights.acting_as(0, 0):
+            fd = os.open(f"/dev/{loop.devname}", flags)
+    except FileNotFoundError:
+        return reopen(loop.fd, read_only=True)
+    if os.fstat(fd).st_rdev == loop.rdev:
+        return fd
+    os.close(fd)
+    return reopen(loop.fd, read_only=True)
 
 
 def reopen(device: int, read_only: bool) -> int:
     """Another open file description of an open device, the caller's to close."""
     return os.open(f"/proc/self/fd/{device}", (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
-
-
-def _close(fd: int) -> None:
-    with contextlib.suppress(OSError):
-        os.close(fd)
 
 
 def device_number(name: str, disk: str | None = None) -> tuple[int, int]:
@@ -296,18 +310,18 @@ def _verify(loop: Loop, number: int, request: Attach, backing: Backing) -> Bindi
 # Release ----------------------------------------------------------------------------------------------------------
 
 
+def sequence(devname: str) -> int | None:
+    """The device's sequence number, which every bind and unbind raises; None before Linux 5.15, or without a device."""
+    try:
+        with open(f"/sys/block/{devname}/diskseq", encoding="ascii") as attribute:
+            return int(attribute.read())
+    except OSError:
+        return None
+
+
 def still_bound(binding: Binding) -> bool:
     """Whether the number still carries this binding, or is being torn down from it."""
-    try:
-        with open(f"/sys/block/{binding.devname}/loop/backing_file", "rb"):
-            pass
-        if binding.diskseq is None:
-            return True
-        with open(f"/sys/block/{binding.devname}/diskseq", encoding="ascii") as attribute:
-            # Clearing raises it by itself before the next bind does (facts of Linux 5.15 and later).
-            return int(attribute.read()) == binding.diskseq
-    except OSError:
-        return False
+    return backing_file(binding.number) is not None and sequence(binding.devname) == binding.diskseq
 
 
 def let_go(loop: Loop) -> None:

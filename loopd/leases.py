@@ -67,7 +67,7 @@ class Lease:
     FDS = ("device", "directory", "lock", "keeper")
 
     __slots__ = (
-        *FDS, "account", "again", "binding", "had_directory", "holder", "jobs", "lease", "nodes", "reason", "slot",
+        *FDS, "account", "again", "binding", "holder", "jobs", "lease", "nodes", "reason", "slot",
         "state", "table", "waiting", "watch", "working",
     )  # fmt: skip
 
@@ -78,7 +78,6 @@ class Lease:
         self.lease = lease
         self.device = fds.get("device")
         self.directory = fds.get("directory")
-        self.had_directory = self.directory is not None
         self.lock = fds.get("lock")
         self.keeper = fds.get("keeper")
         self.nodes: tuple[Node, ...] | None = None

@@ -78,6 +78,7 @@ class Lifecycle:
         self._cgroups = cgroups.Watcher(self._account_ended)
         self._held: dict[str, Lease] = {}
         self._foreign: dict[str, Account] = {}
+        self._suspects: dict[str, tuple[str, int | None]] = {}
         self._watched: dict[int, Lease] = {}
         self._kept: list[socket.socket] = []
         self._replies: dict[str, int] = {}
@@ -333,6 +334,7 @@ class Lifecycle:
         file = backing_file(number)
         known = self._foreign.get(devname)
         if file is None or self.leases.get(devname) is not None:
+            self._suspects.pop(devname, None)
             if known is not None:
                 del self._foreign[devname]
                 known.devices -= 1
@@ -340,6 +342,13 @@ class Lifecycle:
             return
         if known is not None or not self._numbers.used(number):
             return
+        seen = (file, devices.sequence(devname))
+        if self._suspects.get(devname) != seen:
+            # It may be an attach that is not in the books yet: then it is at the next look.
+            self._suspects[devname] = seen
+            self._poller.later(self.FOREIGN_CHECK, lambda: self._look_at_foreign(devname))
+            return
+        del self._suspects[devname]
         owner = self._numbers.had(number)
         account = self.accounts.get(owner.account if owner else "")
         account.devices += 1
@@ -388,12 +397,7 @@ class Lifecycle:
             self._slots.give_back(lease.slot)
             lease.slot = None
         holder = lease.holder
-        if holder.uid != 0 and (holder.grant or not lease.had_directory):
-            # Its nodes, if any, were out of the client's reach, and it is removed only when nobody has it open.
-            lease.account.unspend()
-            self._numbers.retire_unburnt(lease.binding.number)
-        else:
-            self.retire(lease.binding.number, lease.account, Owner(holder.account, holder.uid))
+        self.retire(lease.binding.number, lease.account, Owner(holder.account, holder.uid))
         lease.state = State.RELEASED
         expired = lease.reason == "expired"
         self.record(Event.EXPIRED if expired else Event.DETACHED, lease, "expired" if expired else "was detached")

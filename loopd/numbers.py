@@ -191,7 +191,6 @@ class Numbers:
         self._removing: dict[int, Owner | None] = {}
         self._lingering: dict[int, Owner | None] = {}
         self._used: dict[Owner, deque[int]] = {}
-        self._unburnt: set[int] = set()
         self.remade: bool | None = None
 
     @property
@@ -257,11 +256,6 @@ class Numbers:
         """Whether this instance has handed out the number."""
         return self._counter.has(number)
 
-    def retire_unburnt(self, number: int) -> None:
-        """Remove a number that no client can have kept a way to; afterwards it is anybody's."""
-        self._unburnt.add(number)
-        self._remove(number, None)
-
     def _remove(self, number: int, owner: Owner | None) -> None:
         self._removing[number] = owner
         self._send("remove", number)
@@ -288,9 +282,6 @@ class Numbers:
             owner = self._removing.pop(number)
             if error == errno.EBUSY:
                 self._lingering[number] = owner
-            elif number in self._unburnt:
-                self._unburnt.discard(number)
-                self._fresh.append(number)
             elif owner is not None:
                 self._keep(number, owner)
 

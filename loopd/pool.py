@@ -184,16 +184,21 @@ class Pool:
 def fork(keep: list[int], main: Callable[[], None]) -> int:
     """Run `main` in a child that has no fd but `keep` and standard ones, and is killed when this process ends.
 
-    To be called by a single-threaded process only.
+    To be called by a single-threaded process only. Returns when the child has closed what is not its own: until then it
+    would keep devices open that are released meanwhile.
     """
     parent = os.getpid()
+    closed, closing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _child(parent, keep, main)
+        _child(parent, keep, closing, main)
+    os.close(closing)
+    os.read(closed, 1)  # nothing: the end of the child's side
+    os.close(closed)
     return pid
 
 
-def _child(parent: int, keep: list[int], main: Callable[[], None]) -> NoReturn:
+def _child(parent: int, keep: list[int], closing: int, main: Callable[[], None]) -> NoReturn:
     # Never returns into the frames of the parent, whose objects believe to own fds that are closed here.
     try:
         signal.set_wakeup_fd(-1)
@@ -201,12 +206,15 @@ def _child(parent: int, keep: list[int], main: Callable[[], None]) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         low = 3
-        for fd in sorted({*keep}):
+        for fd in sorted({*keep, closing}):
             os.closerange(low, fd)
             low = fd + 1
         os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+        os.close(closing)
         rights.die_with_parent(parent)
         main()
+    except ConnectionResetError:
+        pass  # the main process ended with an answer unread
     except BaseException:  # noqa: BLE001  # nothing may leave this frame
         traceback.print_exc()
         sys.stderr.flush()
