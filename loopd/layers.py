@@ -69,7 +69,7 @@ def mounts() -> list[Mount]:
 
 def mount_of(fd: int) -> Mount | None:
     """The mount that an open file is on, None where it cannot be told."""
-    with suppress(OSError, ValueError, IndexError), open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as info:
+    with suppress(OSError, ValueError, IndexError), open(f"/proc/self/fdinfo/{fd}", encoding="utf-8") as info:
         wanted = int(info.read().split("mnt_id:")[1].split()[0])
         return next((mount for mount in mounts() if mount.id == wanted), None)
     return None
@@ -87,14 +87,14 @@ def is_devtmpfs(dir_fd: int) -> bool:
 
 def capable(capability: int) -> bool:
     """Whether this process has a capability in effect, in the user namespace that it is in."""
-    with suppress(OSError, ValueError, IndexError), open("/proc/self/status", encoding="ascii") as status:
+    with suppress(OSError, ValueError, IndexError), open("/proc/self/status", encoding="utf-8") as status:
         return bool(int(status.read().split("CapEff:\t")[1][:16], 16) & 1 << capability)
     return False
 
 
 def foreign_user_namespace() -> bool:
     """Whether the user namespace is another one than the host's."""
-    with open("/proc/self/uid_map", encoding="ascii") as file:
+    with open("/proc/self/uid_map", encoding="utf-8") as file:
         return file.read().split() != ["0", "0", str(2**32 - 1)]
 
 

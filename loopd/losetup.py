@@ -139,15 +139,16 @@ def long_name(key: str) -> str:
     return next(name for name, value in LONG.items() if value == key)
 
 
-def long_key(name: str) -> str:
+def long_key(word: str) -> str:
     """The key of a long option that may be abbreviated, as getopt_long(3) has it."""
+    name = word.partition("=")[0]
     if name in LONG:
         return LONG[name]
     found = [option for option in LONG if option.startswith(name)]
     if not found:
-        usage_error(f"unrecognized option '--{name}'")
+        usage_error(f"unrecognized option '--{word}'")
     if len(found) > 1:
-        usage_error(f"option '--{name}' is ambiguous; possibilities: " + " ".join(f"'--{option}'" for option in found))
+        usage_error(f"option '--{word}' is ambiguous; possibilities: " + " ".join(f"'--{option}'" for option in found))
     return LONG[found[0]]
 
 
@@ -158,8 +159,8 @@ def getopt(arguments: Sequence[str], operands: list[str]) -> Iterator[tuple[str,
         if word == "--":
             operands.extend(words)
         elif word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            key = long_key(name)
+            _, equals, value = word.partition("=")
+            key = long_key(word[2:])
             if equals and key not in ARGUMENT + MAYBE:
                 usage_error(f"option '--{long_name(key)}' doesn't allow an argument")
             argument = value if equals else None
@@ -342,6 +343,9 @@ UNAVAILABLE = {
 """What helps, by the errno of connect(2)."""
 
 
+NO_SENSE = "the answer of loopd makes no sense; is it a newer one?"
+
+
 def encoded(value: object) -> str:
     """A value of a request as JSON."""
     if isinstance(value, str):
@@ -421,7 +425,7 @@ def checked(reply: bytes) -> Lease:
         code, message = str(error["code"]), str(error["message"])
     # Without JSON the scanner raises StopIteration, or nothing at all where the package is not loaded (3.10, 3.11).
     except (AttributeError, KeyError, RecursionError, StopIteration, SystemError, TypeError, ValueError):
-        raise Failure("the answer of loopd makes no sense; is it a newer one?") from None
+        raise Failure(NO_SENSE) from None
     raise Failure(message, code)
 
 
@@ -443,6 +447,13 @@ def ask_about(**fields: object) -> Lease:
         os.close(fd)
 
 
+LEASE = set(
+    "devname major minor offset sizelimit sector_size read_only direct_io partscan backing_file backing_dev "
+    "backing_inode ref state".split()
+)
+"""What is needed of a row of the reply to ``list``."""
+
+
 def leases() -> list[Lease]:
     """The owner's devices, all of them."""
     found: list[Lease] = []
@@ -450,6 +461,8 @@ def leases() -> list[Lease]:
         after = {"after": found[-1]["devname"]} if found else {}
         reply = ask_about(op="list", **after)
         rows = reply.get("leases") or []
+        if not all(isinstance(row, dict) and row.keys() >= LEASE and is_devname(row["devname"]) for row in rows):
+            raise Failure(NO_SENSE)
         found += rows
         if not reply.get("more") or not rows:
             return found
@@ -614,7 +627,7 @@ def attach(file: str, options: Options) -> str:
             os.close(fd)
     name = str(reply.get("devname"))
     if not is_devname(name):
-        raise Failure("the answer of loopd makes no sense; is it a newer one?")
+        raise Failure(NO_SENSE)
     return make_flat(name, options.partscan)
 
 
@@ -762,7 +775,7 @@ def sysfs(name: str, attribute: str) -> str:
     """What the kernel says of a device, empty where it or /sys is not there."""
     try:
         with open(f"/sys/block/{name}/{attribute}", errors="surrogateescape") as file:
-            return file.read().rstrip("\n")
+            return file.read()[:-1]  # the newline that the kernel adds; one before it is the name's
     except OSError:
         return ""
 
@@ -813,6 +826,7 @@ def line(lease: Lease, name: str) -> str:
 
 def show(options: Options, found: Sequence[tuple[Lease, str]]) -> None:
     """Print devices, each with the name it goes by."""
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # a file's name is any bytes
     if not options.list:
         sys.stdout.write("".join(line(lease, name) for lease, name in found))
         return
@@ -865,13 +879,15 @@ def nonblank(text: str) -> str:
     return escaped(text, lambda c: "!" <= c <= "~" and c != "\\")
 
 
+JSON = {"\\": "\\\\", '"': '\\"', "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
 def json_value(kind: str, text: str) -> str:
     if kind == "number":
         return text
     if kind == "bool":
         return "true" if text == "1" else "false"
-    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c >= " " else f"\\u{ord(c):04x}" for c in quoted) + '"'
+    return '"' + "".join(JSON.get(c) or (c if c >= " " else f"\\u{ord(c):04x}") for c in text) + '"'
 
 
 def json_text(names: Sequence[str], rows: list[dict[str, str]]) -> str:

@@ -21,8 +21,6 @@ AT_STATX_DONT_SYNC = 0x4000
 STATX_TYPE = 0x1
 _STATX = struct.Struct("=28xH98xII120x")  # mode and device number of struct statx (statx(2))
 
-Numbers = Mapping["tuple[int, int]", str]
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -41,7 +39,7 @@ def _read(path: str) -> str:
     return ""
 
 
-def _numbers(devnames: Collection[str]) -> Numbers:
+def _numbers(devnames: Collection[str]) -> dict[tuple[int, int], str]:
     """The devices and their partitions, by major and minor."""
     found = {}
     for devname in devnames:
@@ -54,7 +52,7 @@ def _numbers(devnames: Collection[str]) -> Numbers:
     return found
 
 
-def _of_process(pid: str, numbers: Numbers) -> set[str]:
+def _of_process(pid: str, numbers: Mapping[tuple[int, int], str]) -> set[str]:
     """The devices that a process has open."""
     found = set()
     with suppress(OSError):  # it has ended, or is another's
@@ -65,7 +63,7 @@ def _of_process(pid: str, numbers: Numbers) -> set[str]:
     return found
 
 
-def _of_mounts(pid: str, numbers: Numbers) -> Iterator[tuple[str, str]]:
+def _of_mounts(pid: str, numbers: Mapping[tuple[int, int], str]) -> Iterator[tuple[str, str]]:
     """The devices with a file system that a process sees mounted, and where."""
     for line in _read(f"/proc/{pid}/mountinfo").splitlines():
         fields = line.split(" ", 5)
@@ -100,7 +98,9 @@ def find(devnames: Collection[str], daemon: int) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {devname: list(_of_devices(devname)) for devname in devnames}
     namespaces = set()
     for pid in filter(str.isdecimal, os.listdir("/proc")):
-        status = dict(line.split(":\t", 1) for line in _read(f"/proc/{pid}/status").splitlines() if ":\t" in line)
+        status = dict(
+            line.split(":\t", 1) for line in _read(f"/proc/{pid}/status").splitlines() if ":\t" in line
+        )
         process = f"{status.get('Name', '?')}[{pid}]"
         if str(daemon) not in (pid, status.get("PPid")):
             for devname in _of_process(pid, numbers):

@@ -1,9 +1,10 @@
 """A small stand-in for what the service manager does for loopd: socket activation, the fd store, restart.
 
-Runs as a program of its own, so that killing the daemon ends nothing but the daemon. FDSTORE=1 messages are kept, and passed
-back with LISTEN_FDS when the daemon is started again: at once when it failed (Restart=on-failure), after an end in good order
-when the next datagram comes (FileDescriptorStorePreserve=yes). Between the two it kills what is left of the daemon and waits
-for it (KillMode=control-group). `usage: fdstore.py SOCKET COMMAND...`; SOCKET.admin and SOCKET.notify are made too.
+Runs as a program of its own, so that killing the daemon ends nothing but the daemon. FDSTORE=1 messages are kept, and
+passed back with LISTEN_FDS when the daemon is started again: at once when it failed (Restart=on-failure), after an end
+in good order when the next datagram comes (FileDescriptorStorePreserve=yes). Between the two it kills what is left of
+the daemon and waits for it (KillMode=control-group). `usage: fdstore.py SOCKET COMMAND...`; SOCKET.admin and
+SOCKET.notify are made too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A daemon whose leases outlive it: under fdstore.py, with what the fd store holds laid open, and numbers of its own.
 
-Other daemons may run on the machine, and a new counter starts from the clock: here it starts at random, so that every device
-in the blocks that this one used is of this one.
+Other daemons may run on the machine, and a new counter starts from the clock: here it starts at random, so that every
+device in the blocks that this one used is of this one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,7 +209,8 @@ class Kept(Daemon):
         found = []
         for slot in self.slots():
             try:
-                payload, control, _, _ = slot.recvmsg(65536, socket.CMSG_SPACE(64), socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+                payload, control, _, _ = slot.recvmsg(65536, socket.CMSG_SPACE(64), flags)
             except BlockingIOError:
                 slot.close()
                 continue
@@ -231,11 +231,12 @@ class Kept(Daemon):
 
     def in_range(self) -> list[str]:
         """The devices that exist in the blocks which this daemon has used."""
-        mine = range(numbers.FIRST + self.block * numbers.BLOCK, numbers.FIRST + next_block(self.counter) * numbers.BLOCK)
+        first, end = (numbers.FIRST + block * numbers.BLOCK for block in (self.block, next_block(self.counter)))
+        mine = range(first, end)
         return [name for name in os.listdir("/sys/block") if name.startswith("loop") and int(name[4:]) in mine]
 
     def end(self) -> None:
-        """End it in good order after every lease is over; nothing of it may be left, neither device nor record nor fd."""
+        """End it in good order after every lease is over; nothing of it may be left, neither device nor record."""
         self.pid  # noqa: B018  # a start that is under way is waited for
         for name, lease in self.leases().items():
             if lease["state"] == "bound":
@@ -284,12 +285,13 @@ class Holding:
         self.finish = finish
 
     def bound(self) -> bool:
-        """Whether it is the same binding still; false as soon as it was free for a moment, which changes the diskseq."""
+        """Whether it is the same binding still; false once it was free for a moment, which changes the diskseq."""
+        sysfs = Path(f"/sys/block/{self.name}")
         try:
-            sysfs = Path(f"/sys/block/{self.name}")
-            return (sysfs / "loop/backing_file").exists() and (sysfs / "diskseq").read_text() == f"{self.fields['diskseq']}\n"
+            same = (sysfs / "diskseq").read_text() == f"{self.fields['diskseq']}\n"
         except FileNotFoundError:
             return False
+        return same and (sysfs / "loop/backing_file").exists()
 
 
 @contextlib.contextmanager
@@ -331,8 +333,8 @@ def hold(daemon: Daemon, kind: str, image: int, directory: int, **options: Any) 
         yield Holding(reply.fields, finish)
 
 
-@pytest.fixture
-def start_kept(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
+@pytest.fixture(name="start_kept")
+def start_kept_fixture(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
     """Start daemons under a service manager's stand-in; each is ended and looked over afterwards."""
     require(os.geteuid() == 0, "needs root: loop devices")
     require(os.path.exists("/dev/loop-control"), "needs /dev/loop-control")
@@ -349,7 +351,7 @@ def start_kept(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
         yield start
 
 
-@pytest.fixture
-def kept(start_kept: Callable[..., Kept]) -> Kept:
+@pytest.fixture(name="kept")
+def kept_fixture(start_kept: Callable[..., Kept]) -> Kept:
     """One with the defaults."""
     return start_kept()

@@ -1,7 +1,7 @@
-"""The daemon is killed at every system call of the way of an attach and a detach: no binding is lost, nothing is left over.
+"""The daemon is killed at every system call of an attach and a detach: no binding is lost, nothing is left over.
 
-The system calls are those that a recording of the same way shows, so the list cannot rot. A sample of them is taken, evenly;
-LOOPD_TEST_EVERY_CRASH=1 takes all. strace kills before the call is made: with the next one's turn, after it.
+The system calls are those that a recording of the same way shows, so the list cannot rot. A sample of them is taken,
+evenly; LOOPD_TEST_EVERY_CRASH=1 takes all. strace kills before the call is made: with the next one's turn, after it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from conftest import Reply, bound_to, eventually, require
-from kept import KINDS, KNOWN, Holding, Kept, hold, start_kept  # noqa: F401  # a fixture
+from kept import KINDS, KNOWN, Holding, Kept, hold, start_kept_fixture  # noqa: F401
 from processes import Child
 from untouched import helpers, pair, reply_of, send, state
 
@@ -46,7 +46,7 @@ ANSWER = 10.0
 """Seconds for an answer, a restart of the daemon included."""
 
 Point = tuple[str, int, str, int]
-"""What keeps the lease, which of the processes it is, the name of a system call, and its how-manieth in that process."""
+"""What keeps the lease, which of the processes it is, the name of a system call, its how-manieth in that process."""
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ class Beside:
         turns: int = self._child.hear()
         return turns
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -220,9 +220,14 @@ def recorded(daemon: Kept, role: str, kind: str, site: Site, tmp_path: Path) -> 
     return points
 
 
+def next_of(daemon: Kept, pid: int) -> None:
+    """Wait until the next main process is started."""
+    eventually(lambda: daemon.running not in (0, pid), "the next one is started")
+
+
 @pytest.mark.parametrize(("role", "kinds", "load"), WAYS)
 def test_killed_at_every_system_call(
-    start_kept: Callable[..., Kept], tmp_path: Path, role: str, kinds: tuple[str, ...], load: bool  # noqa: F811
+    start_kept: Callable[..., Kept], tmp_path: Path, role: str, kinds: tuple[str, ...], load: bool
 ) -> None:
     daemon = start_kept()
     path = daemon.path
@@ -253,7 +258,7 @@ def test_killed_at_every_system_call(
                 if state(pid) in ("", "Z"):
                     killed.append((kind, which, name, count))
                     if role == "main":
-                        eventually(lambda pid=pid: daemon.running not in (0, pid), "the next one is started")
+                        next_of(daemon, pid)
                     break
         turns = [process.stop() for process in beside]
         print(f"{len(killed)} of {len(points)} points, {results}, beside it {turns}")

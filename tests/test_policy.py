@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import re
@@ -135,7 +136,12 @@ def test_a_wrong_key_or_value(tmp_path: Path, text: str) -> None:
     "text",
     [
         pytest.param(text, marks=KNOWN("it is no ConfigurationError, or none at all"))
-        for text in ("allow.sector_sizes = [[512]]", "allow.sector_sizes = [512.0]", "[[rule]]\nuid = '9-5'", "[[rule]]\nuid = []")
+        for text in (
+            "allow.sector_sizes = [[512]]",
+            "allow.sector_sizes = [512.0]",
+            "[[rule]]\nuid = '9-5'",
+            "[[rule]]\nuid = []",
+        )
     ],
 )
 def test_a_value_that_can_only_be_a_mistake(tmp_path: Path, text: str) -> None:
@@ -366,7 +372,8 @@ def test_permissions(configured: Callable[..., Daemon], make_image: Callable[...
     other = 20199  # whom no rule is about
     asked: dict[str, dict[str, Any]] = {
         "attach": {}, "write": {}, "partscan": {"partscan": True}, "lock": {"lock": True},
-        "direct_io": {"direct_io": "on", "sector_size": 4096}, "sector_sizes": {"sector_size": 4096}, "file_systems": {},
+        "direct_io": {"direct_io": "on", "sector_size": 4096}, "sector_sizes": {"sector_size": 4096},
+        "file_systems": {},
     }  # fmt: skip
     for key, fields in asked.items():
         assert code(TAKEN[key], **fields) == refused, key
@@ -410,7 +417,7 @@ def test_direct_io_is_off_where_it_is_not_allowed(
 
 
 def test_clients_with_cap_mknod(configured: Callable[..., Daemon], image: int) -> None:
-    """In a container they are warned, or refused; on the host it means nothing, where root can do what he likes anyway."""
+    """In a container they are warned, or refused; on the host it means nothing, where root can do what he likes."""
     daemon = configured("[[rule]]\ngid = 20200\nallow.mknod = false\n")
     message = wire.Attach(0, reply_fd=1, deliver=("fd",))
 
@@ -485,6 +492,10 @@ def test_requests_under_way(configured: Callable[..., Daemon], image: int, direc
         assert daemon.hello().code is None
 
 
+def _gone(name: str) -> bool:
+    return not exists(name)
+
+
 def test_new_numbers(configured: Callable[..., Daemon], image: int, directory: int, devices: Path) -> None:
     """Beyond the limit an account gets again what it had."""
     daemon = configured("limits.new_numbers = 2\nlimits.new_numbers_per_minute = 0")
@@ -495,7 +506,7 @@ def test_new_numbers(configured: Callable[..., Daemon], image: int, directory: i
         name = reply.fields["devname"]
         names.add(name)
         assert daemon.ask(wire.Detach(name, 0), []).fields == {"state": "released"}
-        eventually(lambda name=name: not exists(name), "the number is removed")
+        eventually(functools.partial(_gone, name), "the number is removed")
     assert len(names) == 2
     held = [daemon.attach(image, directory) for _ in range(3)]
     assert [reply.code for reply in held] == [None, None, "quota"]
@@ -503,11 +514,11 @@ def test_new_numbers(configured: Callable[..., Daemon], image: int, directory: i
 
 
 def test_new_numbers_a_minute(configured: Callable[..., Daemon], image: int, directory: int) -> None:
-    daemon = configured("limits.new_numbers = 1\nlimits.new_numbers_per_minute = 60")
+    daemon = configured("limits.new_numbers = 1\nlimits.new_numbers_per_minute = 120")
     assert daemon.attach(image, directory).code is None
     began = time.monotonic()
-    eventually(lambda: daemon.attach(image, directory).code is None, "there is another number", SOON)
-    assert time.monotonic() - began > 0.5
+    eventually(lambda: daemon.attach(image, directory).code is None, "there is another number", 20)
+    assert time.monotonic() - began > 0.4
 
 
 @pytest.mark.parametrize("wait", [0, 5])
@@ -525,7 +536,9 @@ def test_waiting_for_a_number(configured: Callable[..., Daemon], image: int, dir
     assert "timeout" in codes if wait == 0 else "timeout" not in codes
 
 
-def test_bytes(configured: Callable[..., Daemon], make_image: Callable[..., int], directory: int, tmp_path: Path) -> None:
+def test_bytes(
+    configured: Callable[..., Daemon], make_image: Callable[..., int], directory: int, tmp_path: Path
+) -> None:
     daemon = configured(f"limits.bytes = {3 << 20}")
     big, small = make_image(2 << 20, "big"), make_image(1 << 20, "small")
     assert daemon.attach(big, directory).code is None
@@ -589,7 +602,7 @@ def test_helpers_that_hang(configured: Callable[..., Daemon]) -> None:
     assert daemon.hello().code is None
     with hanging(daemon, 1):
         (record,) = eventually(lambda: daemon.records("stuck"), "it is written off", SOON)
-        assert 0.9e6 < int(record["LOOPD_DURATION_USEC"])
+        assert int(record["LOOPD_DURATION_USEC"]) > 0.9e6
     # A socket's close is no wait that withstands SIGKILL: it is over at once, and the account is served.
     eventually(lambda: daemon.hello().fields, "the account is served again", SOON)
 
@@ -607,7 +620,7 @@ def test_idle_timeout(configured: Callable[..., Daemon]) -> None:
 
 @pytest.mark.parametrize("vouched", [False, True])
 def test_reply_to_address(tmp_path: Path, vouched: bool) -> None:
-    """Without CAP_NET_ADMIN, as the service is, nothing proves where the sender is, but for the administrator's word."""
+    """Without CAP_NET_ADMIN, as the service is, nothing proves where the sender is but the administrator's word."""
     require(os.geteuid() == 0, "needs root: loop devices")
     require(shutil.which("setpriv"), "needs setpriv (package util-linux)")
     path = tmp_path / "loopd.toml"
@@ -627,8 +640,8 @@ def test_reply_to_address(tmp_path: Path, vouched: bool) -> None:
         if vouched:
             assert b'"protocol"' in sender.recv(4096)
         else:
-            (record,) = eventually(lambda: daemon.records("refused"), "it is in the journal")
-            assert record["LOOPD_CODE"] == "undeliverable"
+            eventually(lambda: daemon.records("refused"), "it is in the journal")
+            assert "undeliverable" in [record["LOOPD_CODE"] for record in daemon.records("refused")]
             sender.setblocking(False)
             with pytest.raises(BlockingIOError):
                 sender.recv(4096)

@@ -1,0 +1,273 @@
+"""Fairness: one that floods, never reads or hangs slows itself; honest clients see no error, and lose no record.
+
+How long honest clients wait is printed, not asserted: that is the benchmark's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Daemon, ask, bound_to, eventually, require
+from fuse_never import Never
+from processes import Child
+from test_policy import hanging
+from untouched import cgroup, pair, reply_of, send
+
+from loopd import wire
+
+FLOOD = 10_000
+ROUNDS = 60
+
+
+def KNOWN(bug: str) -> pytest.MarkDecorator:  # noqa: N802  # reads as the mark that it is
+    """A bug of the daemon that the test shows; when it is mended the mark goes."""
+    return pytest.mark.xfail(strict=True, reason=bug)
+
+
+@pytest.fixture
+def other() -> Iterator[tuple[Callable[[], None], str]]:
+    """A second account: how to enter it, and its name."""
+    name = f"loopd-test-{os.getpid()}"
+    with cgroup(name) as enter:
+        require(enter, "needs a cgroup hierarchy to make a second account in")
+        assert enter is not None
+        yield enter, f"/{name}"
+
+
+def honest(daemon: Daemon, rounds: int = ROUNDS) -> list[float]:
+    """Attach, write, read back and detach, again and again; how long each attach took, in seconds."""
+    took = []
+    for round_ in range(rounds):
+        image = os.memfd_create("honest", os.MFD_CLOEXEC)
+        try:
+            os.truncate(image, 1 << 16)
+            began = time.monotonic()
+            reply = ask(
+                daemon.path, wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",))), [image], timeout=30
+            )
+            took.append(time.monotonic() - began)
+            assert reply.code is None, reply.fields
+            mark = b"%08d" % round_ * 512
+            os.pwrite(reply.fds[0], mark, 4096)
+            os.fsync(reply.fds[0])
+            assert os.pread(image, len(mark), 4096) == mark
+            reply.close()
+        finally:
+            os.close(image)
+    return took
+
+
+def told(what: str, quiet: list[float], busy: list[float]) -> None:
+    """Print both distributions."""
+    for name, took in (("quiet", quiet), (what, busy)):
+        steps = statistics.quantiles(took, n=100, method="inclusive")
+        figures = " ".join(f"p{p} {steps[p - 1] * 1000:.2f}" for p in (50, 90, 99))
+        print(f"attach, {name}: {figures} max {max(took) * 1000:.2f} ms of {len(took)}")
+
+
+def recorded(daemon: Daemon, count: int) -> None:
+    """The records of `count` honest attaches are all there."""
+
+    def mine() -> int:
+        return sum(record["LOOPD_PID"] == str(os.getpid()) for record in daemon.records("attached"))
+
+    eventually(lambda: mine() == count, "each honest attach is in the journal", 20)
+
+
+@contextlib.contextmanager
+def attacker(enter: Callable[[], None], act: Callable[[Callable[[Any], None]], None]) -> Iterator[Child]:
+    """A client of the other account, at work; it is not needed to end."""
+
+    def body(tell: Callable[[Any], None]) -> None:
+        enter()
+        tell("ready")
+        act(tell)
+
+    with Child(body) as child:
+        child.hear()
+        yield child
+
+
+def test_a_flood(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
+    """10,000 datagrams by the same socket, with all sorts of requests in them."""
+    enter, account = other
+    quiet = honest(daemon)
+
+    def flood(tell: Callable[[Any], None]) -> None:
+        payloads = [b'{"op": "hello", "reply_fd": 0}', b'{"op": "list", "reply_fd": 0}', b"nonsense"]
+        ours, theirs = pair()
+        ours.setblocking(False)
+        with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.connect(daemon.path)
+            for number in range(FLOOD):
+                socket.send_fds(sender, [payloads[number % len(payloads)]], [theirs.fileno()])
+                with contextlib.suppress(BlockingIOError):
+                    ours.recv(65536)
+        tell(FLOOD)
+
+    with attacker(enter, flood) as child:
+        busy = honest(daemon)
+        assert child.hear() == FLOOD
+    told("in a flood", quiet, busy)
+    recorded(daemon, 2 * ROUNDS)
+    assert all(record["LOOPD_ACCOUNT"] == account for record in daemon.records("refused"))
+
+
+def test_one_that_never_reads(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
+    """Its reply socket is full: replies are dropped, nobody waits for it."""
+    enter, account = other
+    quiet = honest(daemon)
+
+    def deaf(tell: Callable[[Any], None]) -> None:
+        ours, theirs = pair()
+        with ours, theirs:
+            while os.getppid() != 1:
+                send(daemon.path, b'{"op": "hello", "reply_fd": 0}', [theirs.fileno()]).close()
+
+    with attacker(enter, deaf):
+        busy = honest(daemon)
+        eventually(lambda: "LOOPD_CODE='undeliverable'" in daemon.log(), "its queue is full", 60)
+    told("beside one that never reads", quiet, busy)
+    recorded(daemon, 2 * ROUNDS)
+    assert all(record["LOOPD_ACCOUNT"] == account for record in daemon.records("refused"))
+
+
+def test_one_that_hangs_fuse_files(
+    start_daemon: Callable[..., Daemon], tmp_path: Path, other: tuple[Callable[[], None], str]
+) -> None:
+    """Its helpers hang, are written off and charged; then its requests are dropped."""
+    require(os.path.exists("/dev/fuse"), "needs /dev/fuse")
+    enter, account = other
+    (tmp_path / "loopd.toml").write_text("request_timeout = 2\n")
+    daemon = start_daemon(f"--config={tmp_path / 'loopd.toml'}")
+    quiet = honest(daemon)
+    try:
+        never = Never(tmp_path / "never")
+    except OSError as error:
+        pytest.skip(f"FUSE cannot be mounted: {error}")
+    try:
+        path = tmp_path / "never" / "file"
+
+        def hang(tell: Callable[[Any], None]) -> None:
+            files = [os.open(path, os.O_RDWR) for _ in range(6)]
+            tell("open")
+            for file in files:
+                # Whoever closes it last hangs; the other way round it would be this one.
+                ours, theirs = pair()
+                with ours, theirs:
+                    send(daemon.path, b'{"op": "hello", "reply_fd": 0}', [theirs.fileno(), file]).close()
+                    with contextlib.suppress(TimeoutError):
+                        reply_of(ours, 1)
+            tell("sent")
+            time.sleep(60)
+
+        with attacker(enter, hang) as child:
+            assert child.hear() == "open"
+            never.mute()
+            assert child.hear() == "sent"
+            busy = honest(daemon)
+            eventually(lambda: len(daemon.records("stuck")) >= 2, "they are written off", 20)
+            busy += honest(daemon)
+            assert {record["LOOPD_ACCOUNT"] for record in daemon.records("stuck")} == {account}
+            never.end()
+    finally:
+        never.end()
+    told("beside one whose files hang", quiet, busy)
+    recorded(daemon, 3 * ROUNDS)
+
+
+@KNOWN("an answered request is charged no more, though its helper hangs: 64 of one account stop the daemon for all")
+def test_many_that_hang_after_their_answer(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
+    """No privilege and no FUSE is needed: a TCP socket whose close lingers will do."""
+    enter, _ = other
+    honest(daemon, 1)
+
+    def hang(tell: Callable[[Any], None]) -> None:
+        with hanging(daemon, 72):
+            tell("sent")
+            time.sleep(60)
+
+    with attacker(enter, hang) as child:
+        assert child.hear() == "sent"
+        ours, theirs = pair()
+        with ours:
+            with theirs:
+                send(daemon.path, b'{"op": "hello", "reply_fd": 0}', [theirs.fileno()]).close()
+            assert reply_of(ours, 5).code is None
+
+
+def test_what_is_shed_is_counted(
+    start_daemon: Callable[..., Daemon], tmp_path: Path, image: int, directory: int, devices: Path,
+    other: tuple[Callable[[], None], str],
+) -> None:  # fmt: skip
+    """One record for each account and second says how many; the records of another are not among them."""
+    enter, account = other
+    (tmp_path / "loopd.toml").write_text(f'[[rule]]\naccount = "{account}"\nlimits.requests = 1\n')
+    daemon = start_daemon(f"--config={tmp_path / 'loopd.toml'}")
+    daemon.hello()
+    flood = 2000
+
+    def act(tell: Callable[[Any], None]) -> None:
+        reply = ask(daemon.path, wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",))), [memory()])
+        name = reply.fields["devname"]
+        ours, theirs = pair()
+        with ours, theirs:
+            # The one request that it may have under way: it waits until the device is closed.
+            send(daemon.path, wire.encode_request(wire.Detach(name, 0, wait=600)), [theirs.fileno()]).close()
+            eventually(lambda: daemon.records("held"), "it waits")
+            for _ in range(flood):
+                send(daemon.path, b'{"op": "hello"}', []).close()
+            tell("sent")
+            for fd in reply.fds:
+                os.close(fd)
+            tell(reply_of(ours).fields)
+
+    began = time.monotonic()
+    with attacker(enter, act) as child:
+        honest(daemon, 10)
+        assert child.hear() == "sent"
+        seconds = time.monotonic() - began
+        assert child.hear() == {"state": "released"}
+
+    def counted() -> int:
+        return sum(int(record["LOOPD_COUNT"]) for record in daemon.records("shed"))
+
+    eventually(lambda: counted() == flood, "all are counted", 20)
+    records = daemon.records("shed")
+    assert {record["LOOPD_ACCOUNT"] for record in records} == {account}
+    assert len(records) <= seconds + 2
+    recorded(daemon, 10)
+    assert not bound_to(tmp_path)
+
+
+def memory() -> int:
+    """A backing file in memory."""
+    fd = os.memfd_create("memory", os.MFD_CLOEXEC)
+    os.truncate(fd, 1 << 16)
+    return fd
+
+
+@KNOWN("each refusal is a record of its own, as fast as one account can make them")
+def test_refusals_are_summed_up(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
+    """A journal of limited size holds the records of all: nobody may fill it in a minute."""
+    enter, _ = other
+    honest(daemon, 1)
+
+    def flood(tell: Callable[[Any], None]) -> None:
+        for _ in range(1000):
+            ask(daemon.path, b"nonsense", []).close()
+        tell("sent")
+
+    began = time.monotonic()
+    with attacker(enter, flood) as child:
+        assert child.hear() == "sent"
+    seconds = time.monotonic() - began
+    assert len(daemon.records("refused")) < 50 * (seconds + 1)
