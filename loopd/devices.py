@@ -246,7 +246,7 @@ def bind(
                 delete_partitions(loop)
                 _configure(loop, fd, request, backing)
                 # Duplicates survive the context; the lock belongs to the open file description and goes along.
-                return Bound(_verify(loop, number, request, backing), os.dup(loop.fd), os.dup(lock))
+                return _keep(_verify(loop, number, request, backing), loop.fd, lock)
         except UnexpectedDevice as error:
             reason = str(error)
         except OSError as error:
@@ -256,6 +256,15 @@ def bind(
             code, meaning = _CONFIGURE.get(error.errno or 0, (Code.IO, "the device could not be bound"))
             raise Refusal(code, f"{meaning}: {error}") from error
     raise Refusal(Code.BUSY, f"{ATTEMPTS} numbers were lost to others, the last because: {reason}")
+
+
+def _keep(binding: Binding, device: int, lock: int) -> Bound:
+    kept = os.dup(device)
+    try:
+        return Bound(binding, kept, os.dup(lock))
+    except OSError:
+        os.close(kept)
+        raise
 
 
 def _configure(loop: Loop, fd: int, request: Attach, backing: Backing) -> None:

@@ -9,6 +9,7 @@ Nothing here changes anything.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import functools
 import os
@@ -69,8 +70,10 @@ def _read(path: str) -> bytes:
     try:
         with open(path, "rb", buffering=0) as table:
             return table.readall()
-    except OSError:  # the client is gone, or hidden
-        return b""
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EINVAL):  # the client is gone, or hidden
+            return b""
+        raise
 
 
 class Mounts:

@@ -7,6 +7,7 @@ else. It decides nothing: what may be done arrives with the job. It keeps no sta
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -107,10 +108,10 @@ class Helper:
         if packet is None:
             self._send(Taken(messages.bug("the queue was empty"), False, False, "", "", last=True))
             return True
-        with packet.fds as fds:
+        with packet.own, packet.fds as fds:
             vetted = self._vet_sockets(job, packet)
             # The fds of which it is known that closing them cannot hang.
-            passed = {fd for fd in (vetted.pidfd, vetted.reply, vetted.lease_fd) if fd is not None}
+            passed = {fd for fd in (vetted.reply, vetted.lease_fd) if fd is not None}
             work = vetted.refusal is None and job.attach is not None and job.terms is not None
             last = not work and passed.issuperset(fds)
             flags = (vetted.pidfd is not None, vetted.reply is not None)
@@ -122,6 +123,8 @@ class Helper:
                 return self._attach(job, job.attach, job.terms, packet, vetted, own, passed)
             except Refusal as refusal:
                 done = Done(refusal)
+            except OSError as error:
+                done = Done(_no_room(error))
             except Exception as error:  # noqa: BLE001  # the one boundary for bugs on this side
                 done = Done(messages.bug("".join(traceback.format_exception(error))))
             last = passed.issuperset(fds)
@@ -131,32 +134,24 @@ class Helper:
     def _vet_sockets(self, job: Take, packet: Packet) -> _Vetted:
         """Check what the main process answers on and watches. None of it can block."""
         reply, refusal = self._reply_socket(job.reply, packet)
-        lease, lease_fd, grant = "", None, ""
-        pidfd = packet.pidfd
+        vetted = _Vetted(packet.pidfd, reply, None, "sender" if reply is None else "reply", "", refusal)
         try:
-            if packet.payload != job.payload or packet.sender != job.sender:
-                raise messages.bug("the head of the queue changed: somebody else reads this socket")
-            if packet.truncated:
-                raise Refusal(Code.MALFORMED, f"more than {wire.MAX_FDS} fds")
-            if pidfd is None:  # before Linux 6.5
-                pidfd = transport.pidfd_of_sender(packet.sender.pid, packet.arrived)
-            packet.fds.add(pidfd)
-            if _ended(pidfd):
-                raise ProcessLookupError
+            vetted = vetted._replace(pidfd=_living_sender(job, packet))
             if job.lease is not None:
-                candidate = borrow(packet.fds, job.lease, "lease_fd")
-                lease, lease_fd = transport.check_lease(candidate), candidate
+                lease_fd = borrow(packet.fds, job.lease, "lease_fd")
+                vetted = vetted._replace(lease=transport.check_lease(lease_fd), lease_fd=lease_fd)
             if job.directory is not None:
                 identity = files.identify(borrow(packet.fds, job.directory, "dir_fd"))
-                grant = self._tools.grants.recognise(identity)
+                vetted = vetted._replace(grant=self._tools.grants.recognise(identity))
+        except Refusal as error:
+            refusal = refusal or error
         except ProcessLookupError:
             # Its pid may belong to another process by now, and the account that was read for it to another tenant.
             refusal = refusal or Refusal(Code.NOT_PERMITTED, "the sender has ended")
         except OSError as error:
-            refusal = refusal or Refusal(Code.BAD_FD, f"an fd cannot be looked at: {error.strerror}")
-        except Refusal as error:
-            refusal = refusal or error
-        return _Vetted(pidfd, reply, lease_fd, lease or ("sender" if reply is None else "reply"), grant, refusal)
+            why = Refusal(Code.BAD_FD, f"an fd cannot be looked at: {error.strerror}")
+            refusal = refusal or (_no_room(error) if error.errno in _NO_ROOM else why)
+        return vetted._replace(refusal=refusal)
 
     def _reply_socket(self, index: int | None, packet: Packet) -> tuple[int | None, Refusal | None]:
         """The reply socket, or why there is none although there should be."""
@@ -218,7 +213,7 @@ class Helper:
         fd = borrow(packet.fds, request.dir_fd, "dir_fd")
         client = Client(packet.sender.uid, packet.sender.gid, bool(vetted.grant))
         if vetted.grant:
-            return nodes.directory(packet.fds.add(self._tools.grants.open(vetted.grant)), client, fd)
+            return nodes.directory(packet.own.add(self._tools.grants.open(vetted.grant)), client, fd)
         files.check_directory(fd, mounts, terms.file_systems)
         return nodes.directory(fd, client)
 
@@ -352,6 +347,32 @@ def _check_mknod(pid: int, terms: Terms) -> tuple[str, ...]:
     if not terms.mknod:
         raise Refusal(Code.NOT_PERMITTED, "the client has CAP_MKNOD: run its container with --cap-drop MKNOD")
     return (MKNOD_WARNING,)
+
+
+def _living_sender(job: Take, packet: Packet) -> int:
+    """The sender's pidfd, of a packet that is the one that was decided on; ProcessLookupError when it has ended."""
+    if packet.payload != job.payload or packet.sender != job.sender:
+        raise messages.bug("the head of the queue changed: somebody else reads this socket")
+    if len(packet.fds) > wire.MAX_FDS:
+        raise Refusal(Code.MALFORMED, f"more than {wire.MAX_FDS} fds")
+    if packet.truncated:  # although there was room for all of them in the message
+        raise Refusal(Code.NO_DEVICE, "loopd is at its limit of open files")
+    pidfd = packet.pidfd
+    if pidfd is None:  # before Linux 6.5
+        pidfd = packet.own.add(transport.pidfd_of_sender(packet.sender.pid, packet.arrived))
+    if _ended(pidfd):
+        raise ProcessLookupError
+    return pidfd
+
+
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def _no_room(error: OSError) -> Refusal:
+    """What the host has no more of is no bug; any other errno that nobody gave a meaning is."""
+    if error.errno in _NO_ROOM:
+        return Refusal(Code.NO_DEVICE, f"loopd has no room for another device: {error.strerror}")
+    return messages.bug("".join(traceback.format_exception(error)))
 
 
 def _known(directory: Directory, known: tuple[Node, ...] | None, binding: Binding) -> list[Node]:

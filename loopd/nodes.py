@@ -187,10 +187,13 @@ def find(directory: Directory, names: dict[str, Numbers]) -> list[Node]:
 def _make(directory: Directory, name: str, numbers: Numbers) -> Node:
     try:
         os.mknod(name, stat.S_IFBLK | 0o600, os.makedev(*numbers), dir_fd=directory.fd)
-        status = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
     except OSError as error:
         code, meaning = _MKNOD.get(error.errno or 0, (Code.IO, "the node could not be made"))
         raise Refusal(code, f"dir_fd: {meaning}: {name}: {os.strerror(error.errno or 0)}") from error
+    try:
+        status = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
+    except OSError as error:
+        raise Refusal(Code.UNDELIVERABLE, f"dir_fd: {name} went as soon as it was made: {error.strerror}") from error
     return Node(name, *numbers, status.st_ino)
 
 

@@ -131,7 +131,8 @@ class Service:
         self._audit = audit
         self._instance = instance
         self.policy = policy
-        self._most_fds = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FDS
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_fds = limit - min(SPARE_FDS, limit // 2)
         self._warned: set[str] = set()
         self._waiting: set[int] = set()
         self._taking: set[int] = set()

@@ -109,14 +109,16 @@ class FdSet:
 
 
 class Packet(NamedTuple):
-    """A datagram that was taken: `fds` are its SCM_RIGHTS, `pidfd` the sender's (None before Linux 6.5).
+    """A datagram that was taken: `fds` are its SCM_RIGHTS, which its indices count; `own` has the sender's `pidfd`, which
+    is None before Linux 6.5.
 
-    `truncated` when there were more fds than wire.MAX_FDS. `arrived`: seconds since 1970, 0 where there is a pidfd.
+    `truncated` when the kernel could not install all fds. `arrived`: seconds since 1970, 0 where there is a pidfd.
     """
 
     payload: bytes
     sender: Sender
     fds: FdSet
+    own: FdSet
     pidfd: int | None
     truncated: bool
     arrived: float
@@ -175,9 +177,10 @@ def take(listener: socket.socket) -> Packet | None:
     except BlockingIOError:
         return None
     rights, pidfds = _received(control)
-    truncated = bool(flags & socket.MSG_CTRUNC) or len(rights) > wire.MAX_FDS
+    truncated = bool(flags & socket.MSG_CTRUNC)
     pidfd = pidfds[0] if pidfds else None
-    return Packet(payload, _sender(control, address), FdSet(rights), pidfd, truncated, _arrived(control))
+    sender = _sender(control, address)
+    return Packet(payload, sender, FdSet(rights), FdSet(pidfds), pidfd, truncated, _arrived(control))
 
 
 def _arrived(control: list[tuple[int, int, bytes]]) -> float:
