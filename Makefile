@@ -21,14 +21,16 @@ PROGRAMS = sbin/loopd:daemon bin/loopctl:cli
 STAND_INS = $(foreach pair,losetup:losetup mountloop:mount,$(if $(wildcard loopd/$(firstword $(subst :, ,$(pair))).py),$(pair)))
 # Beware of the backslash: these words are for the shell.
 SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/systemd/catalog/loopd.catalog \
-	loopd-admin.socket:lib/systemd/system/loopd-admin.socket loopd.service:lib/systemd/system/loopd.service \
+	loopd-admin.socket:lib/systemd/system/loopd-admin.socket \
+	loopd-admin@.socket:lib/systemd/system/loopd-admin@.socket loopd.service:lib/systemd/system/loopd.service \
 	loopd.service:lib/systemd/system/loopd@.service loopd.socket:lib/systemd/system/loopd.socket \
 	loopd@.socket:lib/systemd/system/loopd@.socket run-loopd-dev.mount:lib/systemd/system/run-loopd\\x2ddev.mount \
 	modprobe.conf:lib/modprobe.d/loopd.conf no-sys-admin.conf:share/doc/loopd/no-sys-admin.conf \
 	sysusers.conf:lib/sysusers.d/loopd.conf tmpfiles.conf:lib/tmpfiles.d/loopd.conf
 # A program that a target cannot do without, and the Debian package that has it.
 FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd
-FOR_CHECK = $(FOR_DEMO) bwrap:bubblewrap losetup:mount modprobe:kmod strace:strace udevadm:udev
+FOR_CHECK = $(FOR_DEMO) bwrap:bubblewrap losetup:mount mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs modprobe:kmod \
+	sfdisk:fdisk strace:strace udevadm:udev
 
 # A user's PATH has no sbin on Debian.
 export PATH := $(PATH):/usr/sbin:/sbin
@@ -95,8 +97,8 @@ endif
 uninstall:
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
-	    systemctl disable --now loopd.socket loopd-admin.socket; systemctl disable loopd@.socket; \
-	    systemctl stop 'loopd@*.socket' loopd.service 'loopd@*.service' 'run-loopd\x2ddev.mount'; \
+	    systemctl disable --now loopd.socket loopd-admin.socket; systemctl disable loopd@.socket loopd-admin@.socket; \
+	    systemctl stop 'loopd@*.socket' 'loopd-admin@*.socket' loopd.service 'loopd@*.service' 'run-loopd\x2ddev.mount'; \
 	    systemctl clean --what=fdstore loopd.service 'loopd@*.service' 2>/dev/null || :; \
 	fi
 endif
@@ -105,7 +107,7 @@ endif
 	    $(foreach pair,$(SYSTEM),$(DESTDIR)$(PREFIX)/$(lastword $(subst :, ,$(pair))))
 	rmdir --ignore-fail-on-non-empty $(DESTDIR)$(PREFIX)/share/doc/loopd 2>/dev/null || :
 ifeq ($(DESTDIR),)
-	rm -rf /run/loopd /run/loopd-admin /run/loopd-*/sock
+	rm -rf /run/loopd /run/loopd-admin /run/loopd-*/sock /run/loopd-*/admin.sock
 	rmdir --ignore-fail-on-non-empty /etc/loopd /run/loopd-* 2>/dev/null || :
 	if [ -d /run/systemd/system ]; then \
 	    systemctl daemon-reload && journalctl --update-catalog && { ! [ -S /run/udev/control ] || udevadm control --reload; }; \

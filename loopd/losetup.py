@@ -4,7 +4,8 @@
 Owns that command line, what it prints, its exit codes, and the flat names in /dev. One file, to be bind-mounted by
 itself as `losetup`: it imports nothing of the package, and speaks the wire by itself. It sees and touches the owner's
 devices alone, and opens neither /dev/loop-control nor a device that loopd did not give. Standard library of Python 3.8
-and later; every import counts, for a build script waits for it: `socket` and `json` take longer than all else here.
+and later. Build scripts wait for it, so what it imports and how long it is count for more than elsewhere: `socket` and
+`json` alone take longer than all that is done here.
 
 Exit codes: 0, done; 1, refused, failed, or a device that is not attached; 2, the status of a device cannot be told.
 """
@@ -12,7 +13,7 @@ Exit codes: 0, done; 1, refused, failed, or a device that is not attached; 2, th
 from __future__ import annotations
 
 import errno
-import os
+import posix  # os is made of it, and takes several times as long
 import sys
 from _socket import (
     AF_UNIX,
@@ -32,21 +33,37 @@ if TYPE_CHECKING:
 
     Lease = Dict[str, Any]
 
+
+def variable(name: str) -> str:
+    """A variable of the environment, empty where it is not set."""
+    return posix.environ.get(name.encode(), b"").decode(errors="surrogateescape")
+
+
+def mode(path: str) -> int:
+    """The type of a file, 0 where there is none."""
+    try:
+        return posix.stat(path).st_mode & 0o170000  # S_IFMT
+    except OSError:
+        return 0
+
+
+S_IFDIR, S_IFBLK = 0o040000, 0o060000
+
 VERSION = "0.1.0"
 SPEAKS = "2.42"
-SOCKET = os.environ.get("LOOPD_SOCKET") or "/run/loopd/loopd.sock"
+SOCKET = variable("LOOPD_SOCKET") or "/run/loopd/loopd.sock"
 TIMEOUT = 60.0
 """Seconds for a request and its reply: more than the daemon takes before it gives up by itself."""
 DETACH_WAIT = 1.0
 """Seconds that a detach may take; a device that somebody has open goes at the last close, as the kernel's does."""
 DEV = "/dev"
-DIRECTORY = os.environ.get("LOOPD_DIRECTORY") or ("/dev/loopd" if os.path.isdir("/dev/loopd") else DEV)
+DIRECTORY = variable("LOOPD_DIRECTORY") or ("/dev/loopd" if mode("/dev/loopd") == S_IFDIR else DEV)
 """Where the nodes are made: the directory grant that was bound into the container, else /dev."""
 PARTITIONS = 16
 """Partitions whose flat names are made ahead of them."""
 MAX_REPLY = 65536
 
-NAME = os.path.basename(sys.argv[0]) or "losetup"
+NAME = sys.argv[0].rpartition("/")[2] or "losetup"
 
 
 class Failure(Exception):
@@ -291,12 +308,12 @@ def size(text: str, message: str) -> int:
         suffix = suffix[1 + len(fraction) :]
     unit = scale(suffix)
     if end == start or not unit or (fraction and (not fraction.isdecimal() or unit == 1)):
-        raise Failure(f"{message}: '{text}': {os.strerror(errno.EINVAL)}")
+        raise Failure(f"{message}: '{text}': {posix.strerror(errno.EINVAL)}")
     value = int(number[start:end], base) * unit
     if fraction:
         value += int(fraction) * unit // 10 ** len(fraction)
     if value >= 2**64:
-        raise Failure(f"{message}: '{text}': {os.strerror(errno.ERANGE)}")
+        raise Failure(f"{message}: '{text}': {posix.strerror(errno.ERANGE)}")
     return value
 
 
@@ -431,7 +448,7 @@ def checked(reply: bytes) -> Lease:
 
 def open_directory() -> int:
     try:
-        return os.open(DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return posix.open(DIRECTORY, posix.O_RDONLY | posix.O_DIRECTORY | posix.O_CLOEXEC)
     except OSError as error:
         raise Failure(f"{DIRECTORY}: {error.strerror}") from None
 
@@ -444,7 +461,7 @@ def ask_about(**fields: object) -> Lease:
     try:
         return ask({**fields, "dir_fd": 0}, [fd])
     finally:
-        os.close(fd)
+        posix.close(fd)
 
 
 LEASE = set(
@@ -475,13 +492,6 @@ def is_devname(name: str) -> bool:
     return name.startswith("loop") and name[4:].isdecimal() and name.isascii()
 
 
-def is_block(path: str) -> bool:
-    try:
-        return os.stat(path).st_mode & 0o170000 == 0o060000  # S_IFMT, S_IFBLK
-    except OSError:
-        return False
-
-
 def full(device: str) -> str:
     """A device as it was named, as a path: loop0 is /dev/loop0."""
     return device if device.startswith("/") else f"{DEV}/{device}"
@@ -489,25 +499,25 @@ def full(device: str) -> str:
 
 def devname(device: str) -> str:
     """The kernel's name of a device, by that of its node, whether that is still there or not."""
-    path = os.path.realpath(full(device))
-    name = os.path.basename(path)
-    if not os.path.exists(path):
-        name = name if is_devname(name) else ""
-    elif not is_block(path):
+    from os.path import basename, realpath  # noqa: PLC0415
+
+    path = realpath(full(device))
+    name = basename(path)
+    if mode(path) not in (0, S_IFBLK):
         name = ""
-    elif not is_devname(name):
+    elif mode(path) and not is_devname(name):
         # A node by another name.
-        number = os.stat(path).st_rdev
-        name = os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}"))
+        number = posix.stat(path).st_rdev
+        name = basename(realpath(f"/sys/dev/block/{posix.major(number)}:{posix.minor(number)}"))
     if not is_devname(name):
-        raise Failure(f"{device}: failed to use device: {os.strerror(errno.ENODEV)}")
+        raise Failure(f"{device}: failed to use device: {posix.strerror(errno.ENODEV)}")
     return name
 
 
 def node(name: str) -> str:
     """The path of a device of which the kernel's name is known; one that has no node here is lost."""
     for path in (f"{DEV}/{name}", f"{DIRECTORY}/{name}"):
-        if is_block(path):
+        if mode(path) == S_IFBLK:
             return path
     return f"{DEV}/{name} (lost)"
 
@@ -524,7 +534,7 @@ def target(name: str) -> str:
 
 def is_ours(name: str) -> bool:
     try:
-        return os.readlink(f"{DEV}/{name}") == target(name)
+        return posix.readlink(f"{DEV}/{name}") == target(name)
     except OSError:
         return False
 
@@ -535,7 +545,7 @@ def make_flat(name: str, partscan: bool) -> str:
         return f"{DEV}/{name}"
     for flat in flat_names(name) if partscan else [name]:
         try:
-            os.symlink(target(flat), f"{DEV}/{flat}")
+            posix.symlink(target(flat), f"{DEV}/{flat}")
         except OSError:
             if not is_ours(flat):
                 return f"{DIRECTORY}/{name}"
@@ -546,7 +556,7 @@ def remove_flat(name: str) -> None:
     for flat in flat_names(name):
         if is_ours(flat):
             try:
-                os.unlink(f"{DEV}/{flat}")
+                posix.unlink(f"{DEV}/{flat}")
             except OSError:
                 return
 
@@ -557,32 +567,35 @@ def remove_flat(name: str) -> None:
 def open_image(path: str, read_only: bool) -> int:
     if not read_only:
         try:
-            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            return posix.open(path, posix.O_RDWR | posix.O_CLOEXEC)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EROFS):
                 raise
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
 
 
 def container() -> int:
     """A pidfd of PID 1 of this pid namespace: the device lives as long as the container."""
-    if hasattr(os, "pidfd_open"):
-        return os.pidfd_open(1)
+    if hasattr(posix, "pidfd_open"):
+        return posix.pidfd_open(1)
     import ctypes  # noqa: PLC0415  # for Python 3.8 alone
 
     libc = ctypes.CDLL(None, use_errno=True)
     fd: int = libc.syscall(434, 1, 0)  # SYS_pidfd_open, the same on every architecture; close-on-exec by itself
     if fd < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        raise OSError(ctypes.get_errno(), posix.strerror(ctypes.get_errno()))
     return fd
 
 
 LO_NAME_SIZE = 64  # <linux/loop.h>, with the terminating NUL
 
 
-def reference(path: str) -> str:
+def reference(fd: int) -> str:
     """What losetup gives the kernel as the file's name where no reference is asked for."""
-    text = os.fsencode(os.path.realpath(path))[: LO_NAME_SIZE - 1].decode(errors="ignore")
+    try:
+        text = posix.readlink(f"/proc/self/fd/{fd}".encode())[: LO_NAME_SIZE - 1].decode(errors="ignore")
+    except OSError:  # no /proc
+        return ""
     return text if text.isprintable() else ""
 
 
@@ -615,16 +628,16 @@ def attach(file: str, options: Options) -> str:
     if options.direct_io is not None:
         fields["direct_io"] = "on" if options.direct_io else "off"
     fields["read_only"] = options.read_only
-    fields["ref"] = reference(file) if options.ref is None else checked_reference(options.ref)
     fds: list[int] = []
     try:
         fds.append(open_image(file, options.read_only))
+        fields["ref"] = reference(fds[0]) if options.ref is None else checked_reference(options.ref)
         fds.append(open_directory())
         fds.append(container())
         reply = ask(fields, fds)
     finally:
         for fd in fds:
-            os.close(fd)
+            posix.close(fd)
     name = str(reply.get("devname"))
     if not is_devname(name):
         raise Failure(NO_SENSE)
@@ -636,7 +649,7 @@ def overlapping(options: Options) -> str | None:
     file = options.file or ""
     offset, limit = options.offset or 0, options.sizelimit or 0
     try:
-        os.stat(file)
+        posix.stat(file)
     except OSError:
         return None  # said when it is opened
     for lease in leases():
@@ -657,15 +670,17 @@ def overlapping(options: Options) -> str | None:
 def backs(lease: Lease, file: str) -> bool:
     """Whether a file is the one behind a device: the same inode, or the name of one that is gone."""
     try:
-        status = os.stat(file)
+        status = posix.stat(file)
     except OSError:
-        return backing_file(lease) in (file, os.path.realpath(file))
-    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+        from os.path import realpath  # noqa: PLC0415
+
+        return backing_file(lease) in (file, realpath(file))
+    device = f"{posix.major(status.st_dev)}:{posix.minor(status.st_dev)}"
     return (lease["backing_dev"], lease["backing_inode"]) == (device, status.st_ino)
 
 
 def warn_size(file: str, options: Options) -> None:
-    if (options.sizelimit or os.stat(file).st_size - (options.offset or 0)) % 512:
+    if (options.sizelimit or posix.stat(file).st_size - (options.offset or 0)) % 512:
         say(f"{file}: Warning: file does not end on a 512-byte sector boundary; the remaining end of the file will be "
             "ignored.")  # fmt: skip
 
@@ -674,9 +689,9 @@ def lost(device: str, what: str, failure: Failure) -> Failure:
     """A failure in losetup's words: a device that is not attached has a message of the kernel's."""
     if failure.code != "not-found":
         return Failure(f"{full(device)}: {what}{failure}")
-    if not os.path.exists(full(device)):
-        return Failure(f"{device}: failed to use device: {os.strerror(errno.ENODEV)}")
-    return Failure(f"{full(device)}: {what}{os.strerror(errno.ENXIO)}")
+    if not mode(full(device)):
+        return Failure(f"{device}: failed to use device: {posix.strerror(errno.ENODEV)}")
+    return Failure(f"{full(device)}: {what}{posix.strerror(errno.ENXIO)}")
 
 
 def detach(device: str) -> None:
@@ -700,9 +715,9 @@ def is_mounted(name: str) -> bool:
 
 def remove(device: str) -> None:
     """loopd removes a number by itself when its device is detached; so there is only to say whether it is."""
-    name = os.path.basename(full(device))
+    name = device.rpartition("/")[2]
     if any(lease["devname"] == name for lease in leases()) or sysfs(name, "loop/backing_file"):
-        raise Failure(f"{full(device)}: remove failed: {os.strerror(errno.EBUSY)}")
+        raise Failure(f"{full(device)}: remove failed: {posix.strerror(errno.EBUSY)}")
 
 
 def capacity(device: str) -> None:
@@ -729,7 +744,7 @@ def change(device: str, request: int, value: int, what: str) -> None:
         try:
             ioctl(fd, request, min(value, 2**31 - 1))  # a long of the kernel's, an int of Python's
         finally:
-            os.close(fd)
+            posix.close(fd)
     except OSError as error:
         raise Failure(f"{full(device)}: {what} failed: {error.strerror}") from None
 
@@ -817,7 +832,7 @@ def cells(lease: Lease, name: str, compact: bool) -> dict[str, str]:
 def line(lease: Lease, name: str) -> str:
     """A device in the form of -a."""
     major, minor = map(int, lease["backing_dev"].split(":"))
-    text = f"{name}: [{os.makedev(major, minor):04}]:{lease['backing_inode']} ({backing_file(lease)})"
+    text = f"{name}: [{posix.makedev(major, minor):04}]:{lease['backing_inode']} ({backing_file(lease)})"
     for field in ("offset", "sizelimit"):
         if lease[field]:
             text += f", {field} {lease[field]}"
@@ -868,7 +883,10 @@ def width(text: str) -> int:
 
 
 def escaped(text: str, harmless: Any) -> str:
-    return "".join(c if harmless(c) else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in text)
+    def escape(c: str) -> str:
+        return c if harmless(c) else "".join(f"\\x{byte:02x}" for byte in c.encode(errors="surrogateescape"))
+
+    return "".join(map(escape, text))
 
 
 def safe(text: str) -> str:
@@ -948,9 +966,9 @@ def show_one(options: Options) -> None:
     except Failure as failure:
         raise Failure(f"{full(device)}: {failure}", failure.code, 2) from None
     if not found:
-        if not os.path.exists(full(device)):
-            raise Failure(f"{device}: failed to use device: {os.strerror(errno.ENODEV)}")
-        raise Failure(f"{full(device)}: {os.strerror(errno.ENXIO)}")
+        if not mode(full(device)):
+            raise Failure(f"{device}: failed to use device: {posix.strerror(errno.ENODEV)}")
+        raise Failure(f"{full(device)}: {posix.strerror(errno.ENXIO)}")
     show(options, [(lease, full(device)) for lease in found])
 
 
@@ -993,9 +1011,9 @@ PERFORM: dict[str, Any] = {
 
 def run_instead(fallback: str) -> NoReturn:
     """Be the real losetup; it is not told to fall back, should it be this one."""
-    environment = {name: value for name, value in os.environ.items() if name != "LOOPD_LOSETUP_FALLBACK"}
+    environment = {name: value for name, value in posix.environ.items() if name != b"LOOPD_LOSETUP_FALLBACK"}
     try:
-        os.execve(fallback, [NAME, *sys.argv[1:]], environment)  # noqa: S606  # no shell is wanted
+        posix.execve(fallback, [NAME, *sys.argv[1:]], environment)
     except OSError as error:
         say(f"LOOPD_LOSETUP_FALLBACK: {fallback}: {error.strerror}")
         raise SystemExit(1) from None
@@ -1006,8 +1024,8 @@ TELL: dict[str, Any] = {"h": help_text, "V": lambda: f"{NAME} from util-linux {S
 
 def main() -> int:
     """Do what the command line says; the exit code."""
-    fallback = os.environ.get("LOOPD_LOSETUP_FALLBACK")
-    if fallback and not os.path.exists(SOCKET):
+    fallback = variable("LOOPD_LOSETUP_FALLBACK")
+    if fallback and not mode(SOCKET):
         run_instead(fallback)
     try:
         options = parse(sys.argv[1:])
@@ -1028,4 +1046,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # without the interpreter's tidying up, which takes as long as the request
+    posix._exit(main())  # noqa: SLF001  # without the tidying up of the interpreter, which takes as long as the request

@@ -60,6 +60,7 @@ def test_files_of_the_package(tmp_path: Path) -> None:
         "usr/lib/modprobe.d/loopd.conf",
         "usr/lib/systemd/catalog/loopd.catalog",
         "usr/lib/systemd/system/loopd-admin.socket",
+        "usr/lib/systemd/system/loopd-admin@.socket",
         "usr/lib/systemd/system/loopd.service",
         "usr/lib/systemd/system/loopd.socket",
         "usr/lib/systemd/system/loopd@.service",

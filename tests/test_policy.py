@@ -132,18 +132,16 @@ def test_a_wrong_key_or_value(tmp_path: Path, text: str) -> None:
     assert reason in found[1]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param(text, marks=KNOWN("it is no ConfigurationError, or none at all"))
-        for text in (
-            "allow.sector_sizes = [[512]]",
-            "allow.sector_sizes = [512.0]",
-            "[[rule]]\nuid = '9-5'",
-            "[[rule]]\nuid = []",
-        )
-    ],
+MISTAKES = (
+    "allow.sector_sizes = [[512]]",
+    "allow.sector_sizes = [512.0]",
+    "[[rule]]\nuid = '9-5'",
+    "[[rule]]\nuid = []",
 )
+
+
+@KNOWN("it is no ConfigurationError, or none at all")
+@pytest.mark.parametrize("text", MISTAKES)
 def test_a_value_that_can_only_be_a_mistake(tmp_path: Path, text: str) -> None:
     _problem(tmp_path / "loopd.toml", text)
 
@@ -227,7 +225,7 @@ def test_files_are_merged_in_the_order_of_their_names(tmp_path: Path) -> None:
 # Real requests ----------------------------------------------------------------------------------------------------
 
 
-def _apart(state: Path) -> Path:
+def apart(state: Path) -> Path:
     """A state directory with a counter that starts anywhere: a number that is lost to another daemon counts too."""
     state.mkdir(mode=0o700)
     counter = numbers.Counter(str(state / "numbers"))
@@ -245,7 +243,7 @@ def configured(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Callable[
     def start(text: str, *options: str, **more: Any) -> Daemon:
         path = tmp_path / "loopd.toml"
         path.write_text(text)
-        options = (f"--state-directory={_apart(tmp_path / 'state')}", *options)
+        options = (f"--state-directory={apart(tmp_path / 'state')}", *options)
         daemon = start_daemon(f"--config={path}", *options, **more)
         Path(daemon.path).chmod(0o666)
         tmp_path.chmod(0o711)

@@ -25,8 +25,8 @@ from loopd.loop import Loop, LoopControl
 ROOT = Path(__file__).parent.parent
 MOUNT = r"run-loopd\x2ddev.mount"
 SERVICES = ("loopd.service", "loopd@.service")
-SOCKETS = ("loopd.socket", "loopd-admin.socket", "loopd@.socket")
-UNITS = ("loopd.socket", "loopd-admin.socket", "loopd.service", "loopd@some.socket", "loopd@some.service", MOUNT)
+SOCKETS = ("loopd.socket", "loopd-admin.socket", "loopd@.socket", "loopd-admin@.socket")
+UNITS = (*SERVICES, *SOCKETS, MOUNT)
 EXPOSURE = 1.8
 EXPOSURE_WITHOUT_SYS_ADMIN = 1.3
 
@@ -78,7 +78,8 @@ def options(path: Path) -> dict[str, list[str]]:
 
 def verify(units: Path, *names: str) -> tuple[int, list[str]]:
     """What systemd has to say about these units of that directory."""
-    done = run("systemd-analyze", "verify", *names, env={"SYSTEMD_UNIT_PATH": f"{units}:"})
+    instances = [name.replace("@.", "@some.") for name in names]
+    done = run("systemd-analyze", "verify", *instances, env={"SYSTEMD_UNIT_PATH": f"{units}:"})
     said = [line for line in (done.stdout + done.stderr).splitlines() if line]
     if systemd_version() < 254:  # documented: there `stop` gives the leases up
         said = [line for line in said if "'FileDescriptorStorePreserve'" not in line]
@@ -107,7 +108,7 @@ def test_exposure_without_sys_admin(prefix: Path, tmp_path: Path, service: str) 
     drop_in.parent.mkdir()
     drop_in.write_bytes((prefix / "share/doc/loopd/no-sys-admin.conf").read_bytes())
     assert exposure(tmp_path / "system" / service) <= EXPOSURE_WITHOUT_SYS_ADMIN
-    assert verify(tmp_path / "system", service.replace("@", "@some")) == (0, [])
+    assert verify(tmp_path / "system", service) == (0, [])
     # What it says about itself is where it really has to go, and it takes away that one capability only.
     assert f"/etc/systemd/system/{service}.d " in drop_in.read_text()
     (whole,), kept = (options(path)["AmbientCapabilities"] for path in (tmp_path / "system" / service, drop_in))
@@ -129,8 +130,10 @@ def test_unit_and_daemon_name_the_same_things(prefix: Path) -> None:
     path, _, flags = nodes.partition(":")
     assert path == devices.PRIVATE_NODES
     assert "dev" in flags.split(",")
-    admin = options(prefix / "lib/systemd/system/loopd-admin.socket")
-    assert (admin["FileDescriptorName"], admin["Service"]) == ([daemon.ADMIN], ["loopd.service"])
+    for name, started in (("loopd-admin.socket", "loopd.service"), ("loopd-admin@.socket", "loopd@%i.service")):
+        admin = options(prefix / "lib/systemd/system" / name)
+        assert (admin["FileDescriptorName"], admin["Service"]) == ([daemon.ADMIN], [started])
+        assert (admin["DirectoryMode"], admin["SocketMode"]) == (["0700"], ["0600"])
     assert f"/var/lib/{service['StateDirectory'][0]}" == daemon.STATE_DIRECTORY
     # What systemd passes at start must fit: else 202/FDS, or names beyond the 128 KiB of a variable.
     stored = int(service["FileDescriptorStoreMax"][0])
@@ -192,7 +195,7 @@ def test_an_instance_is_the_same_service_with_its_own_socket(prefix: Path, tmp_p
     assert plain.read_bytes() == template.read_bytes()
     assert options(template)["ExecStart"] == [f"{prefix}/sbin/loopd --instance=%i"]
     # That the name of each one's socket is made of its own: without that socket it cannot be started.
-    for service, name in (("loopd.service", "loopd.socket"), ("loopd@some.service", "loopd@.socket")):
+    for service, name in zip(SERVICES, ("loopd.socket", "loopd@.socket"), strict=True):
         units = tmp_path / service
         shutil.copytree(prefix / "lib/systemd/system", units)
         (units / name).unlink()

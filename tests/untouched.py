@@ -90,8 +90,10 @@ class Untouched:
     def _settled(self) -> Held | None:
         """What is held when no helper is in the middle of something, or not yet done with its start."""
         first = self._held()
-        time.sleep(0.005)
-        return first if len(first[1]) == 1 and first == self._held() else None
+        time.sleep(0.02)
+        # A pidfd is that of a client with whom it is not done yet.
+        quiet = len(first[1]) == 1 and "anon_inode:[pidfd]" not in first[0]
+        return first if quiet and first == self._held() else None
 
     def _held(self) -> Held:
         main = _names(_links(self._daemon.pid))
@@ -180,7 +182,11 @@ def reply_of(channel: socket.socket, timeout: float = 10.0) -> Reply:
     """The reply that comes on the client's end of a reply socket; without fields if it was hung up instead."""
     channel.settimeout(timeout)
     try:
-        payload, control, _, _ = channel.recvmsg(wire.MAX_REPLY, socket.CMSG_SPACE(64))
+        try:
+            payload, control, _, _ = channel.recvmsg(wire.MAX_REPLY, socket.CMSG_SPACE(64))
+        except ConnectionResetError:
+            # Told once, before what is queued: the other end was closed with something unread in it.
+            payload, control, _, _ = channel.recvmsg(wire.MAX_REPLY, socket.CMSG_SPACE(64))
     except OSError:
         channel.close()
         raise

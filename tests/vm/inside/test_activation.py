@@ -149,7 +149,7 @@ def test_each_request_may_need_a_start(inode: int) -> None:
         sockets_are_up(inode)
 
 
-@pytest.mark.deadline(180)
+@pytest.mark.deadline(300)
 def test_no_rate_of_starts_ends_the_socket(inode: int, journal: Journal) -> None:
     """As if requests were timed so that each finds the service just gone: starts as fast as systemd can do them.
 
@@ -164,7 +164,7 @@ def test_no_rate_of_starts_ends_the_socket(inode: int, journal: Journal) -> None
     with drop_in("[Service]\nType=oneshot\nExecStart=\nExecStart=/bin/true\n"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
             client.sendto(b"{}", str(SOCKET_PATH))
-        wait_for("it was started 25 times", lambda: len(starts()) >= 25, 120)
+        wait_for("it was started 12 times", lambda: len(starts()) >= 12, 180)
         times = starts()
         assert min(later - first for first, later in zip(times, times[5:], strict=False)) < 10e6, "too slow to show it"
         sockets_are_up(inode)
