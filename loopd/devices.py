@@ -334,10 +334,24 @@ def still_bound(binding: Binding) -> bool:
 
 
 def let_go(loop: Loop) -> None:
-    """Delete the partitions and have the kernel unbind at the last close, whatever the client did to AUTOCLEAR."""
+    """Write back what was written, delete the partitions, and have the kernel unbind at the last close.
+
+    Not by LOOP_CLR_FD: from Linux 6.11 on it makes the device refuse what is still in its page cache. The flag is set
+    again because a client can clear it.
+    """
+    with contextlib.suppress(OSError):  # EIO: the file's disk failed, which its writer has been told
+        os.fsync(loop.fd)
     delete_partitions(loop)
     with contextlib.suppress(OSError):  # ENXIO: unbound already
-        loop.clear_fd()
+        if not loop.get_status().autoclear:
+            loop.set_status(autoclear=True)
+
+
+def nudge(access: Access, binding: Binding) -> None:
+    """Once more have a device unbound that somebody kept open, in case he cleared the flag before he closed it."""
+    with contextlib.suppress(OSError, UnexpectedDevice), access.opened(binding.number) as (loop, _):
+        if loop.diskseq() == binding.diskseq:
+            let_go(loop)
 
 
 # Partitions -------------------------------------------------------------------------------------------------------

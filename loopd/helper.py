@@ -23,6 +23,7 @@ from .messages import (
     Arrange,
     Arranged,
     Done,
+    Nudge,
     NumberPlease,
     Ready,
     Release,
@@ -83,6 +84,7 @@ class Helper:
             Release: self._release,
             Arrange: self._arrange,
             Resize: self._resize,
+            Nudge: self._nudge,
         }
         while True:
             payload, fds = transport.receive(self._channel, messages.MAX_MESSAGE, messages.MAX_FDS)
@@ -339,6 +341,10 @@ class Helper:
             except OSError as error:
                 self._send(Resized(Refusal(Code.IO, f"the size cannot be taken over: {error}")))
         return True
+
+    def _nudge(self, job: Nudge, fds: FdSet) -> bool:
+        devices.nudge(self._tools.access, job.binding)
+        return False
 
 
 def _check_mknod(pid: int, terms: Terms) -> tuple[str, ...]:

@@ -362,8 +362,10 @@ class Lifecycle:
     def look_again(self) -> None:
         """Look at everything that is waited for, in case an event was lost."""
         self._numbers.retry()
-        for devname in list(self._held):
+        for devname, lease in list(self._held.items()):
             self.on_disk(devname)
+            if lease.state is State.HELD:
+                self._pool.submit(LeaseTask(void), messages.Nudge(lease.binding), [], self.policy.request_timeout)
         self.look_after()
 
     def on_number(self) -> None:
@@ -428,6 +430,10 @@ class Lifecycle:
             pid=holder.pid, uid=holder.uid, gid=holder.gid,
             reason=lease.reason or None, lease=lease.lease, **details,
         )  # fmt: skip
+
+
+def void(_: object) -> None:
+    """Nothing, of anything: for a job whose answer nobody waits for."""
 
 
 def attached(lease: Lease, warnings: tuple[str, ...] = ()) -> wire.Attached:

@@ -85,6 +85,12 @@ class Resize(NamedTuple):
     binding: Binding
 
 
+class Nudge(NamedTuple):
+    """Have a device unbound that was let go of, and that somebody else had open."""
+
+    binding: Binding
+
+
 class UseNumber(NamedTuple):
     """Answer to NumberPlease, or why there is none."""
 
@@ -92,7 +98,7 @@ class UseNumber(NamedTuple):
     refusal: Refusal | None = None
 
 
-Job = Take | Release | Arrange | Resize
+Job = Take | Release | Arrange | Resize | Nudge
 
 # Answers ----------------------------------------------------------------------------------------------------------
 #

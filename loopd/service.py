@@ -479,13 +479,13 @@ class Service:
         def done(result: Refusal | tuple[str, ...]) -> None:
             self.answer(exchange, result if isinstance(result, Refusal) else wire.Rescanned(result))
 
-        self._lifecycle.rescan(self._lease(exchange, request.devname), done)
+        self._lifecycle.rescan(self._bound(exchange, request.devname), done)
 
     def _resize(self, exchange: Exchange, request: Resize) -> None:
         def done(result: Refusal | int) -> None:
             self.answer(exchange, result if isinstance(result, Refusal) else wire.Resized(result))
 
-        self._lifecycle.resize(self._lease(exchange, request.devname), done)
+        self._lifecycle.resize(self._bound(exchange, request.devname), done)
 
     _OPERATIONS: dict[type[Any], Callable[[Service, Exchange, Any], None]] = {  # noqa: RUF012  # never changed
         Hello: _hello,
@@ -504,6 +504,12 @@ class Service:
         if lease is None or not (self._admin(exchange) or lease.holder.owner == exchange.owner):
             # The same words for what is not there and what is another's.
             raise Refusal(Code.NOT_FOUND, f"no device {devname} of yours")
+        return lease
+
+    def _bound(self, exchange: Exchange, devname: str) -> Lease:
+        lease = self._lease(exchange, devname)
+        if lease.state is not State.BOUND:
+            raise Refusal(Code.BUSY, f"{devname} is detached already, and goes at its last close")
         return lease
 
     # Answers and the audit --------------------------------------------------------------------------------------------
@@ -598,6 +604,7 @@ def _info(lease: Lease, admin: bool) -> wire.LeaseInfo:
         lease=lease.lease,
         age=round(lease.age, 3),
         partitions=lease.partitions,
+        owner=holder.owner.account if admin else None,
         account=holder.account if admin else None,
         uid=holder.uid if admin else None,
         pid=holder.pid if admin else None,

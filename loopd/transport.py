@@ -109,8 +109,8 @@ class FdSet:
 
 
 class Packet(NamedTuple):
-    """A datagram that was taken: `fds` are its SCM_RIGHTS, which its indices count; `own` has the sender's `pidfd`, which
-    is None before Linux 6.5.
+    """A datagram that was taken: `fds` are its SCM_RIGHTS, which its indices count; `own` has the sender's `pidfd`,
+    which is None before Linux 6.5.
 
     `truncated` when the kernel could not install all fds. `arrived`: seconds since 1970, 0 where there is a pidfd.
     """

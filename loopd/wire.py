@@ -399,11 +399,11 @@ class LeaseInfo(NamedTuple):
     lease: str
     age: float
     partitions: tuple[str, ...] = ()
+    owner: str | None = None
     account: str | None = None
     uid: int | None = None
     pid: int | None = None
     unit: str | None = None
-    openers: tuple[str, ...] | None = None
 
 
 class LeaseList(NamedTuple):
