@@ -378,7 +378,9 @@ class Detached(NamedTuple):
 
 
 class LeaseInfo(NamedTuple):
-    """One row of the reply to ``list``. Times in seconds, sizes in bytes; the owner is for the admin socket."""
+    """One row of the reply to ``list``. Times in seconds, sizes in bytes; the owner is for the admin socket; `openers`
+    is the client's to fill in.
+    """
 
     devname: str
     diskseq: int | None
@@ -404,6 +406,7 @@ class LeaseInfo(NamedTuple):
     uid: int | None = None
     pid: int | None = None
     unit: str | None = None
+    openers: tuple[str, ...] | None = None
 
 
 class LeaseList(NamedTuple):

@@ -339,7 +339,6 @@ def test_a_link_in_a_grant_is_not_followed(daemon: Daemon, image: int, tmp_path:
     assert os.listxattr(victim) == []
 
 
-@KNOWN("a number is free again when the uid that asked is not 0, though root of the same container may have kept it")
 def test_a_number_that_root_may_have_kept_goes_to_nobody_else(daemon: Daemon, make_image: Callable[..., int]) -> None:
     """A user of a container asks, and its root, who may open what he likes, keeps an O_PATH fd of the node."""
     image, secret = make_image(name="image"), make_image(name="secret")
