@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,9 +37,9 @@ MOST_BLOCKS = 2048
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def KNOWN(bug: str) -> pytest.MarkDecorator:  # noqa: N802  # reads as the mark that it is
-    """A bug of the daemon that a test shows; when it is mended the mark goes."""
-    return pytest.mark.xfail(strict=True, reason=bug)
+def KNOWN(bug: str, *, always: bool = True) -> pytest.MarkDecorator:  # noqa: N802  # reads as the mark that it is
+    """A bug of the daemon that a test shows, perhaps not always; when it is mended the mark goes."""
+    return pytest.mark.xfail(strict=always, reason=bug)
 
 
 def start_at(counter: Path, block: int) -> None:
@@ -235,8 +236,8 @@ class Kept(Daemon):
         mine = range(first, end)
         return [name for name in os.listdir("/sys/block") if name.startswith("loop") and int(name[4:]) in mine]
 
-    def end(self) -> None:
-        """End it in good order after every lease is over; nothing of it may be left, neither device nor record."""
+    def end(self, *, devices: bool = True) -> None:
+        """End it in good order after every lease is over; nothing of it may be left, neither `devices` nor records."""
         self.pid  # noqa: B018  # a start that is under way is waited for
         for name, lease in self.leases().items():
             if lease["state"] == "bound":
@@ -245,7 +246,8 @@ class Kept(Daemon):
         eventually(lambda: not self.in_store(), "every slot is empty")
         self.kill(signal.SIGTERM)
         assert self.ends[-1] == 0
-        eventually(lambda: not self.in_range(), "no device of its numbers is left")
+        if devices:
+            eventually(lambda: not self.in_range(), "no device of its numbers is left")
 
     def stop(self) -> None:
         """Take everything away, whatever a test left."""
@@ -270,6 +272,24 @@ class Kept(Daemon):
                     with contextlib.suppress(OSError):
                         control.remove(int(name[4:]))
         eventually(lambda: not bound_to(self.directory.parent), "no file of the test is bound", 10)
+
+
+@contextlib.contextmanager
+def traced(pids: list[int], *options: str) -> Iterator[None]:
+    """strace on running processes, from when it has them all until the block ends."""
+    strace = shutil.which("strace")
+    require(strace, "strace is missing")
+    command = [str(strace), *options, *(word for pid in pids for word in ("-p", str(pid)))]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as tracer:
+        assert tracer.stderr is not None
+        try:
+            for _ in pids:
+                line = tracer.stderr.readline()
+                assert b"attached" in line, line
+            yield
+        finally:
+            tracer.terminate()
+            tracer.stderr.read()
 
 
 KINDS = ("reply", "socket", "pidfd", "sender")

@@ -10,17 +10,15 @@ import contextlib
 import os
 import re
 import select
-import shutil
 import signal
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from conftest import Reply, bound_to, eventually, require
-from kept import KINDS, KNOWN, Holding, Kept, hold, start_kept_fixture  # noqa: F401
+from conftest import Reply, bound_to, eventually
+from kept import KINDS, KNOWN, Holding, Kept, hold, start_kept_fixture, traced  # noqa: F401
 from processes import Child
 from untouched import helpers, pair, reply_of, send, state
 
@@ -47,24 +45,6 @@ ANSWER = 10.0
 
 Point = tuple[str, int, str, int]
 """What keeps the lease, which of the processes it is, the name of a system call, its how-manieth in that process."""
-
-
-@contextlib.contextmanager
-def traced(pids: list[int], *options: str) -> Iterator[None]:
-    """strace on running processes, from when it has them all until the block ends."""
-    strace = shutil.which("strace")
-    require(strace, "strace is missing")
-    command = [str(strace), *options, *(word for pid in pids for word in ("-p", str(pid)))]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as tracer:
-        assert tracer.stderr is not None
-        try:
-            for _ in pids:
-                line = tracer.stderr.readline()
-                assert b"attached" in line, line
-            yield
-        finally:
-            tracer.terminate()
-            tracer.stderr.read()
 
 
 # A client that bears with crashes, and believes nothing ------------------------------------------------------------

@@ -73,6 +73,11 @@ def owned(slots: list[socket.socket]) -> Iterator[socket.socket]:
             yield slot
 
 
+def unreadable(daemon: Kept) -> list[str]:
+    """What the administrator was told of records that could not be read."""
+    return [record["MESSAGE"] for record in daemon.records("warned") if "fd store" in record["MESSAGE"]]
+
+
 def the_record(daemon: Kept) -> Record:
     """The one record in the fd store."""
     (record,) = daemon.records_in_store()
@@ -398,7 +403,7 @@ def test_a_record_of_an_older_edition(kept: Kept, image: int, directory: int, de
         with kept.outage():
             change(kept, older)
         assert rows(kept) == before
-        assert not kept.records("warned")
+        assert not unreadable(kept)
         assert kept.ask(wire.Detach(lease.name, 0), []).fields == {"state": "released"}
         assert not list(devices.iterdir())
     kept.end()
@@ -427,7 +432,7 @@ def test_a_record_of_a_newer_version_is_kept(
             kept.kill()
         kept.hello()
         # The warning has been written by each of the three that found it.
-        assert ["newer" in r["MESSAGE"] or "version" in r["MESSAGE"] for r in kept.records("warned")] == [True] * 3
+        assert [str(records.VERSION + 1) in message for message in unreadable(kept)] == [True] * 3
         with kept.outage():
             set_version(records.VERSION)
         assert list(kept.leases()) == [lease.name]
@@ -469,7 +474,7 @@ def test_a_record_that_cannot_be_read_is_kept(
             assert kept.starts == 2, kept.log()[-2000:]
             assert not kept.leases()
             assert lease.bound()
-            assert kept.records("warned")
+            assert unreadable(kept)
             assert "/dev/" + lease.name not in kept.fds(), "nothing but the slot holds the device"
         finally:
             with kept.outage():
@@ -564,7 +569,8 @@ def test_helpers_may_end(kept: Kept, make_image: Callable[..., int], directory: 
     kept.end()
 
 
-@KNOWN("Numbers.receive: ECONNRESET, when the process that ended had not read all its jobs, ends the daemon")
+# Where a job is sent to it before its end is read, that send gets the error.
+@KNOWN("Numbers.receive: ECONNRESET from a process that ended with jobs unread ends the daemon", always=False)
 def test_the_process_that_makes_numbers_may_end(
     kept: Kept, make_image: Callable[..., int], directory: int
 ) -> None:

@@ -228,10 +228,10 @@ def test_instances_share_the_numbers_and_nothing_else(
 ) -> None:
     """Others start and end while one serves: no number is given twice, nothing fails, no lease is another's."""
     state = f"--state-directory={tmp_path}/state"
-    start = lambda name: start_daemon(state, f"--instance={name}", name=name)  # noqa: E731
-    resident, names = start("resident"), []
+    resident = start_daemon(state, "--instance=resident", name="resident")
+    names: list[str] = []
     for turn in range(5):
-        visitor = start(f"visitor{turn}")
+        visitor = start_daemon(state, f"--instance=visitor{turn}", name=f"visitor{turn}")
         # Its start removes idle numbers of the range: also those that the other has made ahead of need.
         for service in (visitor, resident):
             reply = service.attach(make_image(name=f"image{len(names)}"), directory)
