@@ -75,15 +75,25 @@ class Failure(Exception):
         self.status = status
 
 
+def put(text: str, fd: int = 1) -> None:
+    """Write all of it, without a buffer that were to be flushed; a file's name may be any bytes."""
+    data = text.encode(errors="surrogateescape")
+    try:
+        while data:
+            data = data[posix.write(fd, data) :]
+    except OSError as error:
+        if fd == 1:
+            raise Failure(f"write error: {error.strerror}") from None
+
+
 def say(text: object) -> None:
     """A line to standard error; what another chose, such as a file's name, cannot forge a second one."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    sys.stderr.write(f"{NAME}: {line}\n")
+    put(f"{NAME}: {''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))}\n", 2)
 
 
 def usage_error(text: str) -> NoReturn:
     say(text)
-    sys.stderr.write(f"Try '{NAME} --help' for more information.\n")
+    put(f"Try '{NAME} --help' for more information.\n", 2)
     raise SystemExit(1)
 
 
@@ -252,7 +262,7 @@ def apply(options: Options, key: str, value: str | None) -> None:
     elif key == "direct-io":
         options.direct_io = switch(value)
     elif key in TELL:
-        sys.stdout.write(TELL[key]())
+        put(TELL[key]())
         raise SystemExit(0)
 
 
@@ -616,7 +626,7 @@ def create(options: Options) -> None:
         except Failure as failure:
             raise Failure(f"{file}: failed to set up loop device: {failure}") from None
     if options.show:
-        sys.stdout.write(f"{path}\n")
+        put(f"{path}\n")
     warn_size(file, options)
 
 
@@ -680,9 +690,13 @@ def backs(lease: Lease, file: str) -> bool:
 
 
 def warn_size(file: str, options: Options) -> None:
-    if (options.sizelimit or posix.stat(file).st_size - (options.offset or 0)) % 512:
-        say(f"{file}: Warning: file does not end on a 512-byte sector boundary; the remaining end of the file will be "
-            "ignored.")  # fmt: skip
+    try:
+        length = options.sizelimit or posix.stat(file).st_size - (options.offset or 0)
+    except OSError:
+        return
+    if length % 512:
+        end = "the remaining end of the file will be ignored."
+        say(f"{file}: Warning: file does not end on a 512-byte sector boundary; {end}")
 
 
 def lost(device: str, what: str, failure: Failure) -> Failure:
@@ -841,20 +855,19 @@ def line(lease: Lease, name: str) -> str:
 
 def show(options: Options, found: Sequence[tuple[Lease, str]]) -> None:
     """Print devices, each with the name it goes by."""
-    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # a file's name is any bytes
     if not options.list:
-        sys.stdout.write("".join(line(lease, name) for lease, name in found))
+        put("".join(line(lease, name) for lease, name in found))
         return
     rows = [cells(lease, name, options.raw or options.json) for lease, name in found]
     if options.json:
-        sys.stdout.write(json_text(options.columns, rows))
+        put(json_text(options.columns, rows))
     elif rows:
         lines = [[row[column] for column in options.columns] for row in rows]
         head = [] if options.no_headings else [list(options.columns)]
         if options.raw:
-            sys.stdout.write("".join(" ".join(map(nonblank, cell)) + "\n" for cell in head + lines))
+            put("".join(" ".join(map(nonblank, cell)) + "\n" for cell in head + lines))
         else:
-            sys.stdout.write(table(options.columns, head, lines))
+            put(table(options.columns, head, lines))
 
 
 def table(names: Sequence[str], head: list[list[str]], lines: list[list[str]]) -> str:
@@ -1029,20 +1042,14 @@ def main() -> int:
         run_instead(fallback)
     try:
         options = parse(sys.argv[1:])
-        status = PERFORM[options.action](options) or 0
+        return int(PERFORM[options.action](options) or 0)
     except Failure as failure:
         say(failure)
-        status = failure.status
+        return failure.status
     except SystemExit as end:
-        status = end.code
+        return int(end.code or 0)
     except KeyboardInterrupt:
-        status = 130  # loopd takes a device away again whose client has gone before the answer
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        say(f"write error: {error.strerror}")
-        status = 1
-    return int(status)
+        return 130  # loopd takes a device away again whose client has gone before the answer
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from conftest import Daemon, ask, bound_to, eventually
 from kept import KNOWN, Kept, kept_fixture, start_kept_fixture, traced  # noqa: F401
 from processes import Child, stays
-from untouched import helpers
+from untouched import helpers, pair, reply_of, send
 
 from loopd import cgroups, wire
 from loopd.accounts import membership
@@ -207,7 +207,8 @@ def test_with_its_last_process_its_leases_end(
 ) -> None:  # fmt: skip
     with contextlib.ExitStack() as stack:
         images = (make_image(), make_image(name="two"))
-        first, second = (stack.enter_context(client(daemon.path, cgroup, image, directory, outside)) for image in images)
+        clients = (client(daemon.path, cgroup, image, directory, outside) for image in images)
+        first, second = map(stack.enter_context, clients)
         names = {child.hear()["devname"] for child in (first, second)}
         first.kill()
         stays(lambda: len(bound_to(tmp_path)) == 2, 0.3, "there is a process left")
@@ -309,13 +310,20 @@ def test_it_has_ended_before_the_lease_is_booked(
     daemon: Daemon, cgroup: Cgroup, image: int, directory: int, tmp_path: Path, outside: int
 ) -> None:
     """While a helper attaches for it, its only process ends, and the cgroup goes."""
+    ours, theirs = pair()
+    request = wire.encode_request(wire.Attach(0, 1, 3, 2))
+    fds = [image, directory, outside, theirs.fileno()]
+
+    def attach(tell: Callable[[Any], None]) -> None:
+        cgroup.enter()
+        send(daemon.path, request, fds).close()
+        signal.pause()
+
     daemon.hello()
-    with contextlib.ExitStack() as stack:
-        pids = helpers(daemon)
-        stack.enter_context(traced(pids, "-o/dev/null", "-einject=mknodat:delay_enter=700ms"))
-        child = stack.enter_context(client(daemon.path, cgroup, image, directory, outside))
-        eventually(lambda: bound_to(tmp_path), "the device is bound")
-        child.kill()
+    with ours, theirs, traced(helpers(daemon), "-o/dev/null", "-einject=mknodat:delay_enter=700ms"):
+        with Child(attach, fds):
+            eventually(lambda: bound_to(tmp_path), "the device is bound")
         cgroup.remove()
-        eventually(lambda: daemon.records("attached"), "the attach is done")
-        eventually(lambda: not bound_to(tmp_path), "the file is free", SOON)
+        with contextlib.closing(reply_of(ours)) as reply:
+            assert "devname" in reply.fields
+            eventually(lambda: not bound_to(tmp_path), "the file is free", SOON)
