@@ -10,9 +10,11 @@ import time
 from typing import NamedTuple
 
 _UNIT = re.compile(r".\.(?:service|scope|socket|mount|swap|timer|path|target|device|automount)$")
-# Where no service manager made a unit: the container's own cgroup as its runtime names it.
-_CONTAINER = re.compile(r"(?:^|[-_.:])[0-9a-f]{12,}|^pod[0-9a-f_-]{36}")
-_PARENTS = frozenset(("docker", "lxc", "libpod_parent", "machine", "kubepods", "garden", "buildkit"))
+# Where no service manager made a unit: what runtimes put their containers' cgroups below.
+_PARENTS = frozenset(
+    ("docker", "lxc", "libpod_parent", "machine", "garden", "buildkit", "actions_job", "crio", "containerd")
+)
+_QOS_CLASSES = frozenset(("burstable", "besteffort", "guaranteed"))
 
 
 class Membership(NamedTuple):
@@ -22,12 +24,19 @@ class Membership(NamedTuple):
     unit: str
 
 
+LEGACY = "name=systemd:"
+"""Before the path of a cgroup of the first version."""
+
+
 def membership(cgroup: str) -> Membership:
     """The account of a process from its cgroup path: from the root through its first unit that is no slice.
 
     Deeper components are the tenant's to name (a user's manager, systemd in a container), so they never make an account
     of their own. For the same reason a unit counts only where everything above it is a slice.
     """
+    if cgroup.startswith(LEGACY):
+        found = membership(cgroup[len(LEGACY) :])
+        return found._replace(account=LEGACY + found.account)
     parts = [part for part in cgroup.split("/") if part]
     depth = 0
     while depth < len(parts) and parts[depth].endswith(".slice"):
@@ -45,11 +54,12 @@ def membership(cgroup: str) -> Membership:
 
 
 def _container_depth(parts: list[str], first: int) -> int:
-    for depth in range(first, len(parts)):
-        if _CONTAINER.search(parts[depth]):
-            # A pod's cgroup holds one for each of its containers.
-            return depth + 1 if parts[depth].startswith("pod") and depth + 1 < len(parts) else depth
-    return first + 1 if parts[first] in _PARENTS and first + 1 < len(parts) else first
+    """How deep the runtime's own cgroup for a container is; what is below it, the container may have made."""
+    name = parts[first]
+    if name == "kubepods":
+        first += 1 if len(parts) > first + 1 and parts[first + 1] in _QOS_CLASSES else 0
+        return min(first + 2, len(parts) - 1)  # the pod, and in it the container
+    return first + 1 if name in _PARENTS and first + 1 < len(parts) else first
 
 
 def cgroup_of(pid: int) -> str | None:
@@ -63,7 +73,9 @@ def cgroup_of(pid: int) -> str | None:
     unified = paths.get(("0", ""), "")
     if unified not in ("", "/"):
         return unified
-    return next((path for (_, name), path in paths.items() if name == "name=systemd"), unified or "/")
+    # Only a cgroup of the second version can be watched; the others are told apart by their names.
+    legacy = next((path for (_, name), path in paths.items() if name == "name=systemd"), "/")
+    return unified if legacy == "/" and unified else f"{LEGACY}{legacy}" if legacy != "/" else "/"
 
 
 class Owner(NamedTuple):
@@ -76,7 +88,13 @@ class Owner(NamedTuple):
 class Account:
     """What one account has in use. Changed by the main process alone."""
 
-    __slots__ = ("attaching", "bytes", "devices", "ended", "in_flight", "name", "shed", "spent", "spent_at", "stuck")
+    __slots__ = (
+        "attaching", "bytes", "devices", "ended", "flights", "name", "refusals", "refused_at", "shed", "spent",
+        "spent_at", "stuck",
+    )  # fmt: skip
+
+    SLOW = 1.0
+    """Seconds after which a helper that still has a request may hang in it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -86,7 +104,9 @@ class Account:
         self.spent = 0.0
         self.spent_at = 0.0
         self.devices = 0
-        self.in_flight = 0
+        self.flights: dict[object, float] = {}
+        self.refusals = 0
+        self.refused_at = 0.0
         self.stuck = 0
         self.shed = 0
 
@@ -98,10 +118,28 @@ class Account:
         self.spent += 1
         return True
 
+    def unspend(self) -> None:
+        """Give the charge of one number back that the client did not get."""
+        self.spent = max(0.0, self.spent - 1)
+
+    @property
+    def slow(self) -> int:
+        """Helpers that have been busy with a request of this account for suspiciously long."""
+        horizon = time.monotonic() - self.SLOW
+        return sum(started < horizon for started in self.flights.values())
+
+    def refused(self, most: int) -> bool:
+        """Count a refusal; whether it is among the first `most` of its second, and so worth a record of its own."""
+        now = time.monotonic()
+        if now - self.refused_at >= 1:
+            self.refused_at, self.refusals = now, 0
+        self.refusals += 1
+        return self.refusals <= most
+
     @property
     def in_use(self) -> bool:
         """Whether anything is charged to it now."""
-        return bool(self.devices or self.in_flight or self.stuck or self.shed)
+        return bool(self.devices or self.flights or self.stuck or self.shed)
 
     def _recover(self, per_minute: float) -> None:
         now = time.monotonic()

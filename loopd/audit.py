@@ -49,7 +49,8 @@ class _Lines:
 
     def send(self, fields: dict[str, str]) -> bool:
         details = " ".join(f"{name}={value!r}" for name, value in fields.items() if name != "MESSAGE")
-        print(f"loopd: {fields['MESSAGE']} [{details}]", file=sys.stderr, flush=True)
+        message = fields["MESSAGE"].replace("\\", "\\\\").replace("\n", "\\n")  # one line, whatever a path has in it
+        print(f"loopd: {message} [{details}]", file=sys.stderr, flush=True)
         return True
 
 

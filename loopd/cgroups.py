@@ -17,11 +17,9 @@ ROOTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 
 
 def _events_file(account: str) -> str | None:
-    for root in ROOTS:
-        path = f"{root}{account}/cgroup.events"
-        if os.path.exists(path):
-            return path
-    return None  # the root cgroup, or a host without cgroup v2: the lease's keeper is all there is
+    """The file that tells the account's end; None for the root cgroup, and on a host without the second version."""
+    roots = [root for root in ROOTS if os.path.exists(f"{root}/cgroup.controllers")]
+    return f"{roots[0]}{account}/cgroup.events" if roots and account.startswith("/") and account != "/" else None
 
 
 def _populated(path: str) -> bool:

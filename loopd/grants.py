@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 
-from .files import Identity
+from .files import identify
 from .nodes import READ, SEARCH, WRITE, access_list
 from .wire import Code, Refusal
 
@@ -37,10 +38,14 @@ class Grants:
         """The fd that a helper needs to recognise a grant."""
         return [] if self._fd is None else [self._fd]
 
-    def recognise(self, identity: Identity) -> str:
+    def recognise(self, fd: int) -> str:
         """The name of the grant that a client's fd leads to, by device and inode; empty for any other file."""
+        identity = identify(fd)
         if self._fd is None or identity.dev != self._dev:
             return ""
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+            # It took no permission on the directory itself to open it so.
+            raise Refusal(Code.BAD_FD, "dir_fd: opened with O_PATH, which is no grant")
         with os.scandir(self._fd) as entries:
             found = next((entry.name for entry in entries if entry.inode() == identity.inode), "")
         return "" if found.startswith(".") else found

@@ -143,8 +143,9 @@ class Helper:
                 lease_fd = borrow(packet.fds, job.lease, "lease_fd")
                 vetted = vetted._replace(lease=transport.check_lease(lease_fd), lease_fd=lease_fd)
             if job.directory is not None:
-                identity = files.identify(borrow(packet.fds, job.directory, "dir_fd"))
-                vetted = vetted._replace(grant=self._tools.grants.recognise(identity))
+                vetted = vetted._replace(
+                    grant=self._tools.grants.recognise(borrow(packet.fds, job.directory, "dir_fd"))
+                )
         except Refusal as error:
             refusal = refusal or error
         except ProcessLookupError:
@@ -337,7 +338,12 @@ class Helper:
         with Loop.from_fd(fds.steal(0)) as loop:
             try:
                 loop.set_capacity()
+                if job.room is not None and loop.size() > job.room:
+                    loop.set_status(sizelimit=job.binding.size)
+                    raise Refusal(Code.QUOTA, "the devices of this account would have more bytes than its limit")
                 self._send(Resized(None, job.binding._replace(size=loop.size())))
+            except Refusal as refusal:
+                self._send(Resized(refusal))
             except OSError as error:
                 self._send(Resized(Refusal(Code.IO, f"the size cannot be taken over: {error}")))
         return True

@@ -35,6 +35,7 @@ class Holder(NamedTuple):
     since: float
     id: str | None = None
     grant: str = ""
+    deliver: tuple[str, ...] | list[str] = ()
 
     @property
     def owner(self) -> Owner:
@@ -210,8 +211,8 @@ def stored(slot: socket.socket, account: Callable[[str], Account]) -> tuple[Leas
     fds = dict(found.fds)
     reply = fds.pop("reply", None)
     keeper = fds.pop("lease", None)
-    if found.lease == "reply":
-        keeper, reply = reply, None
+    if found.lease == "reply" and reply is not None:
+        keeper = os.dup(reply)
     if keeper is not None:
         fds["keeper"] = keeper
     holder = Holder(**{name: value for name, value in found.holder.items() if name in Holder._fields})

@@ -30,14 +30,21 @@ from .wire import Code, Refusal
 class LeaseTask:
     """A helper's job on a lease; a `pool.Task`. `done` is called once, with the answer or None."""
 
-    def __init__(self, done: Callable[[Any], None]) -> None:
+    def __init__(self, done: Callable[[Any], None], again: Callable[[], None] | None = None) -> None:
         self._done: Callable[[Any], None] | None = done
+        self._again = again
 
     def message(self, worker: Worker, message: Any, fds: FdSet) -> None:
         self._finish(message)
 
+    def ready(self) -> None:
+        pass
+
     def ended(self) -> None:
-        self._finish(None)
+        if self._done is not None and self._again is not None:
+            self._again()  # killed, most likely for its memory: another one does it
+        else:
+            self._finish(None)
 
     def timed_out(self) -> None:
         self._finish(None)
@@ -103,6 +110,12 @@ class Lifecycle:
         else:
             self._cgroups.watch(lease.holder.account)
 
+    def _unwatch(self, lease: Lease) -> None:
+        if lease.watch is not None:
+            self._watched.pop(lease.watch, None)
+            self._watches.remove(lease.watch)
+            lease.watch = None
+
     def _account_ended(self, name: str) -> None:
         """An account's cgroup is empty: nobody is left who could use its devices, and its name may come again."""
         self.accounts.end(name)
@@ -118,7 +131,7 @@ class Lifecycle:
         self._slots.known()
         try:
             found = leases.stored(slot, self.accounts.get)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             # Most likely a newer loopd's, before a downgrade: it stays in the store, and its device bound.
             self._kept.append(slot)
             self._audit.record(Event.WARNED, f"A lease in the fd store cannot be read and is kept as it is: {error}")
@@ -159,9 +172,11 @@ class Lifecycle:
 
         def restored(refusal: Refusal | None) -> None:
             if reply is not None:
-                answer = refusal or attached(lease)
-                transport.reply(reply, wire.encode_reply(answer, lease.holder.id))
-                os.close(reply)
+                with FdSet([reply]) as fds:
+                    client = []
+                    if "fd" in lease.holder.deliver and lease.device is not None:
+                        client = [fds.add(devices.reopen(lease.device, lease.binding.read_only))]
+                    transport.reply(reply, wire.encode_reply(refusal or attached(lease), lease.holder.id), client)
             if refusal is not None and complete:
                 self.release(lease, "undeliverable")
 
@@ -189,8 +204,8 @@ class Lifecycle:
 
         self._arrange(lease, arranged, rescan=True)
 
-    def resize(self, lease: Lease, done: Callable[[Refusal | int], None]) -> None:
-        """Have the device take over the size of its file."""
+    def resize(self, lease: Lease, limit: int, done: Callable[[Refusal | int], None]) -> None:
+        """Have the device take over the size of its file, as far as its account's `limit` of bytes goes (0: none)."""
 
         def resized(message: messages.Resized | None) -> None:
             self._proceed(lease)
@@ -201,7 +216,11 @@ class Lifecycle:
             lease.binding = message.binding
             done(lease.binding.size)
 
-        self._job(lease, lambda: self._submit(lease, messages.Resize(lease.binding), resized))
+        def start() -> None:
+            room = limit - lease.account.bytes + lease.binding.size if limit else None
+            self._submit(lease, messages.Resize(lease.binding, room), resized)
+
+        self._job(lease, start)
 
     def on_partitions(self, devname: str) -> None:
         """The kernel made or removed a partition."""
@@ -240,6 +259,8 @@ class Lifecycle:
             if message.refusal is None:
                 lease.nodes, lease.table = message.nodes, message.table
                 if message.watch is not None and lease.state is State.BOUND:
+                    if lease.watch not in (None, message.watch):
+                        self._unwatch(lease)  # the name leads to another node by now
                     lease.watch = message.watch
                     self._watched[message.watch] = lease
             done(message.refusal)
@@ -260,9 +281,10 @@ class Lifecycle:
         if lease.working:
             lease.jobs.popleft()()
 
-    def _submit(self, lease: Lease, job: messages.Job, done: Callable[[Any], None]) -> None:
+    def _submit(self, lease: Lease, job: messages.Job, done: Callable[[Any], None], tries: int = 2) -> None:
         fds = [fd for fd in (lease.device, lease.directory) if fd is not None]
-        self._pool.submit(LeaseTask(done), job, fds, self.policy.request_timeout)
+        again = (lambda: self._submit(lease, job, done, tries - 1)) if tries > 1 else None
+        self._pool.submit(LeaseTask(done, again), job, fds, self.policy.request_timeout)
 
     # The end ----------------------------------------------------------------------------------------------------------
 
@@ -273,9 +295,7 @@ class Lifecycle:
         lease.state, lease.reason = State.RELEASING, reason
         if lease.keeper is not None:
             self._poller.remove(lease.keeper)
-        if lease.watch is not None:
-            self._watched.pop(lease.watch, None)
-            self._watches.remove(lease.watch)
+        self._unwatch(lease)
 
         def released(message: messages.Released | None) -> None:
             # Without an answer the helper hangs with its own copy of the device, or has ended and closed it.
@@ -320,6 +340,8 @@ class Lifecycle:
         lease = self._held.get(devname)
         if lease is not None and not devices.still_bound(lease.binding):
             self._gone(lease)
+        elif self._numbers.lingers(int(devname[4:])):
+            self._numbers.retry()
         elif self.leases.get(devname) is None:
             # An attach under way has bound its device before it is in the books.
             self._poller.later(self.FOREIGN_CHECK, lambda: self._look_at_foreign(devname))

@@ -80,9 +80,10 @@ class Arrange(NamedTuple):
 
 
 class Resize(NamedTuple):
-    """Have the device take over its file's size. Fds: the device."""
+    """Have the device take over its file's size, if that is no more than `room`. Fds: the device."""
 
     binding: Binding
+    room: int | None
 
 
 class Nudge(NamedTuple):

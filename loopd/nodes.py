@@ -103,8 +103,16 @@ class OwnDirectory:
         return contextlib.nullcontext()
 
     def finish(self, name: str, *, read_only: bool) -> None:
-        acl = access_list(self._uid, READ | WRITE, READ if read_only else READ | WRITE)
-        os.setxattr(f"/proc/self/fd/{self.fd}/{name}", "system.posix_acl_access", acl)
+        # By way of the pinned inode: where the directory is mounted writable, root of the container can put a link
+        # there.
+        pinned = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            if not stat.S_ISBLK(os.fstat(pinned).st_mode):
+                raise Refusal(Code.UNDELIVERABLE, f"dir_fd: {name} was replaced as soon as it was made")
+            acl = access_list(self._uid, READ | WRITE, READ if read_only else READ | WRITE)
+            os.setxattr(f"/proc/self/fd/{pinned}", "system.posix_acl_access", acl)
+        finally:
+            os.close(pinned)
 
 
 def directory(fd: int, client: Client, view: int | None = None) -> Directory:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from . import transport
 from .accounts import Owner
 from .devices import Access, Number
-from .loop import LoopControl
+from .loop import Loop, LoopControl, UnexpectedDevice
 
 FIRST = 4096
 LAST = 2**20 - 1
@@ -157,9 +157,40 @@ def _probe(control: LoopControl, number: int) -> None:
     raise FileExistsError(errno.EEXIST, "made again")
 
 
+_parked: dict[int, Loop] = {}
+"""Devices that could not be removed because somebody has them open: bound to nothing, so that nobody binds them to
+more.
+
+Idle, such a device would be the host's for the asking (LOOP_CTL_GET_FREE), and whoever has it open would read on.
+"""
+
+
+def _remove(control: LoopControl, number: int) -> None:
+    parked = _parked.pop(number, None)
+    if parked is not None:
+        parked.close()
+    try:
+        control.remove(number)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            _park(number)
+        raise
+
+
+def _park(number: int) -> None:
+    with contextlib.suppress(OSError, UnexpectedDevice), Access().opened(number) as (loop, _):
+        nothing = os.memfd_create("loopd-parked", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(nothing, 4096)
+            loop.configure(nothing, autoclear=True, read_only=True)
+        finally:
+            os.close(nothing)
+        _parked[number] = Loop.from_fd(os.dup(loop.fd))
+
+
 _OPERATIONS: dict[str, Callable[[LoopControl, int], object]] = {
     "add": LoopControl.add,
-    "remove": LoopControl.remove,
+    "remove": _remove,
     "low": _keep_low_free,
     "probe": _probe,
 }
@@ -221,7 +252,7 @@ class Numbers:
 
     def expects(self, owner: Owner) -> bool:
         """Whether a number of this owner is about to be removed, and then `again` has it."""
-        return owner in self._removing.values()
+        return owner in self._removing.values() or owner in self._lingering.values()
 
     def forget(self, account: str) -> None:
         """An account has ended: whoever has its name next is somebody else."""
@@ -250,7 +281,12 @@ class Numbers:
 
     def had(self, number: int) -> Owner | None:
         """Who had a number last, as far as it is remembered."""
-        return next((owner for owner, used in self._used.items() if number in used), None)
+        leaving = self._removing.get(number) or self._lingering.get(number)
+        return leaving or next((owner for owner, used in self._used.items() if number in used), None)
+
+    def lingers(self, number: int) -> bool:
+        """Whether the number is being removed, or cannot be because somebody has it open."""
+        return number in self._removing or number in self._lingering
 
     def used(self, number: int) -> bool:
         """Whether this instance has handed out the number."""
@@ -306,7 +342,7 @@ class Numbers:
     def sweep(self, known: set[int]) -> None:
         """Remove idle devices of the range that a daemon which died had made; a bound or open one stays as it is."""
         for name in os.listdir("/sys/block"):
-            if name.startswith("loop") and ours(name) and int(name[4:]) not in known:
+            if name.startswith("loop") and ours(name) and int(name[4:]) not in known and self.used(int(name[4:])):
                 self._send("remove", int(name[4:]))
 
     def probe(self) -> None:

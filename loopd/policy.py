@@ -161,7 +161,7 @@ def _file_systems(value: Any) -> frozenset[str]:
 
 
 def _sector_sizes(value: Any) -> frozenset[int]:
-    if type(value) is not list or not value or not set(value) <= set(wire.SECTOR_SIZES):
+    if type(value) is not list or not value or not all(type(v) is int and v in wire.SECTOR_SIZES for v in value):
         raise ValueError(f"expected a list of some of {', '.join(map(str, wire.SECTOR_SIZES))}")
     return frozenset(value)
 
@@ -179,6 +179,8 @@ def _ids(value: Any) -> tuple[tuple[int, int], ...]:
         if type(item) is bool or not low.isdecimal() or (dash and not high.isdecimal()):
             raise ValueError('expected an id or a range or a list of these, as [1000, "100000-165535"]')
         ranges.append((int(low), int(high or low)))
+    if not ranges or any(low > high for low, high in ranges):
+        raise ValueError("expected at least one id, and ranges from the lower to the higher")
     return tuple(ranges)
 
 
@@ -269,14 +271,32 @@ class _Reader:
         )
 
 
+def _files(path: str, reader: _Reader) -> list[Path]:
+    """The files there are. Only of the usual file may there be none: what cannot be read might have allowed less."""
+    found = []
+    try:
+        os.stat(path)
+        found.append(Path(path))
+    except OSError as error:
+        if not (isinstance(error, FileNotFoundError) and path == CONFIGURATION):
+            reader.problems.append((path, "-", str(error)))
+    try:
+        names = sorted(name for name in os.listdir(path + ".d") if name.endswith(".toml"))
+        found += [Path(path + ".d") / name for name in names]
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        reader.problems.append((path + ".d", "-", str(error)))
+    return found
+
+
 def load(path: str = CONFIGURATION) -> Policy:
     """The policy of the file `path` and of the files in ``path.d``, by name; the defaults where there are none.
 
     Raises ConfigurationError with everything that is wrong in any of them.
     """
     reader = _Reader()
-    files = [Path(path)] if os.path.exists(path) else []
-    for file in files + sorted(Path(path + ".d").glob("*.toml")):
+    for file in _files(path, reader):
         reader.read(file)
     if reader.problems:
         raise ConfigurationError(reader.problems)

@@ -29,6 +29,9 @@ class Task(Protocol):
     def message(self, worker: Worker, message: Any, fds: FdSet) -> None:
         """The helper says something; what is not stolen from `fds` is closed."""
 
+    def ready(self) -> None:
+        """The helper has finished with the job, and closed or checked every fd of it."""
+
     def ended(self) -> None:
         """The helper ended before it was ready again; nothing more will come."""
 
@@ -63,7 +66,7 @@ class Pool:
     BASE = 4
     """Helpers that respond, at least: as many requests can be under way without waiting for one another."""
     MOST = 64
-    """Helpers at once, hanging ones included."""
+    """Helpers at once, without those that were written off: these are counted against the accounts that hang them."""
     SLOW = 0.005
     """Seconds after which a busy helper no longer counts as one that responds."""
 
@@ -91,7 +94,7 @@ class Pool:
         if not self._idle:
             horizon = time.monotonic() - self.SLOW
             responding = sum(worker.since > horizon for worker in self._busy)
-            if responding < self.BASE and len(self._busy) + len(self._lost) < self.MOST:
+            if responding < self.BASE and len(self._busy) < self.MOST:
                 self._spawn()
         return bool(self._idle)
 
@@ -149,6 +152,8 @@ class Pool:
             if task is not None and not isinstance(message, messages.Ready):
                 task.message(worker, message, fds)
         if last:
+            if task is not None:
+                task.ready()
             self._proceed()
 
     def _rest(self, worker: Worker) -> None:

@@ -73,8 +73,12 @@ def read(slot: int) -> Stored | None:
             raise ValueError(f"record of version {record['version']}")
         # A field that a later edition of this version adds is not known here, and not needed.
         known = {name: value for name, value in record["binding"].items() if name in Binding._fields}
-        named = {name: fds.steal(index) for index, name in enumerate(record["fds"])}
-        return Stored(record["holder"], record["lease"], Binding(**known), record["releasing"], named)
+        binding, names = Binding(**known), list(record["fds"])
+        if len(names) != len(fds) or not set(names) <= set(FDS):
+            raise ValueError(f"record with {len(fds)} fds, named {names}")
+        found = Stored(dict(record["holder"]), str(record["lease"]), binding, bool(record["releasing"]), {})
+        found.fds.update({name: fds.steal(index) for index, name in enumerate(names)})
+        return found
 
 
 def clear(slot: int) -> None:

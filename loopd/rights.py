@@ -60,11 +60,11 @@ def die_with_parent(parent: int) -> None:
 
 
 def can_make_nodes(pid: int) -> bool:
-    """Whether process `pid` has an effective CAP_MKNOD that counts: in the host's own user namespace."""
+    """Whether process `pid` has a CAP_MKNOD at its disposal that counts: in the host's own user namespace."""
     try:
         with open(f"/proc/{pid}/status", "rb", buffering=0) as status:
-            effective = int(status.readall().partition(b"\nCapEff:\t")[2][:16], 16)
-        if not effective & 1 << CAP_MKNOD:
+            permitted = int(status.readall().partition(b"\nCapPrm:\t")[2][:16], 16)
+        if not permitted & 1 << CAP_MKNOD:
             return False
         with open(f"/proc/{pid}/uid_map", "rb", buffering=0) as uid_map:
             return uid_map.readall().split() == [b"0", b"0", b"4294967295"]

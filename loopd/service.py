@@ -100,10 +100,15 @@ class Exchange:
         except Exception:  # noqa: BLE001  # the one boundary for bugs on this side
             self.service.bug(self, traceback.format_exc())
 
+    def ready(self) -> None:
+        self.account.flights.pop(self, None)
+
     def ended(self) -> None:
+        self.ready()
         self.service.on_helper_ended(self)
 
     def timed_out(self) -> None:
+        self.ready()
         self.service.on_helper_stuck(self)
 
     def reaped(self) -> None:
@@ -112,6 +117,12 @@ class Exchange:
 
 class Service:
     """The stages of a request."""
+
+    MOST_SLOW = 8
+    """Helpers that one account's requests may keep for longer than a request takes, before more are dropped."""
+
+    MOST_REFUSALS = 20
+    """Refusals of one account in a second that are recorded one by one; the others are counted."""
 
     BURST = 64
     """Datagrams of one queue that are looked at before other events get their turn."""
@@ -203,12 +214,13 @@ class Service:
         if cgroup is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
             transport.drop(self._listeners[index].socket)
-            self._shed(account, member, sender, "their senders had ended or are unknown")
+            self._shed(account, member, sender, "dropped, their senders had ended or are unknown")
             return
         terms = self.policy.terms(self._instance, member.account, sender.uid, sender.gid)
-        if account.stuck >= terms.limits.stuck or account.in_flight >= terms.limits.requests:
+        hanging = account.stuck >= terms.limits.stuck or account.slow >= self.MOST_SLOW
+        if hanging or len(account.flights) >= terms.limits.requests:
             transport.drop(self._listeners[index].socket)
-            self._shed(account, member, sender, "too many of its requests are under way or hang")
+            self._shed(account, member, sender, "dropped, too many of its requests are under way or hang")
             return
         exchange = Exchange(self, index, sender, member, account, terms, envelope, request)
         if envelope.reply_fd is None:
@@ -225,7 +237,7 @@ class Service:
                 job = self._admit_attach(exchange, request, job)
             except Refusal as refusal:
                 exchange.request = refusal
-        account.in_flight += 1
+        account.flights[exchange] = exchange.started
         self._exchanges += 1
         self._taking.add(index)
         fds = () if exchange.slot is None else (exchange.slot.fileno(),)
@@ -246,11 +258,19 @@ class Service:
         exchange.attaching = True
         sender, member = exchange.sender, exchange.member
         exchange.holder = Holder(
-            member.account, member.unit, sender.pid, sender.uid, sender.gid, time.time(), request.id
+            member.account,
+            member.unit,
+            sender.pid,
+            sender.uid,
+            sender.gid,
+            time.time(),
+            request.id,
+            "",
+            request.deliver,
         )
         return job._replace(
             lease=request.lease_fd,
-            attach=request,
+            attach=request if allow.direct_io else request._replace(direct_io="off"),
             terms=messages.Terms(allow.file_systems, allow.write, allow.block_devices, allow.mknod, number),
             holder=exchange.holder._asdict(),
         )
@@ -294,7 +314,9 @@ class Service:
 
     def on_number_please(self, exchange: Exchange, worker: Worker) -> None:
         """A helper lost the number it was given to somebody else, or was given none because there was none yet."""
-        exchange.number = None
+        if exchange.number is not None:
+            exchange.number = None
+            exchange.account.unspend()
         try:
             number = self._number(exchange)
         except Refusal as refusal:
@@ -317,7 +339,7 @@ class Service:
             count, account.shed = account.shed, 0
             self._audit.record(
                 Event.SHED,
-                f"{count} requests of {member.account or 'nobody'} were dropped unanswered: {why}",
+                f"{count} requests of {member.account or 'nobody'} have no record of their own: {why}",
                 account=member.account, unit=member.unit, uid=sender.uid, pid=sender.pid, count=count,
             )  # fmt: skip
 
@@ -485,7 +507,7 @@ class Service:
         def done(result: Refusal | int) -> None:
             self.answer(exchange, result if isinstance(result, Refusal) else wire.Resized(result))
 
-        self._lifecycle.resize(self._bound(exchange, request.devname), done)
+        self._lifecycle.resize(self._bound(exchange, request.devname), exchange.terms.limits.bytes, done)
 
     _OPERATIONS: dict[type[Any], Callable[[Service, Exchange, Any], None]] = {  # noqa: RUF012  # never changed
         Hello: _hello,
@@ -531,14 +553,16 @@ class Service:
                 transport.seal_lease(exchange.lease_fd)
         finally:
             exchange.fds.close()
-            exchange.account.in_flight -= 1
             exchange.account.attaching -= exchange.attaching
             self._exchanges -= 1
             self.last_activity = time.monotonic()
             if not exchange.stuck:
                 self._give_up(exchange)
         if isinstance(reply, Refusal):
-            self._record(Event.REFUSED, exchange, f"Refused: {reply}", reply.code)
+            if exchange.account.refused(self.MOST_REFUSALS):
+                self._record(Event.REFUSED, exchange, f"Refused: {reply}", reply.code)
+            else:
+                self._shed(exchange.account, exchange.member, exchange.sender, "refused, more than are recorded singly")
         if not delivered:
             self._record(Event.REFUSED, exchange, "The reply could not be delivered", Code.UNDELIVERABLE)
         return delivered
@@ -547,12 +571,14 @@ class Service:
         """Where to answer the seed's form of a request, which has no reply_fd; empty where there is no such place.
 
         An address means something else in another network namespace, where it may be somebody else's. So this needs
-        proof that the sender shares the listener's, or the administrator's word; and it is never a path.
+        proof that the sender shares the listener's and has the socket of that name, or the administrator's word; and it
+        is an address of the kernel's choice, never a path.
         """
-        if not sender.address.startswith(b"\0"):
+        if not transport.is_autobound(sender.address):
             return b""
-        shared = self.policy.reply_to_address or transport.shares_network(self._listeners[index].socket, sender.pid)
-        return sender.address if shared else b""
+        listener = self._listeners[index].socket
+        proved = transport.shares_network(listener, sender.pid) and transport.owns_address(sender.pid, sender.address)
+        return sender.address if proved or self.policy.reply_to_address else b""
 
     def _send_to(self, exchange: Exchange, payload: bytes) -> bool:
         address = exchange.address or self._address(exchange.listener, exchange.sender)

@@ -10,6 +10,7 @@ import array
 import contextlib
 import fcntl
 import os
+import re
 import select
 import socket
 import struct
@@ -314,6 +315,32 @@ def shares_network(listener: socket.socket, pid: int) -> bool:
     finally:
         os.close(namespace)
     return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
+
+
+def is_autobound(address: bytes) -> bool:
+    """Whether the kernel has chosen the address: unix(7), five hexadecimal digits in the abstract namespace."""
+    return re.fullmatch(rb"\0[0-9a-f]{5}", address) is not None
+
+
+def owns_address(pid: int, address: bytes) -> bool:
+    """Whether process `pid` has the socket of that autobound address in this process's network namespace."""
+    try:
+        if not os.path.samefile("/proc/self/ns/net", f"/proc/{pid}/ns/net"):
+            return False
+        with open("/proc/self/net/unix", "rb") as table:
+            name = b"@" + address[1:]
+            inodes = {line.split()[6] for line in table if line.split()[7:] == [name]}
+        links = {f"socket:[{inode.decode()}]" for inode in inodes}
+        return any(_link(f"/proc/{pid}/fd/{fd}") in links for fd in os.listdir(f"/proc/{pid}/fd"))
+    except OSError:  # gone, or not to be looked at by this user
+        return False
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
 
 
 def hung_up(fd: int) -> bool:
