@@ -485,12 +485,15 @@ def test_an_offset_that_is_no_multiple_of_the_sector(
 # The directory ----------------------------------------------------------------------------------------------------
 
 
-def _names_to_come(daemon: Daemon, image: int, directory: int, count: int = 200) -> list[str]:
-    """Names of which the next devices will be: numbers go up."""
+def _names_to_come(daemon: Daemon, image: int, directory: int, before: int = 0) -> list[str]:
+    """Names of which the next devices will be: numbers go up, by far if another daemon has the next ones.
+
+    With `before` also lower ones, which may have been made ahead and not be used up.
+    """
     reply = daemon.attach(image, directory)
     number = int(reply.fields["devname"][4:])
     reply.close()
-    return [f"loop{number + i}" for i in range(count)]
+    return [f"loop{n}" for n in range(max(0, number - before), number + 1500)]
 
 
 @pytest.mark.parametrize("kind", ["file", "symlink", "dangling symlink", "directory", "node"])
@@ -499,7 +502,7 @@ def test_a_name_that_exists(
 ) -> None:
     """It is refused, and what was there is what it was: nothing is replaced, and nothing is followed."""
     target = tmp_path / "target"
-    names = _names_to_come(served, image, directory)
+    names = _names_to_come(served, image, directory, before=1500)
     eventually(lambda: not list(devices.iterdir()), "the first node is gone")
     for name in names:
         path = devices / name
@@ -635,7 +638,7 @@ def test_names_swapped_while_attach_is_under_way(
     victim.write_text("mine")
     aside = tmp_path / "aside"
     aside.mkdir()
-    names = _names_to_come(served, image, directory, 160)
+    names = _names_to_come(served, image, directory)
     # A process of its own that knows the next names: it strikes in every gap that the daemon leaves.
     swapper = os.fork()
     if not swapper:

@@ -157,16 +157,17 @@ def test_no_rate_of_starts_ends_the_socket(inode: int, journal: Journal) -> None
     systemd gives up after 5 starts in 10 s, or a socket after 20 in 2 s.
     """
 
-    def starts() -> list[int]:
-        records = journal.records("-u", SERVICE, "MESSAGE_ID=7d4958e842da4a758f6c1cdc7b36dcc5")
-        return [int(record["__MONOTONIC_TIMESTAMP"]) for record in records]
+    # Software emulation on a busy machine may be too slow for the limits to bite, so look up too that they are off.
+    assert prop(SERVICE, "StartLimitIntervalUSec") == "0"
+    assert prop(SOCKET, "TriggerLimitIntervalUSec") == prop(ADMIN, "TriggerLimitIntervalUSec") == "0"
+
+    def starts() -> int:
+        return len(journal.records("-u", SERVICE, "MESSAGE_ID=7d4958e842da4a758f6c1cdc7b36dcc5"))
 
     with drop_in("[Service]\nType=oneshot\nExecStart=\nExecStart=/bin/true\n"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
             client.sendto(b"{}", str(SOCKET_PATH))
-        wait_for("it was started 12 times", lambda: len(starts()) >= 12, 180)
-        times = starts()
-        assert min(later - first for first, later in zip(times, times[5:], strict=False)) < 10e6, "too slow to show it"
+        wait_for("it was started 12 times", lambda: starts() >= 12, 180)
         sockets_are_up(inode)
     is_served()
     sockets_are_up(inode)
