@@ -208,7 +208,7 @@ def _child(parent: int, keep: list[int], closing: int, main: Callable[[], None])
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the main process ends its children itself
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         low = 3
         for fd in sorted({*keep, closing}):

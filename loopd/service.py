@@ -101,7 +101,13 @@ class Exchange:
             self.service.bug(self, traceback.format_exc())
 
     def ready(self) -> None:
-        self.account.flights.pop(self, None)
+        self.account.helpers.pop(self, None)
+        self.land()
+
+    def land(self) -> None:
+        """Charge the request no more, once it is answered and its helper has done with it."""
+        if self.finished and self not in self.account.helpers:
+            self.account.flights.discard(self)
 
     def ended(self) -> None:
         self.ready()
@@ -113,6 +119,28 @@ class Exchange:
 
     def reaped(self) -> None:
         self.service.on_helper_reaped(self)
+
+
+class Waiter:
+    """A detach that is to be answered when its lease is over, or else at its deadline."""
+
+    def __init__(self, service: Service, exchange: Exchange, lease: Lease, deadline: float) -> None:
+        self._service = service
+        self._exchange = exchange
+        self._lease = lease
+        self._deadline = deadline
+
+    def told(self, state: State) -> None:
+        """The lease is in another state."""
+        if state is State.RELEASED:
+            self._service.answer(self._exchange, wire.Detached("released"))
+        else:
+            self._service.at(self._deadline, self._busy)
+
+    def _busy(self) -> None:
+        if self.told in self._lease.waiting:
+            self._lease.waiting.remove(self.told)
+            self._service.answer(self._exchange, wire.Detached("busy"))
 
 
 class Service:
@@ -237,7 +265,8 @@ class Service:
                 job = self._admit_attach(exchange, request, job)
             except Refusal as refusal:
                 exchange.request = refusal
-        account.flights[exchange] = exchange.started
+        account.flights.add(exchange)
+        account.helpers[exchange] = exchange.started
         self._exchanges += 1
         self._taking.add(index)
         fds = () if exchange.slot is None else (exchange.slot.fileno(),)
@@ -470,22 +499,10 @@ class Service:
         lease = self._lease(exchange, request.devname)
         if request.diskseq not in (None, lease.binding.diskseq):
             raise Refusal(Code.NOT_FOUND, f"{request.devname} carries another binding by now")
-        deadline = time.monotonic() + request.wait
-
-        def told(state: State) -> None:
-            if state is State.RELEASED:
-                self.answer(exchange, wire.Detached("released"))
-            else:
-                self._poller.later(max(0.0, deadline - time.monotonic()), busy)
-
-        def busy() -> None:
-            if told in lease.waiting:
-                lease.waiting.remove(told)
-                self.answer(exchange, wire.Detached("busy"))
-
-        lease.waiting.append(told)
+        waiter = Waiter(self, exchange, lease, time.monotonic() + request.wait)
+        lease.waiting.append(waiter.told)
         if lease.state is State.HELD:
-            told(State.HELD)
+            waiter.told(State.HELD)
         else:
             self._lifecycle.release(lease, "detached")
 
@@ -534,6 +551,13 @@ class Service:
             raise Refusal(Code.BUSY, f"{devname} is detached already, and goes at its last close")
         return lease
 
+    def at(self, deadline: float, callback: Callable[[], None]) -> None:
+        """Call back at a time of the monotonic clock, at once when it has passed."""
+        if deadline <= time.monotonic():
+            callback()
+        else:
+            self._poller.later(deadline - time.monotonic(), callback)
+
     # Answers and the audit --------------------------------------------------------------------------------------------
 
     def answer(self, exchange: Exchange, reply: Reply | Refusal, fds: tuple[int, ...] = ()) -> bool:
@@ -553,6 +577,7 @@ class Service:
                 transport.seal_lease(exchange.lease_fd)
         finally:
             exchange.fds.close()
+            exchange.land()
             exchange.account.attaching -= exchange.attaching
             self._exchanges -= 1
             self.last_activity = time.monotonic()
