@@ -10,7 +10,6 @@ vetted. Everything that waits for a disk, a client or the kernel happens in a he
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import socket
 import time
@@ -217,16 +216,27 @@ class Service:
             if index in self._taking or self._stopping:
                 return
             if not self._pool.available():
-                self._waiting.add(index)
-                self._poller.later(Pool.SLOW, self.serve_waiting)
+                self._later(index)
                 return
-            peeked = transport.peek(listener.socket)
+            try:
+                peeked = transport.peek(listener.socket)
+            except OSError:  # ENOMEM, ENOBUFS: the queue is as it was
+                self._later(index)
+                return
             if peeked is None:
                 break
             self.last_activity = time.monotonic()
             self._admit(index, *peeked)
         if index not in self._taking:
-            self._poller.rearm(listener.socket.fileno())
+            try:
+                self._poller.rearm(listener.socket.fileno())
+            except OSError:  # ENOMEM
+                self._later(index)
+
+    def _later(self, index: int) -> None:
+        """Serve a queue again soon: nothing else will tell that it is to be."""
+        self._waiting.add(index)
+        self._poller.later(Pool.SLOW, self.serve_waiting)
 
     def serve_waiting(self) -> None:
         """A helper may be available again."""
@@ -308,7 +318,7 @@ class Service:
         """Refuse what the daemon itself has no room for, and warn the administrator before that."""
         count = len(self._leases) + self._exchanges
         for what, used in (
-            ("open files (LimitNOFILE=)", count * FDS_OF_A_LEASE / self._most_fds),
+            ("open files (LimitNOFILE=)", (count + 1) * FDS_OF_A_LEASE / max(1, self._most_fds)),
             ("places in the fd store (FileDescriptorStoreMax=)", self._slots.in_use),
         ):
             if used > WARN_AT and what not in self._warned:
@@ -421,12 +431,16 @@ class Service:
         keepers = {"reply": exchange.reply_fd, "sender": exchange.pidfd}
         keeper = keepers.get(exchange.lease, exchange.lease_fd)
         assert keeper is not None and exchange.holder is not None and message.binding is not None  # noqa: PT018
-        own["keeper"] = os.dup(keeper)
+        own["keeper"] = exchange.fds.steal(list(exchange.fds).index(keeper))
         holder = exchange.holder._replace(grant=message.grant)
         lease = Lease(message.binding, holder, exchange.account, exchange.lease, own)
         lease.nodes, lease.watch, lease.table = message.nodes, message.watch, message.table
         lease.slot, exchange.slot, exchange.number = exchange.slot, None, None
-        self._lifecycle.adopt(lease)
+        try:
+            self._lifecycle.adopt(lease)
+        except OSError as error:  # ENOSPC: max_user_watches; ENOMEM
+            self._lifecycle.release(lease, "refused")
+            raise Refusal(Code.NO_DEVICE, f"the lease cannot be watched: {error}") from error
         return lease
 
     def on_helper_ended(self, exchange: Exchange) -> None:
