@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 _UNIT = re.compile(r".\.(?:service|scope|socket|mount|swap|timer|path|target|device|automount)$")
 # Where no service manager made a unit: what runtimes put their containers' cgroups below.
-_PARENTS = frozenset(
-    ("docker", "lxc", "libpod_parent", "machine", "garden", "buildkit", "actions_job", "crio", "containerd")
-)
+_PARENTS = frozenset("docker lxc libpod_parent machine garden buildkit crio default moby k8s.io".split())
 _QOS_CLASSES = frozenset(("burstable", "besteffort", "guaranteed"))
 
 
@@ -89,8 +87,8 @@ class Account:
     """What one account has in use. Changed by the main process alone."""
 
     __slots__ = (
-        "attaching", "bytes", "devices", "ended", "flights", "name", "refusals", "refused_at", "shed", "spent",
-        "spent_at", "stuck",
+        "attaching", "bytes", "devices", "ended", "flights", "helpers", "name", "refusals", "refused_at", "shed",
+        "spent", "spent_at", "stuck",
     )  # fmt: skip
 
     SLOW = 1.0
@@ -104,7 +102,8 @@ class Account:
         self.spent = 0.0
         self.spent_at = 0.0
         self.devices = 0
-        self.flights: dict[object, float] = {}
+        self.flights: set[object] = set()
+        self.helpers: dict[object, float] = {}
         self.refusals = 0
         self.refused_at = 0.0
         self.stuck = 0
@@ -126,7 +125,7 @@ class Account:
     def slow(self) -> int:
         """Helpers that have been busy with a request of this account for suspiciously long."""
         horizon = time.monotonic() - self.SLOW
-        return sum(started < horizon for started in self.flights.values())
+        return sum(since < horizon for since in self.helpers.values())
 
     def refused(self, most: int) -> bool:
         """Count a refusal; whether it is among the first `most` of its second, and so worth a record of its own."""

@@ -48,10 +48,15 @@ class _Lines:
     """One line a record on standard error, for a daemon that runs where there is no journal."""
 
     def send(self, fields: dict[str, str]) -> bool:
-        details = " ".join(f"{name}={value!r}" for name, value in fields.items() if name != "MESSAGE")
-        message = fields["MESSAGE"].replace("\\", "\\\\").replace("\n", "\\n")  # one line, whatever a path has in it
-        print(f"loopd: {message} [{details}]", file=sys.stderr, flush=True)
+        details = " ".join(f"{name}='{_quoted(value)}'" for name, value in fields.items() if name != "MESSAGE")
+        print(f"loopd: {_quoted(fields['MESSAGE'])} [{details}]", file=sys.stderr, flush=True)
         return True
+
+
+def _quoted(text: str) -> str:
+    """The text within single quotes and on one line, whatever a path has in it."""
+    plain = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in plain)
 
 
 class Audit:

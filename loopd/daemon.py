@@ -233,7 +233,7 @@ class Daemon:
         read.setblocking(False)
         write.setblocking(False)
         self._signals = (read, write)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
         self._poller.add(read.fileno(), self._on_signal)

@@ -30,7 +30,7 @@ LOOP_CONTROL = (10, 237)
 LOCK_TIMEOUT = 2.0
 """Seconds to wait for udev, which takes LOCK_SH on a new device for as long as it probes it."""
 
-ATTEMPTS = 64
+ATTEMPTS = 256
 """Numbers that one attach may lose to others (the host's losetup) before it gives up."""
 
 
@@ -147,8 +147,12 @@ def _open_for_lock(loop: Loop) -> int:
             fd = os.open(f"/dev/{loop.devname}", flags)
     except FileNotFoundError:
         return reopen(loop.fd, read_only=True)
-    if os.fstat(fd).st_rdev == loop.rdev:
-        return fd
+    try:
+        if os.fstat(fd).st_rdev == loop.rdev:
+            return fd
+    except OSError:
+        os.close(fd)
+        raise
     os.close(fd)
     return reopen(loop.fd, read_only=True)
 

@@ -200,6 +200,8 @@ class Helper:
                 self._book(own.borrow(0), holder, vetted.lease, bound.binding, kept | {"reply": vetted.reply})
                 undo.callback(records.clear, own.borrow(0))
             made, watch, table = self._deliver(directory, bound, request)
+            if directory is not None:
+                undo.callback(nodes.displace, directory, made)
             client = self._client_fds(request, bound, directory, grant, packet.sender.uid, held)
             flags = (directory is not None, lock is not None, len(client))
             last = passed.issuperset(packet.fds)

@@ -19,7 +19,7 @@ from .grants import Grants
 from .inotify import Inotify
 from .leases import Lease, Leases, Slots, State
 from .loop import backing_file
-from .numbers import Numbers, ours
+from .numbers import PARKED, Numbers, ours
 from .policy import Policy
 from .poller import HUNG_UP, Poller
 from .pool import Pool, Worker
@@ -340,9 +340,9 @@ class Lifecycle:
         lease = self._held.get(devname)
         if lease is not None and not devices.still_bound(lease.binding):
             self._gone(lease)
-        elif self._numbers.lingers(int(devname[4:])):
-            self._numbers.retry()
         elif self.leases.get(devname) is None:
+            if self._numbers.lingers(int(devname[4:])):
+                self._numbers.retry()
             # An attach under way has bound its device before it is in the books.
             self._poller.later(self.FOREIGN_CHECK, lambda: self._look_at_foreign(devname))
 
@@ -355,7 +355,7 @@ class Lifecycle:
         number = int(devname[4:])
         file = backing_file(number)
         known = self._foreign.get(devname)
-        if file is None or self.leases.get(devname) is not None:
+        if file is None or file.startswith(PARKED) or self.leases.get(devname) is not None:
             self._suspects.pop(devname, None)
             if known is not None:
                 del self._foreign[devname]

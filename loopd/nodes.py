@@ -201,6 +201,9 @@ def _make(directory: Directory, name: str, numbers: Numbers) -> Node:
     try:
         status = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
     except OSError as error:
+        with contextlib.suppress(OSError):  # ENOMEM: it may be there all the same
+            status = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
+            _remove(directory, Node(name, *numbers, status.st_ino))
         raise Refusal(Code.UNDELIVERABLE, f"dir_fd: {name} went as soon as it was made: {error.strerror}") from error
     return Node(name, *numbers, status.st_ino)
 

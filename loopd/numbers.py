@@ -157,6 +157,9 @@ def _probe(control: LoopControl, number: int) -> None:
     raise FileExistsError(errno.EEXIST, "made again")
 
 
+PARKED = "/memfd:loopd-parked"
+"""What sysfs names as the file of a device that was parked."""
+
 _parked: dict[int, Loop] = {}
 """Devices that could not be removed because somebody has them open: bound to nothing, so that nobody binds them to
 more.

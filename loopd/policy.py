@@ -272,21 +272,22 @@ class _Reader:
 
 
 def _files(path: str, reader: _Reader) -> list[Path]:
-    """The files there are. Only of the usual file may there be none: what cannot be read might have allowed less."""
-    found = []
+    """The files there are. Only of the usual ones may there be none: what cannot be read might have allowed less."""
+    found: list[Path] = []
     try:
-        os.stat(path)
-        found.append(Path(path))
-    except OSError as error:
-        if not (isinstance(error, FileNotFoundError) and path == CONFIGURATION):
-            reader.problems.append((path, "-", str(error)))
-    try:
-        names = sorted(name for name in os.listdir(path + ".d") if name.endswith(".toml"))
-        found += [Path(path + ".d") / name for name in names]
+        found += [Path(path + ".d") / name for name in sorted(os.listdir(path + ".d")) if name.endswith(".toml")]
     except FileNotFoundError:
         pass
     except OSError as error:
         reader.problems.append((path + ".d", "-", str(error)))
+    try:
+        os.stat(path)
+        found.insert(0, Path(path))
+    except FileNotFoundError as error:
+        if path != CONFIGURATION and not found:
+            reader.problems.append((path, "-", str(error)))
+    except OSError as error:
+        reader.problems.append((path, "-", str(error)))
     return found
 
 

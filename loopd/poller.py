@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import select
+import signal
 import time
 from collections.abc import Callable
 
@@ -19,23 +20,34 @@ ONCE = select.EPOLLIN | select.EPOLLONESHOT
 class Timer:
     """A call at a time; `cancel` makes it none."""
 
-    __slots__ = ("callback",)
+    __slots__ = ("callback", "cancelled")
 
-    def __init__(self, callback: Callable[[], None]) -> None:
+    def __init__(self, callback: Callable[[], None], cancelled: Callable[[], None]) -> None:
         self.callback: Callable[[], None] | None = callback
+        self.cancelled = cancelled
 
     def cancel(self) -> None:
-        self.callback = None
+        if self.callback is not None:
+            self.callback = None
+            self.cancelled()
 
 
 class Poller:
-    """epoll with callbacks and timers."""
+    """epoll with callbacks and timers.
+
+    No call waits, but one may close the last reference to a file of a client's, in a datagram that is dropped or in the
+    queue of a socket, and a close can wait: a TCP socket's for as long as SO_LINGER says. A signal ends such a wait. So
+    SIGALRM, for which there must be a handler, comes again and again while calls take longer than `PATIENCE` seconds.
+    """
+
+    PATIENCE = 0.02
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
+        self._cancelled = 0
 
     def add(self, fd: int, callback: Callable[[], None], events: int = READABLE) -> None:
         """Call `callback` while `fd` is ready (level-triggered unless `ONCE`)."""
@@ -53,21 +65,38 @@ class Poller:
 
     def later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call `callback` once in `seconds`."""
-        timer = Timer(callback)
+        timer = Timer(callback, self._tidy)
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
         return timer
 
+    def _tidy(self) -> None:
+        """Drop the cancelled timers when they are the most: a deadline of half a minute outlives its request by far."""
+        self._cancelled += 1
+        if self._cancelled > 64 and self._cancelled * 2 > len(self._timers):
+            self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+            heapq.heapify(self._timers)
+            self._cancelled = 0
+
     def run_once(self) -> None:
         """Wait for the next events or deadline, and make the calls."""
-        for fd, _ in self._epoll.poll(self._timeout()):
+        events = self._epoll.poll(self._timeout())
+        signal.setitimer(signal.ITIMER_REAL, self.PATIENCE, self.PATIENCE)
+        try:
+            self._call(events)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _call(self, events: list[tuple[int, int]]) -> None:
+        for fd, _ in events:
             callback = self._callbacks.get(fd)  # an earlier call may have removed it
             if callback is not None:
                 callback()
         now = time.monotonic()
         while self._timers and (self._timers[0][0] <= now or self._timers[0][2].callback is None):
             timer = heapq.heappop(self._timers)[2]
-            if timer.callback is not None:
-                timer.callback()
+            callback, timer.callback = timer.callback, None
+            if callback is not None:
+                callback()
 
     def _timeout(self) -> float | None:
         while self._timers and self._timers[0][2].callback is None:

@@ -6,7 +6,7 @@ that respond, however many hang. What a message means is the task's business.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import signal
 import socket
@@ -55,9 +55,16 @@ class Worker:
         self.deadline: Timer | None = None
 
     def send(self, message: Any, fds: Iterable[int] = ()) -> None:
-        """Send the helper a message; that it has ended is noticed where its channel is read."""
-        with contextlib.suppress(OSError):
+        """Send the helper a message; that it has ended is noticed where its channel is read.
+
+        One that cannot be told what to do (ENOBUFS, ETOOMANYREFS) would be waited for in vain, so it is ended.
+        """
+        try:
             transport.send(self.channel, messages.pack(message), fds)
+        except OSError as error:
+            # Nothing else: one that has ended may have been waited for, and its pid be another's.
+            if error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN, errno.ETOOMANYREFS):
+                os.kill(self.pid, signal.SIGKILL)
 
 
 class Pool:
@@ -208,7 +215,7 @@ def _child(parent: int, keep: list[int], closing: int, main: Callable[[], None])
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the main process ends its children itself
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         low = 3
         for fd in sorted({*keep, closing}):

@@ -10,7 +10,6 @@ vetted. Everything that waits for a disk, a client or the kernel happens in a he
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import socket
 import time
@@ -101,7 +100,13 @@ class Exchange:
             self.service.bug(self, traceback.format_exc())
 
     def ready(self) -> None:
-        self.account.flights.pop(self, None)
+        self.account.helpers.pop(self, None)
+        self.land()
+
+    def land(self) -> None:
+        """Charge the request no more, once it is answered and its helper has done with it."""
+        if self.finished and self not in self.account.helpers:
+            self.account.flights.discard(self)
 
     def ended(self) -> None:
         self.ready()
@@ -113,6 +118,28 @@ class Exchange:
 
     def reaped(self) -> None:
         self.service.on_helper_reaped(self)
+
+
+class Waiter:
+    """A detach that is to be answered when its lease is over, or else at its deadline."""
+
+    def __init__(self, service: Service, exchange: Exchange, lease: Lease, deadline: float) -> None:
+        self._service = service
+        self._exchange = exchange
+        self._lease = lease
+        self._deadline = deadline
+
+    def told(self, state: State) -> None:
+        """The lease is in another state."""
+        if state is State.RELEASED:
+            self._service.answer(self._exchange, wire.Detached("released"))
+        else:
+            self._service.at(self._deadline, self._busy)
+
+    def _busy(self) -> None:
+        if self.told in self._lease.waiting:
+            self._lease.waiting.remove(self.told)
+            self._service.answer(self._exchange, wire.Detached("busy"))
 
 
 class Service:
@@ -189,16 +216,27 @@ class Service:
             if index in self._taking or self._stopping:
                 return
             if not self._pool.available():
-                self._waiting.add(index)
-                self._poller.later(Pool.SLOW, self.serve_waiting)
+                self._later(index)
                 return
-            peeked = transport.peek(listener.socket)
+            try:
+                peeked = transport.peek(listener.socket)
+            except OSError:  # ENOMEM, ENOBUFS: the queue is as it was
+                self._later(index)
+                return
             if peeked is None:
                 break
             self.last_activity = time.monotonic()
             self._admit(index, *peeked)
         if index not in self._taking:
-            self._poller.rearm(listener.socket.fileno())
+            try:
+                self._poller.rearm(listener.socket.fileno())
+            except OSError:  # ENOMEM
+                self._later(index)
+
+    def _later(self, index: int) -> None:
+        """Serve a queue again soon: nothing else will tell that it is to be."""
+        self._waiting.add(index)
+        self._poller.later(Pool.SLOW, self.serve_waiting)
 
     def serve_waiting(self) -> None:
         """A helper may be available again."""
@@ -237,7 +275,8 @@ class Service:
                 job = self._admit_attach(exchange, request, job)
             except Refusal as refusal:
                 exchange.request = refusal
-        account.flights[exchange] = exchange.started
+        account.flights.add(exchange)
+        account.helpers[exchange] = exchange.started
         self._exchanges += 1
         self._taking.add(index)
         fds = () if exchange.slot is None else (exchange.slot.fileno(),)
@@ -279,7 +318,7 @@ class Service:
         """Refuse what the daemon itself has no room for, and warn the administrator before that."""
         count = len(self._leases) + self._exchanges
         for what, used in (
-            ("open files (LimitNOFILE=)", count * FDS_OF_A_LEASE / self._most_fds),
+            ("open files (LimitNOFILE=)", (count + 1) * FDS_OF_A_LEASE / max(1, self._most_fds)),
             ("places in the fd store (FileDescriptorStoreMax=)", self._slots.in_use),
         ):
             if used > WARN_AT and what not in self._warned:
@@ -392,12 +431,16 @@ class Service:
         keepers = {"reply": exchange.reply_fd, "sender": exchange.pidfd}
         keeper = keepers.get(exchange.lease, exchange.lease_fd)
         assert keeper is not None and exchange.holder is not None and message.binding is not None  # noqa: PT018
-        own["keeper"] = os.dup(keeper)
+        own["keeper"] = exchange.fds.steal(list(exchange.fds).index(keeper))
         holder = exchange.holder._replace(grant=message.grant)
         lease = Lease(message.binding, holder, exchange.account, exchange.lease, own)
         lease.nodes, lease.watch, lease.table = message.nodes, message.watch, message.table
         lease.slot, exchange.slot, exchange.number = exchange.slot, None, None
-        self._lifecycle.adopt(lease)
+        try:
+            self._lifecycle.adopt(lease)
+        except OSError as error:  # ENOSPC: max_user_watches; ENOMEM
+            self._lifecycle.release(lease, "refused")
+            raise Refusal(Code.NO_DEVICE, f"the lease cannot be watched: {error}") from error
         return lease
 
     def on_helper_ended(self, exchange: Exchange) -> None:
@@ -470,22 +513,10 @@ class Service:
         lease = self._lease(exchange, request.devname)
         if request.diskseq not in (None, lease.binding.diskseq):
             raise Refusal(Code.NOT_FOUND, f"{request.devname} carries another binding by now")
-        deadline = time.monotonic() + request.wait
-
-        def told(state: State) -> None:
-            if state is State.RELEASED:
-                self.answer(exchange, wire.Detached("released"))
-            else:
-                self._poller.later(max(0.0, deadline - time.monotonic()), busy)
-
-        def busy() -> None:
-            if told in lease.waiting:
-                lease.waiting.remove(told)
-                self.answer(exchange, wire.Detached("busy"))
-
-        lease.waiting.append(told)
+        waiter = Waiter(self, exchange, lease, time.monotonic() + request.wait)
+        lease.waiting.append(waiter.told)
         if lease.state is State.HELD:
-            told(State.HELD)
+            waiter.told(State.HELD)
         else:
             self._lifecycle.release(lease, "detached")
 
@@ -534,6 +565,13 @@ class Service:
             raise Refusal(Code.BUSY, f"{devname} is detached already, and goes at its last close")
         return lease
 
+    def at(self, deadline: float, callback: Callable[[], None]) -> None:
+        """Call back at a time of the monotonic clock, at once when it has passed."""
+        if deadline <= time.monotonic():
+            callback()
+        else:
+            self._poller.later(deadline - time.monotonic(), callback)
+
     # Answers and the audit --------------------------------------------------------------------------------------------
 
     def answer(self, exchange: Exchange, reply: Reply | Refusal, fds: tuple[int, ...] = ()) -> bool:
@@ -553,6 +591,7 @@ class Service:
                 transport.seal_lease(exchange.lease_fd)
         finally:
             exchange.fds.close()
+            exchange.land()
             exchange.account.attaching -= exchange.attaching
             self._exchanges -= 1
             self.last_activity = time.monotonic()

@@ -153,7 +153,11 @@ def peek(listener: socket.socket) -> Peeked | None:
 
 
 def drop(listener: socket.socket) -> None:
-    """Discard the head of the queue; the kernel releases its fds without a flush, so this does not block."""
+    """Discard the head of the queue.
+
+    The kernel releases its fds without a flush, so no FUSE server is waited for; what a release itself waits for (the
+    SO_LINGER of a TCP socket) is the poller's to cut short.
+    """
     with contextlib.suppress(BlockingIOError):
         listener.recvmsg(1, _CREDENTIALS_ONLY, socket.MSG_DONTWAIT)
 

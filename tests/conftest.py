@@ -57,7 +57,7 @@ def bound_to(path: Path) -> list[str]:
     found = []
     for attribute in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
-            if attribute.read_text().startswith(str(path)):
+            if attribute.read_text(errors="replace").startswith(str(path)):
                 found.append(attribute.parts[3])
     return found
 

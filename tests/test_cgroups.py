@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import Daemon, ask, bound_to, eventually
-from kept import KNOWN, Kept, kept_fixture, start_kept_fixture, traced  # noqa: F401
+from kept import Kept, kept_fixture, start_kept_fixture, traced  # noqa: F401
 from processes import Child, stays
 from untouched import helpers, pair, reply_of, send
 
@@ -115,9 +115,11 @@ INNER = {
     "docker's": f"docker/{ID[::-1]}",
     "kubernetes'": f"kubepods/pod{POD}/{ID[::-1]}",
 }
-_LXC = KNOWN("accounts._container_depth: a container's name counts however deep it is, where no unit is above it")
 TENANTS = [
-    pytest.param(container, inner, marks=_LXC if container == "lxc" and ID[::-1] in INNER[inner] else ())
+    pytest.param(
+        container,
+        inner,
+    )
     for container in CONTAINERS
     for inner in INNER
 ]
@@ -276,7 +278,7 @@ def test_who_comes_by_its_name_is_another(
 
 @pytest.mark.parametrize(
     "removed",
-    [False, pytest.param(True, marks=KNOWN("cgroups.Watcher.watch: a removed cgroup never ends"))],
+    [False, pytest.param(True)],
     ids=["empty", "removed"],
 )
 def test_it_ends_while_the_daemon_is_dead(
@@ -305,7 +307,6 @@ def test_it_ends_after_a_restart(
     kept.end()
 
 
-@KNOWN("cgroups.Watcher.watch: a removed cgroup never ends")
 def test_it_has_ended_before_the_lease_is_booked(
     daemon: Daemon, cgroup: Cgroup, image: int, directory: int, tmp_path: Path, outside: int
 ) -> None:

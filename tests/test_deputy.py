@@ -27,11 +27,6 @@ ALICE, BOB = 20001, 20002
 SOON = 5.0
 
 
-def KNOWN(bug: str) -> pytest.MarkDecorator:  # noqa: N802  # reads as the mark that it is
-    """A bug of the daemon that the test shows; when it is mended the mark goes."""
-    return pytest.mark.xfail(strict=True, reason=bug)
-
-
 @pytest.fixture
 def daemon(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Daemon:
     """One that everybody may send to, with directory grants."""
@@ -291,7 +286,6 @@ def test_a_grant_reaches_its_own_leases_only(daemon: Daemon, image: int) -> None
         assert [lease["devname"] for lease in seen["leases"]] == [name]
 
 
-@KNOWN("an O_PATH fd is taken for a grant, and needs no permission on the directory")
 def test_an_o_path_fd_is_no_grant(daemon: Daemon, image: int) -> None:
     """Any user of the host can have one of a directory whose name he knows, though he may not open it."""
     path = grant(daemon, ALICE, "mine")
@@ -309,7 +303,6 @@ def test_an_o_path_fd_is_no_grant(daemon: Daemon, image: int) -> None:
         assert exists(name)
 
 
-@KNOWN("the access list is set by name, and a symbolic link in its place is followed with loopd's rights")
 def test_a_link_in_a_grant_is_not_followed(daemon: Daemon, image: int, tmp_path: Path) -> None:
     """Root of a container that has its directory bound in without `:ro` can put a link where a node was."""
     victim = tmp_path / "victim"
@@ -430,7 +423,6 @@ def test_a_scope_that_is_named_like_anothers(unit: str) -> None:
     assert accounts.membership(f"{container}/system.slice/{unit}").account == container
 
 
-@KNOWN("a name that looks like a container's makes an account wherever it stands, and a tenant may make such cgroups")
 @pytest.mark.parametrize("container", ["/lxc.payload.build", "/lxc/build", "/buildkit/abcdefghijklmnopqrstuvwxy"])
 def test_a_cgroup_within_a_container_is_no_account(container: str) -> None:
     """Each would have devices and numbers of its own."""
@@ -482,7 +474,6 @@ def test_a_connection_to_somebodys_server_as_a_lease(
             eventually(lambda: not bound_to(tmp_path), "the server's end ends the lease", SOON)
 
 
-@KNOWN("what is proved is where the process is that sent, not where the socket is that it sent by")
 def test_an_address_of_another_network_namespace(daemon: Daemon, image: int, directory: int, tmp_path: Path) -> None:
     """A process of the host's network sends by a socket of another: its address is somebody else's here."""
     name = b"\0loopd-test-" + uuid.uuid4().hex.encode()
@@ -514,7 +505,6 @@ def test_an_address_of_another_network_namespace(daemon: Daemon, image: int, dir
 # What a client can use up -----------------------------------------------------------------------------------------
 
 
-@KNOWN("each request to detach a device that is held open is remembered until the device is gone")
 def test_detaching_again_and_again(daemon: Daemon, image: int, directory: int, devices: Path) -> None:
     """A device that its client keeps open is detached many times: nothing piles up."""
     name = daemon.attach(image, directory).fields["devname"]
@@ -544,7 +534,6 @@ def _watches(daemon: Daemon) -> int:
     return found
 
 
-@KNOWN("the watch of the earlier inode stays when another takes the node's name")
 def test_watches_do_not_pile_up(daemon: Daemon, image: int, directory: int, devices: Path) -> None:
     """A client puts one file after the other in its node's place, and asks for a rescan each time."""
     name = daemon.attach(image, directory, partscan=True).fields["devname"]
@@ -560,7 +549,6 @@ def test_watches_do_not_pile_up(daemon: Daemon, image: int, directory: int, devi
     assert _watches(daemon) <= before + 1
 
 
-@KNOWN("the message is printed as it is where there is no journal")
 def test_what_is_recorded_cannot_be_forged(daemon: Daemon, tmp_path: Path, directory: int) -> None:
     """A path with a newline in it makes no record of its own."""
     record = f"[MESSAGE_ID='{Event.DETACHED.value.message_id}' LOOPD_EVENT='detached']"
@@ -575,36 +563,18 @@ def test_what_is_recorded_cannot_be_forged(daemon: Daemon, tmp_path: Path, direc
 # The documentation ------------------------------------------------------------------------------------------------
 
 SECURITY = (ROOT / "docs/security.md").read_text()
-_PROMISED, _, _OPEN = SECURITY.partition("\n## Open\n")
 
 
 def _named(text: str) -> list[str]:
     return re.findall(r"`([\w/]*test_\w+::test_\w+)`", text)
 
 
-def _source(test: str) -> tuple[str, str]:
-    """What stands before the test, back to the end of what comes first, and whether it is there at all."""
-    module, _, function = test.partition("::")
-    before, found, _ = (ROOT / f"tests/{module}.py").read_text().partition(f"\ndef {function}(")
-    return before.rpartition("\n\n")[2], found
-
-
 def test_each_promise_names_a_test_that_holds_it() -> None:
-    named = _named(_PROMISED)
+    named = _named(SECURITY)
     assert len(named) > 40
     for test in named:
-        decorators, found = _source(test)
-        assert found, f"there is no {test}"
-        assert "KNOWN(" not in decorators, f"{test} shows a bug"
-
-
-def test_each_known_bug_of_these_tests_is_named() -> None:
-    marked = []
-    for module in ("test_deputy", "test_fairness", "test_numbers_host", "test_policy"):
-        for function in re.findall(r"(?m)^def (test_\w+)\(", (ROOT / f"tests/{module}.py").read_text()):
-            test = f"{module}::{function}"
-            marked += [test] if "@KNOWN(" in _source(test)[0] else []
-    assert sorted(_named(_OPEN)) == sorted(marked)
+        module, _, function = test.partition("::")
+        assert f"\ndef {function}(" in (ROOT / f"tests/{module}.py").read_text(), f"there is no {test}"
 
 
 def test_each_function_that_it_names_exists() -> None:

@@ -27,11 +27,6 @@ FLOOD = 10_000
 ROUNDS = 60
 
 
-def KNOWN(bug: str) -> pytest.MarkDecorator:  # noqa: N802  # reads as the mark that it is
-    """A bug of the daemon that the test shows; when it is mended the mark goes."""
-    return pytest.mark.xfail(strict=True, reason=bug)
-
-
 @pytest.fixture
 def other() -> Iterator[tuple[Callable[[], None], str]]:
     """A second account: how to enter it, and its name."""
@@ -184,7 +179,6 @@ def test_one_that_hangs_fuse_files(
     recorded(daemon, 3 * ROUNDS)
 
 
-@KNOWN("an answered request is charged no more, though its helper hangs: 64 of one account stop the daemon for all")
 def test_many_that_hang_after_their_answer(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
     """No privilege and no FUSE is needed: a TCP socket whose close lingers will do."""
     enter, _ = other
@@ -255,7 +249,6 @@ def memory() -> int:
     return fd
 
 
-@KNOWN("each refusal is a record of its own, as fast as one account can make them")
 def test_refusals_are_summed_up(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
     """A journal of limited size holds the records of all: nobody may fill it in a minute."""
     enter, _ = other

@@ -23,11 +23,6 @@ from loopd.numbers import FIRST
 SOON = 5.0
 
 
-def KNOWN(bug: str) -> pytest.MarkDecorator:  # noqa: N802  # reads as the mark that it is
-    """A bug of the daemon that the test shows; when it is mended the mark goes."""
-    return pytest.mark.xfail(strict=True, reason=bug)
-
-
 # Beside the host's losetup ----------------------------------------------------------------------------------------
 
 
@@ -150,7 +145,6 @@ def test_a_binding_that_is_not_loopds_is_reported(
     assert not [r for r in daemon.records("detached") if r["LOOPD_DEVICE"] == name]
 
 
-@KNOWN("a number that could not be removed yet has no owner to be charged")
 def test_a_binding_made_before_the_number_is_removed_is_charged(
     daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:

@@ -31,11 +31,6 @@ EXAMPLE = ROOT / "docs/loopd.toml.example"
 SOON = 5.0
 
 
-def KNOWN(bug: str) -> pytest.MarkDecorator:  # noqa: N802  # reads as the mark that it is
-    """A bug of the daemon that the test shows; when it is mended the mark goes."""
-    return pytest.mark.xfail(strict=True, reason=bug)
-
-
 # The example ------------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +135,6 @@ MISTAKES = (
 )
 
 
-@KNOWN("it is no ConfigurationError, or none at all")
 @pytest.mark.parametrize("text", MISTAKES)
 def test_a_value_that_can_only_be_a_mistake(tmp_path: Path, text: str) -> None:
     _problem(tmp_path / "loopd.toml", text)
@@ -174,14 +168,12 @@ def test_check_config_of_what_is_right(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@KNOWN("a --config that is not there is taken for the defaults, which may allow more")
 def test_a_file_that_is_asked_for_and_is_not_there(tmp_path: Path) -> None:
     done = check(tmp_path / "loopd.tmol")
     assert done.returncode == 1
     assert "loopd.tmol" in done.stderr
 
 
-@KNOWN("a directory that the daemon's user may not search is taken for one without a file")
 @pytest.mark.parametrize("closed", ["the folder", "the folder of more files"])
 def test_a_policy_that_cannot_be_read_is_not_the_defaults(tmp_path: Path, closed: str) -> None:
     """The service is no root: a policy in a folder of root's alone must not be passed over in silence."""
@@ -402,7 +394,6 @@ def _loop_device(tmp_path: Path) -> Iterator[int]:
         subprocess.run(["losetup", "-d", name.strip()], check=True)
 
 
-@KNOWN('"auto", the default, turns it on all the same')
 def test_direct_io_is_off_where_it_is_not_allowed(
     configured: Callable[..., Daemon], make_image: Callable[..., int]
 ) -> None:
@@ -546,7 +537,6 @@ def test_bytes(
     eventually(lambda: len(bound_to(tmp_path)) == 2, "what was refused is not bound", SOON)
 
 
-@KNOWN("a device that takes over the size of a grown file is not held against the limit")
 def test_bytes_after_a_resize(configured: Callable[..., Daemon], image: int, directory: int) -> None:
     daemon = configured(f"limits.bytes = {2 << 20}")
     name = daemon.attach(image, directory).fields["devname"]
