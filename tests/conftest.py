@@ -1,4 +1,6 @@
-"""Fixtures: a real daemon under real socket activation, a client that can speak any bytes, and what must not be left behind."""
+"""Fixtures: a real daemon under real socket activation, a client that can speak any bytes, and what must not be left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ class Reply:
 
 
 def ask(path: str, payload: bytes, fds: list[int], *, reply: bool = True, timeout: float = 10.0) -> Reply:
-    """Send a datagram as it is; with `reply` one end of a socketpair goes along as the last fd, and the answer is awaited."""
+    """Send a datagram as it is; with `reply` one end of a socketpair goes along as the last fd, and the answer is
+    awaited.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)

@@ -416,9 +416,9 @@ class Journal:
             fields[name.decode()] = value
         return fields
 
-    def of(self, event: str) -> dict[str, bytes]:
+    def of(self, event: str, timeout: float = 10) -> dict[str, bytes]:
         """The next record of that event; those of others are passed over."""
-        while (record := self.record())["LOOPD_EVENT"] != event.encode():
+        while (record := self.record(timeout))["LOOPD_EVENT"] != event.encode():
             pass
         return record
 
@@ -496,8 +496,7 @@ def test_a_journal_that_stalls_holds_nobody_up_and_loses_nothing(journalled: Act
     for _ in range(queue + REFUSALS):
         journal.of("refused")
     with pytest.raises(TimeoutError):
-        while journal.record(0.2)["LOOPD_EVENT"] != b"refused":
-            pass
+        journal.of("refused", 0.2)
 
 
 def test_a_journal_that_is_restarted(journalled: Activated, journal: Journal) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import array
+import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,10 +95,6 @@ def test_read_only(daemon: Daemon, make_image: Callable[..., int], directory: in
 
 def test_the_seeds_own_request(daemon: Daemon, image: int, directory: int, devices: Path) -> None:
     """No op and no reply_fd: answered at the sender's autobind address, since the test shares the host's network."""
-    import array
-    import json
-    import socket
-
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
         client.bind("")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
