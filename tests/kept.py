@@ -85,6 +85,7 @@ class Kept(Daemon):
         self._read = 0
         self._pid = 0
         self._ready = False
+        self._stores = False
         self.ends: list[int] = []
         self.starts = 0
 
@@ -116,6 +117,8 @@ class Kept(Daemon):
             elif word == "ended":
                 self._pid, self._ready = 0, False
                 self.ends.append(int(rest.split()[1]))
+            elif word == "stored":
+                self._stores = True
             elif line == "READY=1":
                 self._ready = True
 
@@ -183,7 +186,8 @@ class Kept(Daemon):
                     return found
 
     def stored(self) -> int:
-        """How many files the manager has open: its own, and the fd store."""
+        """How many files the manager has open: its own, and the fd store with its first slots at least."""
+        eventually(lambda: self.running and self._stores, "the daemon has stored slots")
         return len(os.listdir(f"/proc/{self.manager}/fd"))
 
     def slots(self) -> list[socket.socket]:
