@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 
-from . import __version__, leases, numbers, policy, pool, sd, transport, uevents
+from . import __version__, devices, leases, numbers, policy, pool, sd, transport, uevents
 from .audit import Audit, Event
 from .devices import Access
 from .grants import ROOT, Grants
@@ -115,10 +115,20 @@ def _control(access: Access) -> LoopControl:
     return control
 
 
-def _counter(directory: str, instance: str, audit: Audit) -> Counter:
+def _newest_sequence(control: LoopControl) -> int:
+    """The kernel's sequence number of disks, that of a device made for this; 0 before Linux 5.15."""
+    with contextlib.suppress(OSError):
+        number = control.add()
+        found = devices.sequence(f"loop{number}")
+        control.remove(number)
+        return found or 0
+    return 0
+
+
+def _counter(directory: str, instance: str, control: LoopControl, audit: Audit) -> Counter:
     try:
         os.makedirs(directory, 0o700, exist_ok=True)
-        counter = Counter(os.path.join(directory, "numbers"), instance)
+        counter = Counter(os.path.join(directory, "numbers"), instance, lambda: _newest_sequence(control))
     except OSError as error:
         raise CannotStart(f"the number counter cannot be kept in {directory}: {error}") from error
     if counter.started_from_clock:
@@ -157,7 +167,9 @@ class Daemon:
         self._catch_signals()
         self._options = options
         self._policy = self._load_policy()
-        self._numbers = Numbers(_counter(options.state_directory, options.instance, self._audit), self._fork_numbers())
+        self._numbers = Numbers(
+            _counter(options.state_directory, options.instance, self._control, self._audit), self._fork_numbers()
+        )
         slots = leases.Slots(self._notifier)
         watches = Inotify()
         grants = Grants(options.grant_directory)

@@ -319,7 +319,7 @@ class Helper:
         binding = job.binding
         with Loop.from_fd(fds.steal(0)) as loop:
             table = devices.table(loop.fd) if binding.partscan else None
-            if job.rescan and (job.table is None or job.table != table):
+            if job.rescan or (job.table is not None and job.table != table):
                 devices.rescan(loop)
         wanted = _wanted(binding, partitions=binding.partscan)
         partitions = tuple(name for name in wanted if name != binding.devname)

@@ -19,6 +19,7 @@ from . import records, sd
 from .accounts import Account, Owner
 from .devices import Binding
 from .nodes import Client, Node
+from .transport import FdSet
 
 
 class Holder(NamedTuple):
@@ -208,15 +209,17 @@ def stored(slot: socket.socket, account: Callable[[str], Account]) -> tuple[Leas
     found = records.read(slot.fileno())
     if found is None:
         return None
-    fds = dict(found.fds)
-    reply = fds.pop("reply", None)
-    keeper = fds.pop("lease", None)
-    if found.lease == "reply" and reply is not None:
-        keeper = os.dup(reply)
-    if keeper is not None:
-        fds["keeper"] = keeper
-    holder = Holder(**{name: value for name, value in found.holder.items() if name in Holder._fields})
-    lease = Lease(found.binding, holder, account(holder.account), found.lease, fds)
+    with FdSet(found.fds.values()) as owned:
+        holder = Holder(**{name: value for name, value in found.holder.items() if name in Holder._fields})
+        fds = dict(found.fds)
+        reply = fds.pop("reply", None)
+        keeper = fds.pop("lease", None)
+        if found.lease == "reply" and reply is not None:
+            keeper = owned.add(os.dup(reply))
+        if keeper is not None:
+            fds["keeper"] = keeper
+        lease = Lease(found.binding, holder, account(holder.account), found.lease, fds)
+        owned.release()
     lease.slot = slot
     if found.releasing:
         lease.state = State.HELD

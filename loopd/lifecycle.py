@@ -243,13 +243,13 @@ class Lifecycle:
         def arrange() -> None:
             lease.again = False
             if lease.state is State.BOUND:
-                self._arrange(lease, lambda _: None, rescan=True, unless=lease.table)
+                self._arrange(lease, void, if_changed=True)
 
         self._poller.later(self.ARRANGE_PAUSE, arrange)
 
     def _arrange(
         self, lease: Lease, done: Callable[[Refusal | None], None], *,
-        complete: bool = False, rescan: bool = False, unless: int | None = None,
+        complete: bool = False, rescan: bool = False, if_changed: bool = False,
     ) -> None:  # fmt: skip
         def arranged(message: messages.Arranged | None) -> None:
             self._proceed(lease)
@@ -266,7 +266,8 @@ class Lifecycle:
             done(message.refusal)
 
         def start() -> None:
-            job = messages.Arrange(lease.binding, lease.holder.client, lease.nodes, complete, rescan, unless)
+            table = lease.table if if_changed else None
+            job = messages.Arrange(lease.binding, lease.holder.client, lease.nodes, complete, rescan, table)
             self._submit(lease, job, arranged)
 
         self._job(lease, start)

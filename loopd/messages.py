@@ -67,8 +67,8 @@ class Arrange(NamedTuple):
     """Bring a lease's nodes in line with the partitions that the kernel has. Fds: the device, and the directory if any.
 
     Without `nodes` it is not known which there are. `complete`: the client still waits for the answer to its attach, so
-    a node that cannot be made is a refusal. `rescan`: have the kernel read the table first; if `table` is given, only
-    when that has changed.
+    a node that cannot be made is a refusal. `rescan`: have the kernel read the table first; with `table`, what it was
+    at the last look, it does so when that has changed.
     """
 
     binding: Binding

@@ -46,8 +46,11 @@ class Exhausted(Exception):
 class Counter:
     """Hands out blocks of numbers, each once in a quarantine; instances share the file under its lock."""
 
-    def __init__(self, path: str, instance: str = "") -> None:
-        """Open or make the file; OSError when that cannot be done. `started_from_clock` tells that it was not there."""
+    def __init__(self, path: str, instance: str = "", sequence: Callable[[], int] = lambda: 0) -> None:
+        """Open or make the file; OSError when that cannot be done. `started_from_clock` tells that it was not there.
+
+        `sequence` is something that grows at least as fast as numbers are used as long as the host runs.
+        """
         self._instance = zlib.crc32(instance.encode())
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self.started_from_clock = False
@@ -56,13 +59,15 @@ class Counter:
             size = _HEADER.size + BLOCKS * _ENTRY.size
             if len(data) == _HEADER.size and data.startswith(_MAGIC) and os.fstat(self._fd).st_size == size:
                 return
-            # Lost or new. The clock passes all blocks once in a quarantine, so the start it gives lies beyond what was
-            # used before, as long as fewer than a block is used in the time that it takes for one.
+            # Lost or new. The clock passes all numbers once in a quarantine, so the start that it gives lies beyond
+            # what was used before if no more than one number was used in 2.5 s; the sequence adds what was, since the
+            # boot.
             self.started_from_clock = True
             os.ftruncate(self._fd, 0)
             # Every block on disk now: a full disk later stops no attach.
             os.posix_fallocate(self._fd, 0, size)
-            os.pwrite(self._fd, _HEADER.pack(_MAGIC, int(time.time() / (QUARANTINE / BLOCKS)) % BLOCKS), 0)
+            start = int(time.time() / (QUARANTINE / BLOCKS)) + -(-sequence() // BLOCK)
+            os.pwrite(self._fd, _HEADER.pack(_MAGIC, start % BLOCKS), 0)
             os.fsync(self._fd)
 
     @contextlib.contextmanager
@@ -306,7 +311,10 @@ class Numbers:
 
     def receive(self) -> None:
         """Take one answer of the process; EOFError when it has ended."""
-        payload = self._channel.recv(64)
+        try:
+            payload = self._channel.recv(64)
+        except ConnectionResetError:  # it ended with jobs unread
+            payload = b""
         if not payload:
             raise EOFError
         operation, number, error = marshal.loads(payload)  # noqa: S302  # of our own process

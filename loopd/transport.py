@@ -101,6 +101,10 @@ class FdSet:
         self._fds.append(fd)
         return fd
 
+    def release(self) -> None:
+        """Own none of them any more: somebody else does."""
+        self._fds = []
+
     def close(self) -> None:
         fds, self._fds = self._fds, []
         for fd in fds:
