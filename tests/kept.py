@@ -187,8 +187,12 @@ class Kept(Daemon):
 
     def stored(self) -> int:
         """How many files the manager has open: its own, and the fd store with its first slots at least."""
-        eventually(lambda: self.running and self._stores, "the daemon has stored slots")
+        eventually(self._has_stored, "the daemon has stored slots")
         return len(os.listdir(f"/proc/{self.manager}/fd"))
+
+    def _has_stored(self) -> bool:
+        self._follow()
+        return self._stores
 
     def slots(self) -> list[socket.socket]:
         """The slots in the fd store, as duplicates of the manager's."""

@@ -18,22 +18,16 @@ from typing import Any, Self
 
 import pytest
 from conftest import Reply, bound_to, eventually
-from kept import KINDS, KNOWN, Holding, Kept, hold, start_kept_fixture, traced  # noqa: F401
+from kept import KINDS, Holding, Kept, hold, start_kept_fixture, traced  # noqa: F401
 from processes import Child
 from untouched import helpers, pair, reply_of, send, state
 
 from loopd import wire
 
-UNANSWERED = KNOWN("leases.stored: the reply socket that keeps its lease is not answered on")
-NODE_LEFT = KNOWN("Lifecycle.release: when its helper ends, the lease is closed and the client's nodes stay")
 WAYS = [
-    pytest.param(role, kinds, load, id=f"{role}-{'-'.join(kinds)}-{'under-load' if load else 'alone'}", marks=marks)
-    for role, kinds, marks in (
-        ("main", ("socket", "pidfd"), ()),
-        ("main", ("reply",), UNANSWERED),
-        ("helper", ("socket", "pidfd"), NODE_LEFT),
-        ("helper", ("reply",), NODE_LEFT),
-    )
+    pytest.param(role, kinds, load, id=f"{role}-{'-'.join(kinds)}-{'under-load' if load else 'alone'}")
+    for role in ("main", "helper")
+    for kinds in (("socket", "pidfd"), ("reply",))
     for load in (False, True)
 ]
 

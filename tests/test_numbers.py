@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import pytest
 from conftest import Daemon, ask, bound_to, eventually, exists, require
-from kept import KNOWN, Kept, next_block, start_at, start_kept_fixture  # noqa: F401
+from kept import Kept, next_block, start_at, start_kept_fixture  # noqa: F401
 from processes import NOBODY, Activated, Child, become
 from untouched import children, helpers
 
@@ -476,7 +476,6 @@ def burst(secret: bytes) -> Iterator[list[int]]:
         yield bound
 
 
-@KNOWN("Numbers: what a client has opened stays idle, and is given to the host's losetup -f", always=False)
 def test_an_idle_device_that_a_client_holds_is_not_the_hosts(
     start_kept: Callable[..., Kept], tmp_path: Path
 ) -> None:
@@ -512,7 +511,6 @@ def test_an_idle_device_that_a_client_holds_is_not_the_hosts(
     daemon.end()
 
 
-@KNOWN("Counter: lost within the 159 s that the clock spends on a block, it starts with that block again")
 def test_nor_when_the_counter_was_lost(start_kept: Callable[..., Kept], tmp_path: Path) -> None:
     daemon = start_kept()
     daemon.counter.unlink()
