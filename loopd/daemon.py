@@ -172,7 +172,7 @@ class Daemon:
         )
         slots = leases.Slots(self._notifier)
         watches = Inotify()
-        grants = Grants(options.grant_directory)
+        grants = Grants(options.grant_directory, options.instance)
         tools = Tools([listener.socket for listener in listeners], self._control, access, grants, watches.fd)
         self._pool = Pool(self._poller, tools, self._helper_ready)
         self._lifecycle = Lifecycle(
@@ -279,7 +279,8 @@ class Daemon:
             print("loopd: runs by hand: leases end with it (no fd store)", file=sys.stderr, flush=True)
         if self._watchdog is not None:
             self._ping()
-        self._idle_check()
+        # What started it waits in a queue; it is served before idleness is thought of.
+        self._poller.later(self._policy.idle_timeout, self._idle_check)
         while not self._stopping:
             self._turn()
         self._stop()
@@ -310,7 +311,8 @@ class Daemon:
             self._stopping = True
             return
         self._report()
-        self._poller.later(max(0.05, timeout - idle) if idle < timeout else min(timeout, 5.0), self._idle_check)
+        pause = timeout - idle if idle < timeout else min(timeout, 5.0)
+        self._poller.later(max(0.05, pause), self._idle_check)
 
     def _stop(self) -> None:
         """Finish what is under way; take away what nothing will keep; leave the rest to the fd store."""

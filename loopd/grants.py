@@ -25,8 +25,9 @@ MOST = 256
 class Grants:
     """The directory of the directories; without one there are no grants."""
 
-    def __init__(self, root: str = ROOT) -> None:
+    def __init__(self, root: str = ROOT, instance: str = "") -> None:
         self.root = root
+        self._instance = instance
         self._fd: int | None = None
         with contextlib.suppress(OSError):
             self._fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -54,7 +55,7 @@ class Grants:
         """A directory for the nodes of one device, to be handed over as a mount: its name, and loopd's own fd of it."""
         if self._fd is None:
             raise Refusal(Code.UNSUPPORTED, f"deliver: {self.root} is not there, so there is nothing to mount")
-        key = f".{devname}"
+        key = f".{self._instance}:{devname}"
         os.mkdir(key, 0o700, dir_fd=self._fd)
         return key, self.open(key)
 
@@ -71,7 +72,7 @@ class Grants:
     def sweep(self, known: set[str]) -> None:
         """Remove the empty directories of devices that are not among the `known` ones."""
         for key in [] if self._fd is None else os.listdir(self._fd):
-            if key.startswith(".") and key not in known:
+            if key.startswith(f".{self._instance}:") and key not in known:
                 self.unmake(key)
 
     def open(self, key: str) -> int:

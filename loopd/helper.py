@@ -319,8 +319,11 @@ class Helper:
         binding = job.binding
         with Loop.from_fd(fds.steal(0)) as loop:
             table = devices.table(loop.fd) if binding.partscan else None
-            if job.rescan or (job.table is not None and job.table != table):
+            if job.rescan:
                 devices.rescan(loop)
+            elif job.table is not None and job.table != table:
+                with contextlib.suppress(Refusal):  # a partition is in use: at the next close of the node
+                    devices.rescan(loop)
         wanted = _wanted(binding, partitions=binding.partscan)
         partitions = tuple(name for name in wanted if name != binding.devname)
         if len(fds) < 2:  # the lease has no directory

@@ -185,7 +185,7 @@ def _ids(value: Any) -> tuple[tuple[int, int], ...]:
 
 
 KEYS: dict[str, Callable[[Any], Any]] = {
-    "idle_timeout": _number(0),
+    "idle_timeout": _number(0.1),
     "reply_to_address": _boolean,
     "request_timeout": _number(1),
     "number_wait": _number(0),

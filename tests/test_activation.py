@@ -22,6 +22,7 @@ from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, stays
 
 from loopd import wire
+from loopd.service import Service
 
 HELLO = wire.encode_request(wire.Hello(0))
 PROMPT = 2.0
@@ -482,9 +483,10 @@ def refuse(daemon: Daemon, number: int) -> None:
     started = time.monotonic()
     assert daemon.ask(wire.Detach("loop4096", 0, f"request-{number}"), []).code == "not-found"
     assert time.monotonic() - started < PROMPT
+    time.sleep(1.1 / Service.MOST_REFUSALS)  # more of them in a second have one record together
 
 
-REFUSALS = 100
+REFUSALS = 30
 """More records than a socket queues by default, `net.unix.max_dgram_qlen` being 10, or 512 with systemd."""
 
 

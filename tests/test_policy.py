@@ -66,7 +66,7 @@ def test_the_examples_rule_can_be_used(tmp_path: Path) -> None:
 # What is wrong ----------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "idle_timeout = -1": ("idle_timeout", "0 or more"),
+    "idle_timeout = -1": ("idle_timeout", "0.1 or more"),
     "idle_timeout = nan": ("idle_timeout", "a number"),
     "request_timeout = 0.5": ("request_timeout", "1 or more"),
     "number_wait = '5'": ("number_wait", "a number"),
