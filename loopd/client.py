@@ -796,7 +796,7 @@ class Client:
         with ExitStack() as stack:
             for folder in filter(None, folders):
                 try:
-                    dir_fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                    dir_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 except OSError:
                     continue
                 stack.callback(os.close, dir_fd)

@@ -37,11 +37,6 @@ MOST_BLOCKS = 2048
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def KNOWN(bug: str, *, always: bool = True) -> pytest.MarkDecorator:  # noqa: N802  # reads as the mark that it is
-    """A bug of the daemon that a test shows, perhaps not always; when it is mended the mark goes."""
-    return pytest.mark.xfail(strict=always, reason=bug)
-
-
 def start_at(counter: Path, block: int) -> None:
     """Make a number counter whose next block is `block`."""
     counter.parent.mkdir(mode=0o700, exist_ok=True)

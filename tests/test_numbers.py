@@ -353,13 +353,26 @@ class Victim:
         os.close(self._directory)
 
 
+def low_devices() -> set[str]:
+    """The devices below the range."""
+    return {name for name in os.listdir("/sys/block") if re.fullmatch(r"loop\d{1,3}", name)}
+
+
+def remove_low(before: set[str]) -> None:
+    """Remove the idle ones that were not there before: the kernel and loopd made them for the host to find."""
+    with contextlib.closing(LoopControl()) as control:
+        for name in low_devices() - before:
+            with contextlib.suppress(OSError):  # in use by another
+                control.remove(int(name[4:]))
+
+
 @contextlib.contextmanager
 def host_devices(image: Path, count: int) -> Iterator[list[int]]:
     """The host's own ``losetup -f --show``, so many times, one after the other."""
     losetup = shutil.which("losetup", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     require(losetup, "losetup (package mount) is missing")
     image.write_bytes(HOSTS.ljust(512, b".") * 128)
-    before = set(os.listdir("/sys/block"))
+    before = low_devices()
     made: list[str] = []
     try:
         for _ in range(count):
@@ -371,11 +384,7 @@ def host_devices(image: Path, count: int) -> Iterator[list[int]]:
         for name in made:
             subprocess.run([str(losetup), "-d", name], check=False)
         eventually(lambda: not bound_to(image), "the host's devices are free")
-        with contextlib.closing(LoopControl()) as control:
-            for name in made:
-                if os.path.basename(name) not in before:
-                    with contextlib.suppress(OSError):  # in use again
-                        control.remove(int(name.removeprefix("/dev/loop")))
+        remove_low(before)
 
 
 @pytest.fixture
@@ -452,19 +461,13 @@ def burst(secret: bytes) -> Iterator[list[int]]:
     """What ``losetup -f`` does, as fast as it goes: the first free device is bound, until no low one is left and on."""
     image = os.memfd_create("secret", os.MFD_CLOEXEC)
     os.pwrite(image, secret * 512, 0)
-    before = set(os.listdir("/sys/block"))
+    before = low_devices()
     with contextlib.ExitStack() as stack:
         control = stack.enter_context(contextlib.closing(LoopControl()))
         bound: list[int] = []
 
-        def remove_new() -> None:
-            for number in bound:
-                if f"loop{number}" not in before:
-                    with contextlib.suppress(OSError):  # in use again
-                        control.remove(number)
-
-        stack.callback(remove_new)
-        idle = [name for name in before if re.fullmatch(r"loop\d{1,3}", name) and not backing_file(int(name[4:]))]
+        stack.callback(remove_low, before)
+        idle = [name for name in before if not backing_file(int(name[4:]))]
         for _ in range(len(idle) + 20):
             number = control.get_unbound()
             with contextlib.suppress(OSError):  # lost to another, or removed meanwhile
