@@ -83,6 +83,7 @@ ERRNOS: dict[str, tuple[str, ...]] = {
 """Errnos of each call, by name and, where it has many meanings, its command."""
 
 CANNOT_FAIL: dict[str, str] = {
+    "setitimer": "fails for bad arguments alone",
     "brk": "tells its failure otherwise",
     "capget": "asks about the process itself",
     "capset": "takes on what is permitted, which is never refused",
