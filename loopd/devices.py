@@ -108,9 +108,13 @@ class Access:
             path = f"/dev/.loopd-{number}"
             os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(LOOP_MAJOR, number))
             try:
-                yield path
+                pinned = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
             finally:
-                os.unlink(path)
+                os.unlink(path)  # before it is opened, which may take long: a daemon that is killed leaves none
+            try:
+                yield f"/proc/self/fd/{pinned}"
+            finally:
+                os.close(pinned)
             return
         with self._made(f"stale{number}", stat.S_IFBLK, (LOOP_MAJOR, number)):
             yield f"{PRIVATE_NODES}/stale{number}"

@@ -34,7 +34,7 @@ BLOCKS = (LAST + 1 - FIRST) // BLOCK
 QUARANTINE = 30 * 86400
 """Seconds for which a number that was used is not given to another."""
 
-_HEADER = struct.Struct("<8sQ")  # magic, the block that comes next
+_HEADER = struct.Struct("<8sQ")  # magic; the block that comes next, and from bit 32 on how much of it has been used
 _ENTRY = struct.Struct("<QQ")  # for each block: when it was last used, seconds since 1970, and by which instance
 _MAGIC = b"loopd\x00n1"
 
@@ -66,8 +66,9 @@ class Counter:
             os.ftruncate(self._fd, 0)
             # Every block on disk now: a full disk later stops no attach.
             os.posix_fallocate(self._fd, 0, size)
-            start = int(time.time() / (QUARANTINE / BLOCKS)) + -(-sequence() // BLOCK)
-            os.pwrite(self._fd, _HEADER.pack(_MAGIC, start % BLOCKS), 0)
+            grown = sequence()
+            start = int(time.time() / (QUARANTINE / BLOCKS)) + grown // BLOCK
+            self._set_next(start % BLOCKS, grown % BLOCK)
             os.fsync(self._fd)
 
     @contextlib.contextmanager
@@ -81,18 +82,34 @@ class Counter:
     def reserve(self) -> range:
         """The numbers of one block, on disk as used before this returns; `Exhausted` when there is none."""
         with self._locked():
-            _, start = _HEADER.unpack(os.pread(self._fd, _HEADER.size, 0))
+            first, skip = self._next()
             entries = os.pread(self._fd, BLOCKS * _ENTRY.size, _HEADER.size)
             now = int(time.time())
             for offset in range(BLOCKS):
-                block = (start + offset) % BLOCKS
+                block = (first + offset) % BLOCKS
                 used, _ = _ENTRY.unpack_from(entries, block * _ENTRY.size)
-                if used == 0 or used + QUARANTINE < now:
+                rest = skip if offset == 0 else 0
+                if rest or used == 0 or used + QUARANTINE < now:
                     self._mark(block, now)
-                    os.pwrite(self._fd, _HEADER.pack(_MAGIC, (block + 1) % BLOCKS), 0)
+                    self._set_next((block + 1) % BLOCKS, 0)
                     os.fdatasync(self._fd)
-                    return range(FIRST + block * BLOCK, FIRST + (block + 1) * BLOCK)
+                    return range(FIRST + block * BLOCK + rest, FIRST + (block + 1) * BLOCK)
         raise Exhausted
+
+    def give_back(self, number: int) -> None:
+        """The numbers of a block from this one on were not used: they come next, unless a block has come since."""
+        block, skip = divmod(number - FIRST, BLOCK)
+        with self._locked():
+            if skip and self._next() == ((block + 1) % BLOCKS, 0):
+                self._set_next(block, skip)
+
+    def _next(self) -> tuple[int, int]:
+        """The block that comes next, and how many numbers of it have been used."""
+        _, value = _HEADER.unpack(os.pread(self._fd, _HEADER.size, 0))
+        return value % 2**32, value >> 32
+
+    def _set_next(self, block: int, skip: int) -> None:
+        os.pwrite(self._fd, _HEADER.pack(_MAGIC, block | skip << 32), 0)
 
     def _mark(self, block: int, now: int) -> None:
         os.pwrite(self._fd, _ENTRY.pack(now, self._instance), _HEADER.size + block * _ENTRY.size)
@@ -226,7 +243,8 @@ class Numbers:
         self._channel = channel
         self._fresh: deque[int] = deque()
         self._made: deque[int] = deque()
-        self._making = 0
+        self._making: set[int] = set()
+        self._stopping = False
         self._removing: dict[int, Owner | None] = {}
         self._lingering: dict[int, Owner | None] = {}
         self._used: dict[Owner, deque[int]] = {}
@@ -239,8 +257,8 @@ class Numbers:
 
     @property
     def removing(self) -> bool:
-        """Whether numbers are being removed that nobody has open."""
-        return bool(self._removing)
+        """Whether numbers are being removed that nobody has open, or must be once they are made."""
+        return bool(self._removing or (self._stopping and self._making))
 
     @property
     def lingering(self) -> bool:
@@ -274,12 +292,12 @@ class Numbers:
 
     def refill(self) -> None:
         """Have numbers made ahead of need."""
-        while self._making + len(self._made) < AHEAD:
+        while not self._stopping and len(self._making) + len(self._made) < AHEAD:
             try:
                 number = self._take()
             except (Exhausted, OSError):  # told where a number is needed
                 return
-            self._making += 1
+            self._making.add(number)
             self._send("add", number)
 
     def retire(self, number: int, owner: Owner | None) -> None:
@@ -319,11 +337,14 @@ class Numbers:
             raise EOFError
         operation, number, error = marshal.loads(payload)  # noqa: S302  # of our own process
         if operation == "probe":
+            self._making.discard(number)
             self.remade = error == errno.EEXIST
             self._fresh.append(number)  # no client ever saw it
         elif operation == "add":
-            self._making -= 1
-            if error == 0:
+            self._making.discard(number)
+            if error == 0 and self._stopping:
+                self._remove(number, None)
+            elif error == 0:
                 self._made.append(number)
         elif operation == "remove" and number in self._removing:
             owner = self._removing.pop(number)
@@ -340,9 +361,12 @@ class Numbers:
     def restart(self, channel: socket.socket) -> None:
         """The process ended and there is a new one: have it do what was left."""
         self._channel.close()
-        self._channel, self._making = channel, 0
+        self._channel = channel
         for number in self._removing:
             self._send("remove", number)
+        for number in self._making:  # made or not: nobody had them
+            self._remove(number, None)
+        self._making.clear()
 
     def retry(self) -> None:
         """Try again what could not be removed because somebody has it open."""
@@ -359,13 +383,30 @@ class Numbers:
     def probe(self) -> None:
         """Find out whether a kept node brings its removed number back; `remade` says so when it is known."""
         with contextlib.suppress(Exhausted, OSError):
-            self._send("probe", self._take())
+            number = self._take()
+            self._making.add(number)
+            self._send("probe", number)
 
     def keep_low_free(self) -> None:
         """Look after the free device that is there for the host."""
         self._send("low", 0)
 
+    def _give_back(self) -> None:
+        """Let the next daemon have the rest of the block: one that starts for each request would use up all blocks."""
+        unused = set(self._fresh)
+        if not unused:
+            return
+        last = max(unused)
+        while last - 1 in unused:
+            last -= 1
+        if (max(unused) + 1 - FIRST) % BLOCK == 0:
+            with contextlib.suppress(OSError):
+                self._counter.give_back(last)
+        self._fresh.clear()
+
     def remove_unused(self) -> None:
         """Remove what was made ahead of need, before the daemon ends."""
+        self._stopping = True
+        self._give_back()
         while self._made:
             self._remove(self._made.popleft(), None)

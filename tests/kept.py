@@ -46,9 +46,10 @@ def start_at(counter: Path, block: int) -> None:
 
 
 def next_block(counter: Path) -> int:
-    """The block that the counter hands out next."""
-    block: int = numbers._HEADER.unpack(counter.read_bytes()[: numbers._HEADER.size])[1]
-    return block
+    """The block that the counter hands out next, of which no number has been used."""
+    value: int = numbers._HEADER.unpack(counter.read_bytes()[: numbers._HEADER.size])[1]
+    block, used = value % 2**32, value >> 32
+    return block + 1 if used else block
 
 
 class Record:
