@@ -40,7 +40,7 @@ class Poller:
     SIGALRM, for which there must be a handler, comes again and again while calls take longer than `PATIENCE` seconds.
     """
 
-    PATIENCE = 0.02
+    PATIENCE = 0.05
 
     def __init__(self) -> None:
         self._epoll = select.epoll()

@@ -201,9 +201,13 @@ def fork(keep: list[int], main: Callable[[], None]) -> int:
     """
     parent = os.getpid()
     closed, closing = os.pipe()
+    # A signal makes the kernel begin a fork anew: on a slow machine the poller's, again and again, would let none
+    # succeed.
+    _, interval = signal.setitimer(signal.ITIMER_REAL, 0)
     pid = os.fork()
     if pid == 0:
         _child(parent, keep, closing, main)
+    signal.setitimer(signal.ITIMER_REAL, interval, interval)
     os.close(closing)
     os.read(closed, 1)  # nothing: the end of the child's side
     os.close(closed)

@@ -320,8 +320,12 @@ def test_an_fd_that_was_delivered_is_the_device_and_the_surplus_is_closed(
             assert os.pread(device.fd, 5, 0) == b"loopd"
             assert not os.get_inheritable(device.fd)
             assert device.path == f"/proc/self/fd/{device.fd}"
-            # The listener and the channel of the peer, the channel of the client, and the device.
-            assert len(os.listdir("/proc/self/fd")) == len(before) + 4
+            # The listener and the channel of the peer, the channel of the client, and the device; the peer, a thread,
+            # may not have closed its other ones yet.
+            deadline = time.monotonic() + 5
+            while len(os.listdir("/proc/self/fd")) != len(before) + 4:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
         assert peer.requests[1].fields["devname"] == loop.reply["devname"]
 
 
