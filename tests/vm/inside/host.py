@@ -23,9 +23,9 @@ FIRST_NUMBER = 4096
 KERNEL = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
 
 
-def run(*command: str | Path, timeout: float = 90, check: bool = True, text: str = "") -> str:
+def run(*command: str | Path, timeout: float = 90, check: bool = True, text: str = "", cwd: Path | None = None) -> str:
     """The command's standard output; its standard error goes to the test's, to be shown when the test fails."""
-    done = subprocess.run(command, input=text, stdout=subprocess.PIPE, timeout=timeout, check=False, text=True)
+    done = subprocess.run(command, input=text, stdout=subprocess.PIPE, timeout=timeout, check=False, text=True, cwd=cwd)
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stdout}")
     return done.stdout
