@@ -42,7 +42,6 @@ def _knows_pidfds() -> bool:
 PIDFDS = _knows_pidfds()
 """Whether the kernel passes a pidfd of the sender along; else the time of arrival tells that a pid was reused."""
 
-"""Whether the kernel passes a pidfd of the sender along; else the time of arrival tells a reused pid."""
 _CREDENTIALS_ONLY = socket.CMSG_SPACE(_UCRED.size) + (0 if PIDFDS else socket.CMSG_SPACE(_TIMESPEC.size))
 _EVERYTHING = _CREDENTIALS_ONLY + socket.CMSG_SPACE(4 * wire.MAX_FDS) + socket.CMSG_SPACE(4)
 
