@@ -3,6 +3,7 @@
 #   make demo         the whole way of one loop device into a sandbox and back, in half a minute
 #   make check        everything that can be tested on this machine (root)
 #   make fuzz         100,000 datagrams that no client sends, to a daemon that has others to serve (root); FUZZ=NUMBER
+#   make bench        what it costs, beside a broker in C that does no more, and losetup (root, a quarter of an hour); BENCH=--help
 #   make check-vm     the same promises on a real system, in a virtual machine
 #   make venv         .venv/bin/loopd, .venv/bin/loopctl and the tools for development
 #   make install      for good; `systemctl enable --now loopd.socket` then starts it
@@ -29,20 +30,22 @@ SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/system
 	sysusers.conf:lib/sysusers.d/loopd.conf tmpfiles.conf:lib/tmpfiles.d/loopd.conf
 # A program that a target cannot do without, and the Debian package that has it.
 FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd
-FOR_CHECK = $(FOR_DEMO) bwrap:bubblewrap losetup:mount mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs modprobe:kmod \
-	sfdisk:fdisk strace:strace udevadm:udev
+FOR_CHECK = $(FOR_DEMO) $(FOR_BENCH) bwrap:bubblewrap mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs modprobe:kmod sfdisk:fdisk \
+	strace:strace udevadm:udev
+FOR_BENCH = cc:build-essential fio:fio losetup:mount systemd-socket-activate:systemd
 
 # A user's PATH has no sbin on Debian.
 export PATH := $(PATH):/usr/sbin:/sbin
 
 FUZZ = 100000
 
-.PHONY: all venv demo check fuzz install uninstall for-demo for-check
+.PHONY: all venv demo check fuzz bench install uninstall for-demo for-check for-bench
 all: venv
 
 for-demo: NEEDED = $(FOR_DEMO)
 for-check: NEEDED = $(FOR_CHECK)
-for-demo for-check:
+for-bench: NEEDED = $(FOR_BENCH)
+for-demo for-check for-bench:
 	@missing=$$(for pair in $(NEEDED); do command -v $${pair%:*} >/dev/null || echo $${pair#*:}; done); $(get_missing)
 
 define get_missing
@@ -68,6 +71,11 @@ check: venv for-check
 
 fuzz: venv for-check
 	LOOPD_FUZZ_DATAGRAMS=$(FUZZ) .venv/bin/pytest tests/fuzz.py
+
+bench: venv for-bench
+	.venv/bin/python -c 'import matplotlib' 2>/dev/null || \
+	    .venv/bin/pip --quiet --disable-pip-version-check install --editable '.[bench]'
+	.venv/bin/python tests/bench/bench.py --output docs --plot $(BENCH)
 
 check-vm check-kernels: venv
 -include tests/vm/vm.mk
