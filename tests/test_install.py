@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from loopd import __version__
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -100,7 +102,7 @@ def test_program_runs_compiled_and_isolated(prefix: Path, tmp_path: Path, progra
         cwd=tmp_path,
         env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"},
     )
-    assert (ran.returncode, PROJECT["version"] in ran.stdout) == (0, True), ran.stderr
+    assert (ran.returncode, __version__ in ran.stdout) == (0, True), ran.stderr
     assert f"{prefix}/lib/loopd/loopd/__pycache__/" in ran.stderr  # -v names each module's file
     assert re.findall(rf"code object from '{prefix}.*\.py'", ran.stderr) == []  # compiled each time anew
     assert files(prefix) == before
