@@ -8,6 +8,9 @@
 #   make venv         .venv/bin/loopd, .venv/bin/loopctl and the tools for development
 #   make install      for good; `systemctl enable --now loopd.socket` then starts it
 #   make uninstall    takes it away again, all but configuration and state
+#   make deb          build/loopd_VERSION_all.deb, for Debian 13 and later
+#   make rpm          build/loopd-VERSION-1.noarch.rpm
+#   make zipapp       build/loopctl, the client as one file
 
 PREFIX = /usr/local
 DESTDIR =
@@ -30,8 +33,8 @@ SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/system
 	sysusers.conf:lib/sysusers.d/loopd.conf tmpfiles.conf:lib/tmpfiles.d/loopd.conf
 # A program that a target cannot do without, and the Debian package that has it.
 FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd
-FOR_CHECK = $(FOR_DEMO) $(FOR_BENCH) bwrap:bubblewrap mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs modprobe:kmod sfdisk:fdisk \
-	strace:strace udevadm:udev
+FOR_CHECK = $(FOR_DEMO) $(FOR_BENCH) $(FOR_DEB) $(FOR_RPM) bwrap:bubblewrap lintian:lintian mkfs.btrfs:btrfs-progs \
+	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint sfdisk:fdisk strace:strace udevadm:udev
 FOR_BENCH = cc:build-essential fio:fio losetup:mount systemd-socket-activate:systemd
 
 # A user's PATH has no sbin on Debian.
@@ -45,7 +48,7 @@ all: venv
 for-demo: NEEDED = $(FOR_DEMO)
 for-check: NEEDED = $(FOR_CHECK)
 for-bench: NEEDED = $(FOR_BENCH)
-for-demo for-check for-bench:
+for-demo for-check for-bench for-deb for-rpm:
 	@missing=$$(for pair in $(NEEDED); do command -v $${pair%:*} >/dev/null || echo $${pair#*:}; done); $(get_missing)
 
 define get_missing
@@ -77,8 +80,8 @@ bench: venv for-bench
 	    .venv/bin/pip --quiet --disable-pip-version-check install --editable '.[bench]'
 	.venv/bin/python tests/bench/bench.py --output docs --plot $(BENCH)
 
-check-vm check-kernels: venv
--include tests/vm/vm.mk
+check-vm check-kernels: venv deb
+-include tests/vm/vm.mk systemd/packaging/packages.mk
 
 # Without DESTDIR the running system is told. A daemon that runs is restarted, its leases stay; sockets are never restarted.
 install:

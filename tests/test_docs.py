@@ -26,9 +26,10 @@ def test_links_lead_to_files(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_make_targets_exist(page: Path) -> None:
-    targets = set(
-        re.findall(r"(?m)^([a-z][a-z -]*):", (ROOT / "Makefile").read_text() + (ROOT / "tests/vm/vm.mk").read_text())
-    )
+    makefiles = (ROOT / "Makefile", ROOT / "tests/vm/vm.mk", ROOT / "systemd/packaging/packages.mk")
+    targets = {
+        found for file in makefiles for found in re.findall(r"(?m)^([a-z][a-z -]*):", file.read_text())
+    }
     named = {name for line in targets for name in line.split()}
     for target in re.findall(r"(?m)(?:^|`)make ([a-z][a-z-]*)", page.read_text()):
         assert target in named, target

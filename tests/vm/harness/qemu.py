@@ -65,6 +65,11 @@ def tracked_files() -> list[str]:
     return sorted({name for name in listing.split("\0") if name and (PROJECT / name).is_file()})
 
 
+def packages() -> list[str]:
+    """What `make deb` has built: ignored by git, and installed by a test."""
+    return [str(path.relative_to(PROJECT)) for path in PROJECT.glob("build/*.deb")]
+
+
 def payload(target: Path, plan: Plan) -> None:
     def as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = 0
@@ -79,7 +84,7 @@ def payload(target: Path, plan: Plan) -> None:
         "require_all": os.environ.get("LOOPD_TEST_REQUIRE_ALL", ""),
     }
     with tarfile.open(target, "w") as archive:
-        for name in tracked_files():
+        for name in (*tracked_files(), *packages()):
             # A file may go while others work in the tree.
             with contextlib.suppress(FileNotFoundError):
                 archive.add(PROJECT / name, name, filter=as_root)
