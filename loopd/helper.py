@@ -316,28 +316,32 @@ class Helper:
         return True
 
     def _arranged(self, job: Arrange, fds: FdSet) -> Arranged:
-        binding = job.binding
+        binding, refusal = job.binding, None
+        directory = nodes.directory(fds.borrow(1), job.client) if len(fds) > 1 else None
+        there = [] if directory is None else _known(directory, job.nodes, binding)
         with Loop.from_fd(fds.steal(0)) as loop:
-            table = devices.table(loop.fd) if binding.partscan else None
-            if job.rescan:
-                devices.rescan(loop)
-            elif job.table is not None and job.table != table:
-                with contextlib.suppress(Refusal):  # a partition is in use: at the next close of the node
+            table = _table(loop, job)
+            if job.rescan or job.table not in (None, table):
+                if directory is not None:
+                    # First: while the kernel reads, which may take long, their numbers are free for others' partitions.
+                    there = nodes.prune(directory, there, _wanted(binding, partitions=False))
+                try:
                     devices.rescan(loop)
+                except Refusal as error:
+                    # A partition is in use, most likely: once more when the node is closed the next time.
+                    refusal, table = error if job.rescan else None, job.table
+        if directory is None:
+            return Arranged(refusal, (), None, table)
         wanted = _wanted(binding, partitions=binding.partscan)
-        partitions = tuple(name for name in wanted if name != binding.devname)
-        if len(fds) < 2:  # the lease has no directory
-            return Arranged(None, (), partitions, None, table)
-        directory = nodes.directory(fds.borrow(1), job.client)
-        there = _known(directory, job.nodes, binding)
+        there = nodes.prune(directory, there, wanted)
+        names = {node.name for node in there}
+        missing = {name: device for name, device in wanted.items() if name not in names}
         if job.complete:
-            names = {node.name for node in there}
-            missing = {name: device for name, device in wanted.items() if name not in names}
             there += nodes.place(directory, binding.devname, missing, read_only=binding.read_only)
         else:
-            there = nodes.update(directory, there, wanted, read_only=binding.read_only)
+            there += nodes.add(directory, missing, read_only=binding.read_only)
         watch = self._watch(directory, binding) if binding.partscan else None
-        return Arranged(None, tuple(there), partitions, watch, table)
+        return Arranged(refusal, tuple(there), watch, table)
 
     def _resize(self, job: Resize, fds: FdSet) -> bool:
         with Loop.from_fd(fds.steal(0)) as loop:
@@ -393,7 +397,17 @@ def _no_room(error: OSError) -> Refusal:
 
 
 def _known(directory: Directory, known: tuple[Node, ...] | None, binding: Binding) -> list[Node]:
-    return nodes.find(directory, _wanted(binding, partitions=True)) if known is None else list(known)
+    if known is not None:
+        return list(known)
+    return nodes.find(directory, binding.devname, _wanted(binding, partitions=True))
+
+
+def _table(loop: Loop, job: Arrange) -> int | None:
+    """The state of the partition table; that of the last look where it is not asked for or cannot be read."""
+    if job.binding.partscan and (job.rescan or job.changed):
+        with contextlib.suppress(OSError):
+            return devices.table(loop.fd)
+    return job.table
 
 
 def _wanted(binding: Binding, *, partitions: bool) -> dict[str, tuple[int, int]]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from . import records, sd
 from .accounts import Account, Owner
-from .devices import Binding
+from .devices import Binding, partitions
 from .nodes import Client, Node
 from .transport import FdSet
 
@@ -91,11 +91,13 @@ class Lease:
         self.waiting: list[Callable[[State], None]] = []
         self.jobs: deque[Callable[[], None]] = deque()
         self.working = False
-        self.again = False
+        self.again: set[bool] = set()
 
     @property
     def partitions(self) -> tuple[str, ...]:
-        """Names of the partition nodes that are there."""
+        """Names of the partition nodes that are there; of the partitions, where the lease has no directory."""
+        if self.directory is None and self.binding.partscan:
+            return tuple(partitions(self.binding.devname))
         return tuple(node.name for node in self.nodes or () if node.name != self.binding.devname)
 
     @property

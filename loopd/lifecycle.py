@@ -180,7 +180,7 @@ class Lifecycle:
             if refusal is not None and complete:
                 self.release(lease, "undeliverable")
 
-        self._arrange(lease, restored, complete=complete)
+        self._arrange(lease, restored, complete=complete, changed=True)
 
     def abandon(self, slot: socket.socket) -> None:
         """Free a slot whose attach failed; a helper that was killed may have booked the lease and made its nodes."""
@@ -208,13 +208,14 @@ class Lifecycle:
         """Have the device take over the size of its file, as far as its account's `limit` of bytes goes (0: none)."""
 
         def resized(message: messages.Resized | None) -> None:
-            self._proceed(lease)
+            if message is not None and message.binding is not None:
+                lease.account.bytes += message.binding.size - lease.binding.size
+                lease.binding = message.binding
+            self._proceed(lease)  # the next job builds on that
             if message is None or message.binding is None:
                 done((message and message.refusal) or Refusal(Code.TIMEOUT, "the device did not answer in time"))
-                return
-            lease.account.bytes += message.binding.size - lease.binding.size
-            lease.binding = message.binding
-            done(lease.binding.size)
+            else:
+                done(lease.binding.size)
 
         def start() -> None:
             room = limit - lease.account.bytes + lease.binding.size if limit else None
@@ -226,48 +227,48 @@ class Lifecycle:
         """The kernel made or removed a partition."""
         lease = self.leases.get(devname)
         if lease is not None and lease.state is State.BOUND and lease.binding.partscan:
-            self._arrange_soon(lease)
+            # Without a pause: the number of one that is gone is another's after some milliseconds (RCU).
+            self._arrange_after(0, lease, changed=False)
 
     def _on_watches(self) -> None:
         for watch, _ in list(self._watches.events()):
             lease = self._watched.get(watch)
             if lease is not None and lease.state is State.BOUND:
-                self._arrange_soon(lease)
+                self._arrange_after(self.ARRANGE_PAUSE, lease, changed=True)
 
-    def _arrange_soon(self, lease: Lease) -> None:
-        """Look at the table and the nodes; what comes while one look is under way is answered by one more."""
-        if lease.again:
+    def _arrange_after(self, pause: float, lease: Lease, *, changed: bool) -> None:
+        """Look at the nodes, and at the table if that may have `changed`; one look answers all that comes meanwhile."""
+        if changed in lease.again:
             return
-        lease.again = True
+        lease.again.add(changed)
 
         def arrange() -> None:
-            lease.again = False
+            lease.again.discard(changed)
             if lease.state is State.BOUND:
-                self._arrange(lease, void, if_changed=True)
+                self._arrange(lease, void, changed=changed)
 
-        self._poller.later(self.ARRANGE_PAUSE, arrange)
+        self._poller.later(pause, arrange)
 
     def _arrange(
         self, lease: Lease, done: Callable[[Refusal | None], None], *,
-        complete: bool = False, rescan: bool = False, if_changed: bool = False,
+        complete: bool = False, rescan: bool = False, changed: bool = False,
     ) -> None:  # fmt: skip
         def arranged(message: messages.Arranged | None) -> None:
-            self._proceed(lease)
-            if message is None:
-                done(Refusal(Code.TIMEOUT, "the request was not done in time: do its files answer?"))
-                return
-            if message.refusal is None:
+            if message is not None and message.nodes is not None:
                 lease.nodes, lease.table = message.nodes, message.table
                 if message.watch is not None and lease.state is State.BOUND:
                     if lease.watch not in (None, message.watch):
                         self._unwatch(lease)  # the name leads to another node by now
                     lease.watch = message.watch
                     self._watched[message.watch] = lease
-            done(message.refusal)
+            self._proceed(lease)  # the next job builds on that
+            late = Refusal(Code.TIMEOUT, "the request was not done in time: do its files answer?")
+            done(late if message is None else message.refusal)
 
         def start() -> None:
-            table = lease.table if if_changed else None
-            job = messages.Arrange(lease.binding, lease.holder.client, lease.nodes, complete, rescan, table)
+            job = messages.Arrange(
+                lease.binding, lease.holder.client, lease.nodes, complete, rescan, changed, lease.table
+            )
             self._submit(lease, job, arranged)
 
         self._job(lease, start)

@@ -67,8 +67,8 @@ class Arrange(NamedTuple):
     """Bring a lease's nodes in line with the partitions that the kernel has. Fds: the device, and the directory if any.
 
     Without `nodes` it is not known which there are. `complete`: the client still waits for the answer to its attach, so
-    a node that cannot be made is a refusal. `rescan`: have the kernel read the table first; with `table`, what it was
-    at the last look, it does so when that has changed.
+    a node that cannot be made is a refusal. `rescan`: have the kernel read the table first; `changed`: only if that is
+    not what it was at the last look, `table`.
     """
 
     binding: Binding
@@ -76,6 +76,7 @@ class Arrange(NamedTuple):
     nodes: tuple[Node, ...] | None
     complete: bool = False
     rescan: bool = False
+    changed: bool = False
     table: int | None = None
 
 
@@ -149,11 +150,10 @@ class Released(NamedTuple):
 
 
 class Arranged(NamedTuple):
-    """The nodes that are there now, the partitions that the kernel has, and the state of the table and of the watch."""
+    """The nodes that are there now (None: not known), and the state of the watch and of the table."""
 
     refusal: Refusal | None
-    nodes: tuple[Node, ...] = ()
-    partitions: tuple[str, ...] = ()
+    nodes: tuple[Node, ...] | None = None
     watch: int | None = None
     table: int | None = None
     last: bool = True

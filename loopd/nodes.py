@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterable
@@ -42,10 +43,11 @@ class Client(NamedTuple):
 
 
 class Directory(Protocol):
-    """A directory for nodes: `fd` is where they are made, `view` is as the client sees it."""
+    """A directory for nodes: `fd` is where they are made, `view` is as the client sees it; `own`: it is loopd's."""
 
     fd: int
     view: int
+    own: bool
 
     def rights(self) -> contextlib.AbstractContextManager[None]:
         """The rights under which everything in the directory is done."""
@@ -60,6 +62,8 @@ class ClientDirectory:
     Every step is taken with the client's uid and gid, no supplementary groups and CAP_MKNOD alone, so that it reaches
     only what the client could change itself: an fd proves no more than that it could be opened.
     """
+
+    own = False
 
     def __init__(self, fd: int, client: Client) -> None:
         self.fd = self.view = fd
@@ -93,6 +97,8 @@ def access_list(uid: int, owner: int, permissions: int) -> bytes:
 
 class OwnDirectory:
     """A directory of loopd's own that the client can see; `view` is the client's fd of it, which may be read-only."""
+
+    own = True
 
     def __init__(self, fd: int, view: int, uid: int) -> None:
         self.fd = fd
@@ -160,34 +166,40 @@ def displace(directory: Directory, nodes: Iterable[Node]) -> list[Node]:
         return [node for node in nodes if not _remove(directory, node)]
 
 
-def update(directory: Directory, nodes: Iterable[Node], wanted: dict[str, Numbers], *, read_only: bool) -> list[Node]:
-    """Have exactly the nodes of `wanted` in place of `nodes`: one whose numbers changed is replaced."""
-    kept = []
+def prune(directory: Directory, nodes: Iterable[Node], wanted: dict[str, Numbers]) -> list[Node]:
+    """Remove nodes that are not `wanted`, by name and numbers; returns those that are there."""
     with directory.rights():
-        for node in nodes:
-            if wanted.get(node.name) == (node.major, node.minor):
-                kept.append(node)
-            else:
-                _remove(directory, node)
-        there = {node.name for node in kept}
+        return [
+            node for node in nodes if wanted.get(node.name) == (node.major, node.minor) or not _remove(directory, node)
+        ]
+
+
+def add(directory: Directory, wanted: dict[str, Numbers], *, read_only: bool) -> list[Node]:
+    """Make nodes, as far as that is possible: a name that the client took meanwhile stays the client's."""
+    made = []
+    with directory.rights():
         for name, numbers in wanted.items():
-            if name not in there:
-                # A name that the client took meanwhile stays the client's.
-                with contextlib.suppress(Refusal, OSError):
-                    kept.append(_make(directory, name, numbers))
-                    directory.finish(name, read_only=read_only)
-    return kept
+            with contextlib.suppress(Refusal, OSError):
+                made.append(_make(directory, name, numbers))
+                directory.finish(name, read_only=read_only)
+    return made
 
 
-def find(directory: Directory, names: dict[str, Numbers]) -> list[Node]:
-    """The nodes among `names` that are in the directory: what a daemon that died may have made there."""
+def find(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> list[Node]:
+    """The nodes of a device that a daemon that died may have left in the directory.
+
+    In one of loopd's own whatever bears such a name, also of a partition that has gone meanwhile; in a client's, where
+    that may be the client's own, the `wanted` ones.
+    """
     found = []
     with directory.rights():
-        for name, (major, minor) in names.items():
+        for name in os.listdir(directory.fd) if directory.own else wanted:
+            if name != devname and not re.fullmatch(rf"{devname}p\d+", name):
+                continue
             with contextlib.suppress(OSError):
                 status = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
-                node = Node(name, major, minor, status.st_ino)
-                if _is(status, node):
+                node = Node(name, os.major(status.st_rdev), os.minor(status.st_rdev), status.st_ino)
+                if stat.S_ISBLK(status.st_mode) and (directory.own or wanted[name] == (node.major, node.minor)):
                     found.append(node)
     return found
 

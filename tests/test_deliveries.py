@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -382,6 +383,150 @@ def test_a_partition_does_not_outlive_the_binding(world: World, deliver: Literal
     eventually(lambda: not bound_to(world.work), "the file is free")
 
 
+def held(world: World, path: str, partition: int = 1) -> Child:
+    """A process of the user's that pins the node of a partition, tries to keep it, and opens it when it is told to."""
+
+    def body(tell: Callable[[Any], None]) -> None:
+        own_user_namespace()
+        node = f"{path}p{partition}"
+        pinned = os.open(node, os.O_PATH)
+        link = f"{path}kept"
+        kept = [
+            errno_of(lambda: os.link(node, link)),
+            errno_of(lambda: os.rename(node, link)),
+            errno_of(lambda: os.chmod(node, 0o666)),
+        ]
+        tell([reopened(pinned), kept])
+        signal.sigwait([signal.SIGUSR1])
+        tell([reopened(pinned), errno_of(lambda: os.chmod(f"/proc/self/fd/{pinned}", 0o666))])
+        signal.pause()
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        return world.client(body)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+
+
+def number_of(devname: str, partition: int = 1) -> str:
+    return Path(f"/sys/block/{devname}/{devname}p{partition}/dev").read_text().strip()
+
+
+def test_a_kept_partition_node_never_reads_what_is_anothers(world: World) -> None:
+    """The kernel gives the number of a partition that is gone to the next one, of whatever disk."""
+    paths = [
+        world.ctl(
+            "attach", "-P", world.image(f"{uid}.img"), uid=uid, LOOPD_DIRECTORY=str(world.grant("build", uid))
+        ).stdout.rstrip("\n")
+        for uid in (UID, OTHER)
+    ]
+    names = [os.path.basename(path) for path in paths]
+    with Loop(int(names[0][4:])) as one, Loop(int(names[1][4:])) as two:
+        one.add_partition(1, MIB, MIB)
+        eventually(Path(f"{paths[0]}p1").exists, "the node is there")
+        number = number_of(names[0])
+        with held(world, paths[0]) as child:
+            before, kept = child.hear()
+            assert before == ""
+            assert "" not in kept
+            one.delete_partition(1)
+            eventually(lambda: not Path(f"{paths[0]}p1").exists(), "the node is gone", 1)
+
+            def again() -> bool:
+                two.add_partition(1, MIB, MIB)
+                if number_of(names[1]) != number:
+                    two.delete_partition(1)  # others on this machine take numbers, too
+                    return False
+                return True
+
+            eventually(again, "the number is another's")
+            os.kill(child.pid, signal.SIGUSR1)
+            assert child.hear() == [DENIED, NOT_PERMITTED]
+    for path, uid in zip(paths, (UID, OTHER), strict=True):
+        world.ctl("detach", path, uid=uid)
+
+
+def test_a_node_whose_partition_has_another_number_is_replaced(world: World) -> None:
+    """loopd sees only what has become of it: it stands still meanwhile."""
+    grant, image = world.grant("build", 0), world.image()
+    with loopd.attach(image, grant, partscan=True, socket=world.daemon.path) as device:
+        node = Path(f"{device.path}p1")
+        with Loop(int(device.devname[4:])) as loop:
+            loop.add_partition(1, MIB, MIB)
+            eventually(node.exists, "the node is there")
+            number, inode = number_of(device.devname), node.stat().st_ino
+            family = world.daemon.family()
+            for pid in family:
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                loop.delete_partition(1)
+                loop.add_partition(1, MIB, MIB)  # at once: the old number is not free yet
+            finally:
+                for pid in family:
+                    os.kill(pid, signal.SIGCONT)
+            now = number_of(device.devname)
+            assert now != number
+            eventually(lambda: node.exists() and node.stat().st_ino != inode, "the node is another one", 1)
+            assert node.stat().st_rdev == os.makedev(*map(int, now.split(":")))
+            loop.delete_partition(1)
+
+
+def test_in_a_directory_of_the_clients_a_kept_node_is_closed(world: World) -> None:
+    """Whoever has another way to it; its owner can open it again, which docs/security.md says."""
+    own, image = world.work / "dev", world.image()
+    own.mkdir()
+    os.chown(own, UID, UID)
+    path = world.ctl("attach", "-P", "-d", own, image, uid=UID).stdout.rstrip("\n")
+    with Loop(int(os.path.basename(path)[4:])) as loop:
+        loop.add_partition(1, MIB, MIB)
+        node, kept = Path(f"{path}p1"), own / "kept"
+        eventually(node.exists, "the node is there")
+        kept.hardlink_to(node)
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+        loop.delete_partition(1)
+        eventually(lambda: not node.exists(), "the node is gone", 1)
+        assert stat.S_IMODE(kept.stat().st_mode) == 0
+        assert DENIED in world.run([*as_user(UID), "dd", f"if={kept}", "of=/dev/null"], check=False).stderr
+    world.ctl("detach", path, uid=UID)
+
+
+def test_a_table_that_is_written_while_a_partition_is_in_use_is_read_later(world: World) -> None:
+    """The kernel reads none then: it is tried once more at the next close of the node."""
+    grant, image = world.grant("build", 0), world.image()
+    with loopd.attach(image, grant, partscan=True, socket=world.daemon.path) as device:
+        node = Path(f"{device.path}p1")
+        with Loop(int(device.devname[4:])) as loop:
+            loop.add_partition(1, MIB, MIB)
+            eventually(node.exists, "the node is there")
+            with node.open("rb"):
+                Path(device.path).write_bytes(b"another table".ljust(512))
+                time.sleep(0.5)
+                assert loop.partitions() == [1]
+                with pytest.raises(loopd.Busy, match="a partition is in use"):
+                    device.rescan()
+                assert node.is_block_device()
+            os.close(os.open(device.path, os.O_RDWR))
+            eventually(lambda: not node.exists() and not loop.partitions(), "the table is read", 1)
+            assert device.rescan() == ()
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_an_fd_has_the_access_of_the_lease(world: World, read_only: bool) -> None:
+    image = world.image()
+    image.write_bytes(b"what was there".ljust(MIB))
+
+    def body(tell: Callable[[Any], None]) -> None:
+        with loopd.attach(image, deliver=["fd"], read_only=read_only) as device:
+            written = errno_of(lambda: os.pwrite(device.fd, b"by the client", 0))
+            os.fsync(device.fd)
+            tell([os.pread(device.fd, 14, 0).decode(), written, errno_of(lambda: os.open(device.path, os.O_RDWR))])
+
+    with world.client(body) as child:
+        content, written, again = child.hear()
+    assert (content, written) == (("what was there", "Bad file descriptor") if read_only else ("by the cliente", ""))
+    assert again == DENIED  # the node that it leads to is loopd's own
+
+
 # Size, direct I/O, sectors ----------------------------------------------------------------------------------
 
 
@@ -611,6 +756,17 @@ def test_a_user_without_privilege_makes_an_image_with_two_file_systems(world: Wo
 
 
 # The choice -------------------------------------------------------------------------------------------------
+
+
+def test_the_directory_is_taken_before_the_containers_own_dev(world: World) -> None:
+    """Of a container of root's with a /dev of its own, in which a node works."""
+    image, grant = world.image(), str(world.grant("build", 0))
+    enter = ["unshare", "--mount", "--propagation", "private", "sh", "-ec"]
+    own = "mount -t tmpfs none /dev; device=$(loopctl attach $0)"
+    command = [*enter, f"{own}; echo $device; echo found 1<>$device; loopctl detach $device", str(image)]
+    assert re.fullmatch(r"/dev/loop\d+\n", world.run(command).stdout)
+    assert world.run(command, LOOPD_DIRECTORY=grant).stdout.startswith(f"{grant}/loop")
+    assert image.read_bytes().startswith(b"found")
 
 
 def test_where_nothing_works_each_way_is_explained(world: World) -> None:

@@ -9,6 +9,8 @@ import os
 import random
 import signal
 import socket
+import stat
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -203,6 +205,40 @@ def test_left_over_partitions_go_with_the_device(
             assert not exists(f"{lease.name}/{lease.name}p1")
     gone(devices, tmp_path)
     kept.end()
+
+
+def test_partition_nodes_of_a_grant_are_those_of_now(
+    start_kept: Callable[..., Kept], image: int, tmp_path: Path
+) -> None:
+    """Partitions went, and came with another number, while there was no daemon."""
+    grants = tmp_path / "grants"
+    grants.mkdir()
+    with contextlib.ExitStack() as stack:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "loopd-test", grants], check=True)
+        stack.callback(lambda: subprocess.run(["umount", "--lazy", grants], check=True))
+        kept = start_kept("--grant-directory", str(grants))
+        directory = os.open(kept.ask(wire.Directory("build", 0), []).fields["path"], os.O_RDONLY)
+        stack.callback(os.close, directory)
+        with hold(kept, "reply", image, directory, partscan=True) as lease, Loop(int(lease.name[4:])) as device:
+            one, two = (grants / "0-build" / f"{lease.name}p{number}" for number in (1, 2))
+            for number in (1, 2):
+                device.add_partition(number, 65536 * number, 65536)
+            eventually(lambda: one.exists() and two.exists(), "their nodes are there")
+            pinned = [os.open(path, os.O_PATH) for path in (one, two)]
+            for fd in pinned:
+                stack.callback(os.close, fd)
+            with kept.outage():
+                for number in (1, 2):
+                    device.delete_partition(number)
+                device.add_partition(2, 65536, 65536)  # at once: the old number is not free yet
+            eventually(lambda: not one.exists() and two.exists(), "they are in line", 10)
+            assert two.stat().st_ino != os.fstat(pinned[1]).st_ino
+            now = Path(f"/sys/block/{lease.name}/{two.name}/dev").read_text()
+            assert two.stat().st_rdev == os.makedev(*map(int, now.split(":")))
+            assert [stat.S_IMODE(os.fstat(fd).st_mode) for fd in pinned] == [0, 0]
+            device.delete_partition(2)
+        eventually(lambda: not list((grants / "0-build").iterdir()), "nothing is left")
+        kept.end()
 
 
 # An attach that was under way: the record is there, and its client still waits -------------------------------------
