@@ -554,6 +554,8 @@ def _choices(directory: StrPath | int | None, stack: ExitStack) -> Iterator[_Way
     if grant is not None:
         found = layers.obstacle(grant[0], own=False)
         yield _Way(("node",), *grant) if found is None else _inaccessible(grant[1], found)
+    elif directory is None and os.path.isdir(directory_grant()):
+        yield _inaccessible(directory_grant(), layers.not_this_users())
     fd, path = _opened_directory("/dev" if directory is None else directory, stack)
     kernel = layers.is_devtmpfs(fd)
     way = _Way(("fd",) if kernel else ("node",), fd, path, kernel)

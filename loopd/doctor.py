@@ -111,6 +111,9 @@ def _directory(place: _Place) -> Finding:
         return Finding(
             "WARN", "directory", f"{GRANTS} is no mount: there is no directory for containers", remedy
         )
+    if os.path.isdir(client.directory_grant()) and place.path != client.directory_grant():
+        found = layers.not_this_users()
+        return Finding("FAIL", "directory", f"{client.directory_grant()}: {found.reason}", found.hint)
     return Finding("WARN", "directory", f"{client.directory_grant()} is no directory of loopd's", layers.BIND)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ MOVE_MOUNT_F_EMPTY_PATH = 0x4
 AT_FDCWD = -100
 MNT_DETACH = 2
 NS_GET_USERNS = 0xB701  # ioctl_ns(2); Linux 4.9
+ACL_USER = 0x02  # of <linux/posix_acl_xattr.h>
 
 BIND = (
     "on the host, bind a directory of loopd's into the container: "
@@ -162,6 +164,16 @@ def not_the_hosts(dir_fd: int) -> Obstacle | None:
     )
 
 
+def not_this_users() -> Obstacle:
+    """Why a directory of loopd's that is bound in cannot be opened."""
+    return Obstacle(
+        "permission",
+        f"it is not for uid {os.geteuid()}",
+        "`loopctl directory NAME` makes one for who calls it: without sudo, as the user who starts the container; "
+        "for another uid of the host by setpriv --reuid",
+    )
+
+
 def unopened(dir_fd: int, name: str, device: tuple[int, int], read_only: bool, error: int) -> Obstacle:
     """Which layer made open(2) of a node fail, by its errno (fs/namei.c, security/device_cgroup.c)."""
     if error == errno.EPERM:
@@ -174,13 +186,14 @@ def unopened(dir_fd: int, name: str, device: tuple[int, int], read_only: bool, e
     known = obstacle(dir_fd, own=False)
     if known is not None:
         return known
-    # access(2) asks for mode, ACL and the LSM's hook on the inode, not for what a mount allows.
-    if os.access(name, os.R_OK if read_only else os.R_OK | os.W_OK, dir_fd=dir_fd, effective_ids=True):
-        if foreign_user_namespace():
-            return USER_NAMESPACE
-    else:
-        node = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        if node.st_uid != os.geteuid():
+    node = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    # An access list is loopd's, in a directory of its own on the host: neither its mount nor its mode is the reason.
+    if not _listed(dir_fd, name):
+        # access(2) asks for mode, ACL and the LSM's hook on the inode, not for what a mount allows.
+        if os.access(name, os.R_OK if read_only else os.R_OK | os.W_OK, dir_fd=dir_fd, effective_ids=True):
+            if foreign_user_namespace():
+                return USER_NAMESPACE
+        elif node.st_uid != os.geteuid():
             return Obstacle(
                 "permission",
                 f"it is uid {node.st_uid}'s, mode {stat.S_IMODE(node.st_mode):04o}, not uid {os.geteuid()}'s",
@@ -191,6 +204,15 @@ def unopened(dir_fd: int, name: str, device: tuple[int, int], read_only: bool, e
         "a security module, SELinux or AppArmor, denies it",
         "its audit log on the host tells why; for SELinux: podman run --security-opt label=disable",
     )
+
+
+def _listed(dir_fd: int, name: str) -> bool:
+    """Whether the access list of a node (acl(5)) names this user: only loopd makes one, and never without access."""
+    with suppress(OSError, ValueError, struct.error):
+        value = os.getxattr(f"/proc/self/fd/{dir_fd}/{name}", "system.posix_acl_access", follow_symlinks=False)
+        # Behind the version, entries of tag, permissions and id, as this user namespace has it.
+        return any(tag == ACL_USER and uid == os.geteuid() for tag, _, uid in struct.iter_unpack("<HHI", value[4:]))
+    return False
 
 
 # A mount ----------------------------------------------------------------------------------------------------

@@ -67,6 +67,18 @@ def own_user_namespace() -> None:
     Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
 
 
+LANDLOCK = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+handled = (ctypes.c_uint64 * 1)(1 << 1)  # LANDLOCK_ACCESS_FS_WRITE_FILE, and no rule that allows it anywhere
+ruleset = libc.syscall(444, handled, ctypes.c_size_t(8), ctypes.c_uint(0))
+assert ruleset >= 0, os.strerror(ctypes.get_errno())
+assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert libc.syscall(446, ruleset, ctypes.c_uint(0)) == 0, os.strerror(ctypes.get_errno())
+"""
+"""Code after which a security module (Landlock, Linux 5.13) lets the process open no file for writing."""
+
+
 class Child:
     """A forked process that runs `body(tell)`: each `tell(value)` is a `hear()` here. It has no fds but `keep`.
 

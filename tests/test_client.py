@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import pytest
+from processes import LANDLOCK
 from scripted import Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_left, released
 
 import loopd
@@ -572,6 +573,12 @@ def test_a_device_cgroup_is_named(loop: Loop) -> None:
         cgroup.rmdir()
     assert layer == "device cgroup"
     assert "--device-cgroup-rule 'b 7:* rw'" in text
+
+
+def test_a_security_module_is_named(loop: Loop) -> None:
+    layer, _, text = refusing_layer(loop, LANDLOCK).partition(" | ")
+    assert layer == "lsm"
+    assert "audit log" in text
 
 
 # Errors -----------------------------------------------------------------------------------------------------

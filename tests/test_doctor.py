@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import require
-from test_deliveries import BWRAP, MIB, UID, UNSHARED, World, as_user, is_devtmpfs, world
+from processes import LANDLOCK
+from test_deliveries import BWRAP, MIB, PYTHON, UID, UNSHARED, World, as_user, is_devtmpfs, world
 
 from loopd import layers
 
@@ -105,6 +106,19 @@ def test_a_directory_that_is_missing(world: World) -> None:
     assert layers.BIND in report["directory"][1]
 
 
+def test_a_directory_of_another_user(world: World) -> None:
+    """As root has made it, for example, for a container that is not root's."""
+    require(shutil.which("bwrap"), "needs bwrap (package bubblewrap)")
+    wrapper = [*BWRAP, "--dev-bind", str(world.grant("build", 0)), "/dev/loopd"]
+    report = examined(world, *wrapper)
+    assert {"directory", "device"} <= set(report.failed)
+    assert f"not for uid {UID}" in report["directory"][1]
+    assert "without sudo" in report["directory"][1]
+    image = world.image(size=MIB)
+    done = world.run([*as_user(UID), *wrapper, "loopctl", "attach", str(image)], check=False)
+    assert f"loopctl: /dev/loopd: it is not for uid {UID}; " in done.stderr
+
+
 def test_a_directory_that_can_be_written(world: World) -> None:
     """Bound in without :ro, where root of the container is the host's."""
     report = examined(world, uid=0, LOOPD_DIRECTORY=str(world.grant("build", 0)))
@@ -154,6 +168,18 @@ def test_a_device_cgroup_that_denies_loop_devices(world: World, denied: Path) ->
     assert {"device cgroup", "device"} == set(report.failed)
     assert "--device-cgroup-rule 'b 7:* rw'" in report["device cgroup"][1]
     assert report["lsm"][0] == "WARN"
+
+
+LOCKED = [PYTHON, "-c", f"{LANDLOCK}\nimport sys\nos.execvp(sys.argv[1], sys.argv[1:])"]
+
+
+@pytest.mark.parametrize("enter", [[], UNSHARED], ids=["a user", "a user namespace"])
+def test_a_security_module_that_denies_the_node(world: World, enter: list[str]) -> None:
+    """In a directory of loopd's, whose access list tells that permissions are not the reason."""
+    report = examined(world, *enter, *LOCKED, LOOPD_DIRECTORY=str(world.grant("build")))
+    assert {"lsm", "device"} == set(report.failed)
+    assert "label=disable" in report["lsm"][1]
+    assert report["device cgroup"][0] == "WARN"
 
 
 def test_a_container_that_may_make_nodes(world: World) -> None:
