@@ -122,6 +122,17 @@ def name(device: str) -> str:
     return device.rpartition("/")[2]
 
 
+def findings(told: str) -> dict[str, tuple[str, str]]:
+    """What `loopctl doctor` said: level and text of each layer."""
+    found = {}
+    for line in told.splitlines():
+        level, _, rest = line.partition(" ")
+        layer, _, text = rest.strip().partition(": ")
+        assert level in ("OK", "WARN", "FAIL"), line
+        found[layer] = (level, text)
+    return found
+
+
 class Journal:
     """The journal from now on."""
 
