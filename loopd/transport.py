@@ -43,7 +43,11 @@ PIDFDS = _knows_pidfds()
 """Whether the kernel passes a pidfd of the sender along; else the time of arrival tells that a pid was reused."""
 
 _CREDENTIALS_ONLY = socket.CMSG_SPACE(_UCRED.size) + (0 if PIDFDS else socket.CMSG_SPACE(_TIMESPEC.size))
-_EVERYTHING = _CREDENTIALS_ONLY + socket.CMSG_SPACE(4 * wire.MAX_FDS) + socket.CMSG_SPACE(4)
+SCM_MAX_FD = 253
+"""The most that the kernel lets one datagram have."""
+# What found no room the kernel would release before recvmsg(2) returns, and a release may wait (SO_LINGER): the whole
+# queue would wait with it.
+_EVERYTHING = _CREDENTIALS_ONLY + socket.CMSG_SPACE(4 * SCM_MAX_FD) + socket.CMSG_SPACE(4)
 
 
 class Sender(NamedTuple):
@@ -175,9 +179,7 @@ def _received(control: list[tuple[int, int, bytes]]) -> tuple[list[int], list[in
 
 
 def take(listener: socket.socket) -> Packet | None:
-    """The head of the queue with its fds, None when the queue is empty. Fds beyond wire.MAX_FDS are the kernel's to
-    drop.
-    """
+    """The head of the queue with all of its fds, None when the queue is empty."""
     try:
         payload, control, flags, address = listener.recvmsg(
             wire.MAX_REQUEST + 1, _EVERYTHING, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC

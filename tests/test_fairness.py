@@ -179,13 +179,16 @@ def test_one_that_hangs_fuse_files(
     recorded(daemon, 3 * ROUNDS)
 
 
-def test_many_that_hang_after_their_answer(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
-    """No privilege and no FUSE is needed: a TCP socket whose close lingers will do."""
+@pytest.mark.parametrize("before", [0, 250], ids=["few fds", "more fds than are allowed"])
+def test_many_that_hang_after_their_answer(
+    daemon: Daemon, other: tuple[Callable[[], None], str], before: int
+) -> None:
+    """No privilege and no FUSE is needed: a TCP socket whose close lingers will do. Nobody waits behind them."""
     enter, _ = other
     honest(daemon, 1)
 
     def hang(tell: Callable[[Any], None]) -> None:
-        with hanging(daemon, 72):
+        with hanging(daemon, 8 if before else 72, before):
             tell("sent")
             time.sleep(60)
 

@@ -562,8 +562,11 @@ def lingering(seconds: int) -> tuple[socket.socket, socket.socket]:
 
 
 @contextlib.contextmanager
-def hanging(daemon: Daemon, count: int) -> Iterator[None]:
-    """Send requests that are answered, and whose helpers then hang when they close what came along."""
+def hanging(daemon: Daemon, count: int, before: int = 0) -> Iterator[None]:
+    """Send requests that are answered, and whose helpers then hang when they close what came along.
+
+    `before`: so many other fds are before that.
+    """
     with contextlib.ExitStack() as stack:
         for _ in range(0, count, 8):
             asked = []
@@ -574,7 +577,8 @@ def hanging(daemon: Daemon, count: int) -> Iterator[None]:
                     stack.enter_context(peer)
                     ours, theirs = pair()
                     with theirs, slow:
-                        send(daemon.path, b'{"op": "hello", "reply_fd": 0}', [theirs.fileno(), slow.fileno()]).close()
+                        fds = [theirs.fileno()] * (before + 1) + [slow.fileno()]
+                        send(daemon.path, b'{"op": "hello", "reply_fd": 0}', fds).close()
                     asked.append(ours)
             finally:
                 os.kill(daemon.pid, signal.SIGCONT)
