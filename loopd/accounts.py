@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 _UNIT = re.compile(r".\.(?:service|scope|socket|mount|swap|timer|path|target|device|automount)$")
@@ -87,8 +89,8 @@ class Account:
     """What one account has in use. Changed by the main process alone."""
 
     __slots__ = (
-        "attaching", "bytes", "devices", "ended", "flights", "helpers", "name", "refusals", "refused_at", "shed",
-        "spent", "spent_at", "stuck",
+        "attaching", "bytes", "devices", "ended", "flights", "helpers", "jobs", "name", "queue", "refusals",
+        "refused_at", "shed", "spent", "spent_at", "stuck",
     )  # fmt: skip
 
     SLOW = 1.0
@@ -104,6 +106,8 @@ class Account:
         self.devices = 0
         self.flights: set[object] = set()
         self.helpers: dict[object, float] = {}
+        self.jobs = 0
+        self.queue: deque[Callable[[], None]] = deque()
         self.refusals = 0
         self.refused_at = 0.0
         self.stuck = 0
@@ -138,7 +142,7 @@ class Account:
     @property
     def in_use(self) -> bool:
         """Whether anything is charged to it now."""
-        return bool(self.devices or self.flights or self.stuck or self.shed)
+        return bool(self.devices or self.flights or self.stuck or self.shed or self.jobs)
 
     def _recover(self, per_minute: float) -> None:
         now = time.monotonic()

@@ -349,6 +349,10 @@ def let_go(loop: Loop) -> None:
     """
     with contextlib.suppress(OSError):  # EIO: the file's disk failed, which its writer has been told
         os.fsync(loop.fd)
+    _unbind_at_last_close(loop)
+
+
+def _unbind_at_last_close(loop: Loop) -> None:
     delete_partitions(loop)
     with contextlib.suppress(OSError):  # ENXIO: unbound already
         if not loop.get_status().autoclear:
@@ -359,7 +363,7 @@ def nudge(access: Access, binding: Binding) -> None:
     """Once more have a device unbound that somebody kept open, in case he cleared the flag before he closed it."""
     with contextlib.suppress(OSError, UnexpectedDevice), access.opened(binding.number) as (loop, _):
         if loop.diskseq() == binding.diskseq:
-            let_go(loop)
+            _unbind_at_last_close(loop)
 
 
 # Partitions -------------------------------------------------------------------------------------------------------

@@ -103,6 +103,14 @@ class Helper:
             # The main process is gone. What is booked is its successor's already: nothing is undone here.
             os._exit(0)
 
+    def _receive(self) -> Any:
+        """The main process's word on what was said last."""
+        payload, fds = transport.receive(self._channel, messages.MAX_MESSAGE, 0)
+        fds.close()
+        if not payload:
+            os._exit(0)  # the main process is gone
+        return messages.unpack(payload)
+
     # Take: the sockets ------------------------------------------------------------------------------------------------
 
     def _take(self, job: Take, own: FdSet) -> bool:
@@ -278,11 +286,7 @@ class Helper:
             number = next(numbers, None)
             if number is None:
                 self._send(NumberPlease())
-                payload, fds = transport.receive(self._channel, messages.MAX_MESSAGE, 0)
-                fds.close()
-                if not payload:
-                    os._exit(0)  # the main process is gone
-                answer = messages.unpack(payload)
+                answer = self._receive()
                 if answer.refusal is not None:
                     raise answer.refusal
                 number = answer.number
@@ -302,9 +306,9 @@ class Helper:
                 self._tools.grants.unmake(job.grant)
         with Loop.from_fd(fds.steal(0)) as loop:
             devices.let_go(loop)
-        fds.close()
-        self._send(Released(tuple(left)))
-        return True
+            self._send(Released(tuple(left)))
+            self._receive()  # Closed
+        return False
 
     def _arrange(self, job: Arrange, fds: FdSet) -> bool:
         try:

@@ -28,29 +28,44 @@ from .wire import Code, Refusal
 
 
 class LeaseTask:
-    """A helper's job on a lease; a `pool.Task`. `done` is called once, with the answer or None."""
+    """A helper's job on a lease; a `pool.Task`. Each is called once: `done` with the answer or None, `after` when no
+    more is to be waited for, `landed` when the helper has no fd of the lease any more.
+    """
 
-    def __init__(self, done: Callable[[Any], None], again: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, done: Callable[[Any], None], again: Callable[[], None] | None, stuck: Callable[[], None],
+        after: Callable[[], None], landed: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._done: Callable[[Any], None] | None = done
         self._again = again
+        self._stuck = stuck
+        self._after = after
+        self._landed = landed
 
     def message(self, worker: Worker, message: Any, fds: FdSet) -> None:
         self._finish(message)
+        if isinstance(message, messages.Released):
+            worker.send(messages.Closed())
 
     def ready(self) -> None:
-        pass
+        self._finish(None)
+        self._after()
+        self._landed()
 
     def ended(self) -> None:
         if self._done is not None and self._again is not None:
             self._again()  # killed, most likely for its memory: another one does it
+            self._landed()
         else:
-            self._finish(None)
+            self.ready()
 
     def timed_out(self) -> None:
+        self._stuck()
         self._finish(None)
+        self._after()
 
     def reaped(self) -> None:
-        pass
+        self._landed()
 
     def _finish(self, message: Any) -> None:
         done, self._done = self._done, None
@@ -65,6 +80,10 @@ class Lifecycle:
     """Seconds between looks at devices that others keep open, in case a uevent was missed."""
     FOREIGN_CHECK = 1.0
     """Seconds after which a device that was bound must be a lease's."""
+    MOST_JOBS = 8
+    """Helpers at once that are busy with the leases of one account, or hang in them: a client can keep its own
+    directory, and its own file, locked for as long as it likes.
+    """
     ARRANGE_PAUSE = 0.05
     """Seconds after a look at a partition table before the next one: closing the node is free for the client."""
 
@@ -283,10 +302,32 @@ class Lifecycle:
         if lease.working:
             lease.jobs.popleft()()
 
-    def _submit(self, lease: Lease, job: messages.Job, done: Callable[[Any], None], tries: int = 2) -> None:
-        fds = [fd for fd in (lease.device, lease.directory) if fd is not None]
-        again = (lambda: self._submit(lease, job, done, tries - 1)) if tries > 1 else None
-        self._pool.submit(LeaseTask(done, again), job, fds, self.policy.request_timeout)
+    def _submit(
+        self, lease: Lease, job: messages.Job, done: Callable[[Any], None], after: Callable[[], None] = lambda: None,
+        ended: Callable[[], None] = lambda: None, tries: int = 2,
+    ) -> None:  # fmt: skip
+        account = lease.account
+
+        def stuck() -> None:
+            text = "has a helper process that hangs in its directory or file, and was written off"
+            self.record(Event.STUCK, lease, text, code=Code.TIMEOUT.value)
+
+        def landed() -> None:
+            ended()
+            account.jobs -= 1
+            if account.queue:
+                account.queue.popleft()()
+
+        def start() -> None:
+            account.jobs += 1
+            fds = [fd for fd in (lease.device, lease.directory) if fd is not None]
+            again = (lambda: self._submit(lease, job, done, after, ended, tries - 1)) if tries > 1 else None
+            self._pool.submit(LeaseTask(done, again, stuck, after, landed), job, fds, self.policy.request_timeout)
+
+        if account.jobs < self.MOST_JOBS:
+            start()
+        else:
+            account.queue.append(start)
 
     # The end ----------------------------------------------------------------------------------------------------------
 
@@ -305,14 +346,13 @@ class Lifecycle:
             self._close(lease)
 
         def start() -> None:
-            self._submit(
-                lease, messages.Release(lease.binding, lease.holder.client, lease.nodes, lease.holder.grant), released
-            )
+            job = messages.Release(lease.binding, lease.holder.client, lease.nodes, lease.holder.grant)
+            self._submit(lease, job, released, lambda: self._after_close(lease))
 
         self._job(lease, start)
 
     def _close(self, lease: Lease) -> None:
-        """Nodes and partitions are gone; loopd's own fds go now, and the kernel unbinds at the last close."""
+        """Nodes and partitions are gone; loopd's own fds go now. The last one is the helper's."""
         after = self._slots.take() if lease.slot is not None else None
         if after is not None:
             # Written before the device's fds go: at no moment is the binding in no record.
@@ -321,8 +361,7 @@ class Lifecycle:
         if lease.slot is not None:
             self._slots.give_back(lease.slot)
         lease.slot = after
-        lease.state = State.HELD
-        self._after_close(lease)
+        lease.state, lease.working = State.HELD, False
 
     def _after_close(self, lease: Lease) -> None:
         if not devices.still_bound(lease.binding):
@@ -388,9 +427,16 @@ class Lifecycle:
         self._numbers.retry()
         for devname, lease in list(self._held.items()):
             self.on_disk(devname)
-            if lease.state is State.HELD:
-                self._pool.submit(LeaseTask(void), messages.Nudge(lease.binding), [], self.policy.request_timeout)
+            if lease.state is State.HELD and not lease.working:
+                self._nudge(lease)
         self.look_after()
+
+    def _nudge(self, lease: Lease) -> None:
+        def ended() -> None:
+            lease.working = False
+
+        lease.working = True
+        self._submit(lease, messages.Nudge(lease.binding), void, ended=ended)
 
     def on_number(self) -> None:
         """The process that makes and removes numbers has answered; EOFError when it has ended instead."""

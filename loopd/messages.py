@@ -93,6 +93,10 @@ class Nudge(NamedTuple):
     binding: Binding
 
 
+class Closed(NamedTuple):
+    """Word to a helper that has said Released: the main process has closed its own fds of the device."""
+
+
 class UseNumber(NamedTuple):
     """Answer to NumberPlease, or why there is none."""
 
@@ -143,10 +147,12 @@ class Done(NamedTuple):
 
 
 class Released(NamedTuple):
-    """A lease's nodes are gone but for `left`, and the kernel unbinds the device at the last close."""
+    """A lease's nodes are gone but for `left`. The helper has the device open until it hears `Closed`: the last close
+    writes back what there is, which may wait for a file that its owner keeps locked, and so must not be the main
+    process's.
+    """
 
     left: tuple[Node, ...]
-    last: bool = True
 
 
 class Arranged(NamedTuple):

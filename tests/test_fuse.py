@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
+import mmap
 import os
 import signal
 import socket
@@ -12,11 +14,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Daemon, bound_to, eventually, require
-from fuse_never import Never
-from untouched import Untouched, cgroup, concurrently, elsewhere, helpers, honest, leases, pair, reply_of, send, state
+from conftest import Daemon, ask, bound_to, eventually, require
+from fuse_never import SIZE, Never
+from processes import Child, injected, stays
+from untouched import (
+    Untouched,
+    cgroup,
+    children,
+    concurrently,
+    elsewhere,
+    helpers,
+    honest,
+    leases,
+    pair,
+    reply_of,
+    send,
+    state,
+)
 
 from loopd import wire
+from loopd.lifecycle import Lifecycle
 
 WRITTEN_OFF = 2.0
 """Seconds after which the daemons here write a helper off."""
@@ -24,6 +41,8 @@ HANGING = 6
 """Requests of one account that hang."""
 SERVED = 1.0
 """Seconds in which an honest client has its reply, whatever hangs."""
+LEASES = 24
+ALL = b'{"fd": 0, "dir_fd": 1, "reply_fd": 2}'
 
 
 @pytest.fixture
@@ -253,3 +272,109 @@ def test_kill_during_the_hang(
     assert successor.ask(wire.Detach(fields["devname"], 0), []).fields == {"state": "released"}
     never.end()
     eventually(lambda: not any(state(pid) for pid in hanging), "the helpers of the dead daemon are gone")
+
+
+# Locks that a client holds: while the kernel copies from memory, or to it, that a FUSE server has to bring ------------
+
+
+@contextlib.contextmanager
+def _locking(never: Never, hold: Callable[[mmap.mmap], object]) -> Iterator[Child]:
+    """A process that, told nothing more once the file system is mute, waits in `hold` for memory that never comes.
+
+    Its end waits for the file system's.
+    """
+    path = never._mountpoint / "file"
+    go = os.pipe()
+
+    def body(tell: Callable[[object], None]) -> None:
+        file = os.open(path, os.O_RDWR)
+        os.fstat(file)  # from now on the size is known
+        memory = mmap.mmap(file, SIZE)
+        tell("ready")
+        os.read(go[0], 1)
+        hold(memory)
+        tell("not held")
+
+    try:
+        with Child(body, keep=[go[0]]) as child:
+            child.hear()
+            never.mute()
+            os.write(go[1], b"x")
+            eventually(lambda: _waits_for_fuse(child.pid), "the lock is held")
+            try:
+                yield child
+            finally:
+                never.end()
+    finally:
+        for fd in go:
+            os.close(fd)
+
+
+def _waits_for_fuse(pid: int) -> bool:
+    return "fuse" in Path(f"/proc/{pid}/stack").read_text()
+
+
+def test_directories_that_their_owner_keeps_locked(
+    quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
+) -> None:
+    """The nodes of its leases cannot be removed: it has a few helpers wait, however many they are, and no more."""
+    daemon = quick()
+    before = Untouched(daemon)
+    account = f"loopd-test-{os.getpid()}"
+    with cgroup(account) as enter:
+        require(enter, "needs a cgroup hierarchy to make a second account in")
+        assert enter is not None
+        path = daemon.path
+
+        def attach(tell: Callable[[object], None]) -> None:
+            enter()
+            kept = [ask(path, ALL, [image, directory]) for _ in range(LEASES)]
+            tell([reply.code for reply in kept])
+            time.sleep(60)
+
+        def list_it(memory: mmap.mmap) -> None:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            listed = os.open(devices, os.O_RDONLY)
+            ctypes.CDLL(None).getdents64(listed, ctypes.c_void_p(address), ctypes.c_size_t(SIZE))
+
+        with Child(attach, keep=[image, directory]) as client:
+            assert client.hear() == [None] * LEASES
+            with _locking(never, list_it):
+                client.kill()
+                for _ in range(3):
+                    _served(daemon)
+                records = eventually(lambda: daemon.records("stuck"), "they are written off", WRITTEN_OFF + 3)
+                assert {record["LOOPD_ACCOUNT"] for record in records} == {f"/{account}"}
+                _served(daemon)
+                hanging = [pid for pid in children(daemon.pid) if state(pid) == "D"]
+                assert 0 < len(hanging) <= Lifecycle.MOST_JOBS
+                assert len(bound_to(tmp_path)) == LEASES, "until the device is really gone it stays charged"
+        eventually(lambda: not list(devices.iterdir()), "the nodes are gone", 20)
+    before.check(tmp_path)
+
+
+def test_a_file_that_its_owner_keeps_locked(
+    quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
+) -> None:
+    """What was written to the device cannot be written back, so its last close waits; the main process must not."""
+    daemon = quick()
+    before = Untouched(daemon)
+    reply = daemon.attach(image, directory)
+    device = os.open(devices / reply.fields["devname"], os.O_RDWR)
+
+    def write(memory: mmap.mmap) -> None:
+        os.pwrite(os.open(tmp_path / "image", os.O_RDWR), memory, 0)
+
+    # The device is clean when the helper looks at it, and not any more when it is closed.
+    with injected(helpers(daemon), "fsync:delay_exit=1500000"), _locking(never, write):
+        reply.close()
+        eventually(lambda: not list(devices.iterdir()), "the node is gone, so the helper is at the device")
+        time.sleep(0.3)
+        os.pwrite(device, b"late" * 1024, 4096)
+        os.close(device)
+        stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", WRITTEN_OFF, "the daemon serves")
+        eventually(lambda: daemon.records("stuck"), "the helper is written off", WRITTEN_OFF + 3)
+        assert daemon.hello().code is None
+    eventually(lambda: not bound_to(tmp_path), "the device is gone")
+    assert os.pread(image, 8, 4096) == b"latelate"
+    before.check(tmp_path)
