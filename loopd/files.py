@@ -111,9 +111,11 @@ def on_host(pid: int) -> bool:
     """Whether process `pid` sees the host's file systems as the host does: its root is the mount that PID 1 has there.
 
     A mount id belongs to one mount in one namespace, so that no container has the same, whatever its uids are called.
+    Nor is it in a user namespace, where it might choose among uids.
     """
     theirs, first = (_root_mount(_read(f"/proc/{process}/mountinfo")) for process in (pid, 1))
-    return theirs is not None and theirs == first
+    maps = (_read(f"/proc/{process}/uid_map") for process in (pid, 1))
+    return theirs is not None and theirs == first and len(set(maps)) == 1
 
 
 def _root_mount(table: bytes) -> bytes | None:

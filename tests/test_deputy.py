@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
-from processes import CLONE_NEWNET, CLONE_NEWNS, Child, become, injected, own_user_namespace, unshare
+from processes import CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWUSER, Child, become, injected, own_user_namespace, unshare
 from test_policy import apart
 from untouched import cgroup, elsewhere, helpers, leases, pair, reply_of, send
 
@@ -445,6 +445,8 @@ def test_uid_0_of_a_container_is_not_the_administrator(
         refused: list[Any] = ["not-permitted"] * 3 + [[]]
         assert client(daemon, root, lambda: unshare(CLONE_NEWNS)) == refused
         assert client(daemon, root, user(ALICE), own_user_namespace)[:3] == refused[:3]
+        # With the host's mounts, but 65,536 uids to choose from: each would have directories without end.
+        assert client(daemon, root, user(ALICE), lambda: unshare(CLONE_NEWUSER))[:3] == refused[:3]
         assert client(daemon, root, lambda: os.chroot(".")) == refused
         assert exists(name)
     assert [path.name for path in (daemon.directory.parent / "grants").iterdir()] == []
