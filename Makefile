@@ -5,6 +5,7 @@
 #   make fuzz         100,000 datagrams that no client sends, to a daemon that has others to serve (root); FUZZ=NUMBER
 #   make bench        what it costs, beside a broker in C that does no more, and losetup (root, a quarter of an hour); BENCH=--help
 #   make check-vm     the same promises on a real system, in a virtual machine
+#   make man          the man pages, in build/man: man -l build/man/loopctl.1
 #   make venv         .venv/bin/loopd, .venv/bin/loopctl and the tools for development
 #   make install      for good; `systemctl enable --now loopd.socket` then starts it
 #   make uninstall    takes it away again, all but configuration and state
@@ -19,7 +20,7 @@ PYTHON = /usr/bin/python3
 VM_PYTHON = $(CURDIR)/.venv/bin/python
 
 LIB = $(DESTDIR)$(PREFIX)/lib
-MODULES = $(wildcard loopd/*.py)
+MODULES = $(wildcard loopd/*.py) loopd/py.typed
 PROGRAMS = sbin/loopd:daemon bin/loopctl:cli
 # Each in one file that needs nothing of the package, so that it can be bind-mounted alone, under the name of what it stands in for.
 STAND_INS = $(foreach pair,losetup:losetup mountloop:mount,$(if $(wildcard loopd/$(firstword $(subst :, ,$(pair))).py),$(pair)))
@@ -31,10 +32,15 @@ SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/system
 	loopd@.socket:lib/systemd/system/loopd@.socket run-loopd-dev.mount:lib/systemd/system/run-loopd\\x2ddev.mount \
 	modprobe.conf:lib/modprobe.d/loopd.conf no-sys-admin.conf:share/doc/loopd/no-sys-admin.conf \
 	sysusers.conf:lib/sysusers.d/loopd.conf tmpfiles.conf:lib/tmpfiles.d/loopd.conf
+COMPLETION = loopctl.bash:share/bash-completion/completions/loopctl loopctl.fish:share/fish/vendor_completions.d/loopctl.fish \
+	loopctl.zsh:share/zsh/site-functions/_loopctl
+MANUAL = $(patsubst docs/man/%.rst,build/man/%,$(wildcard docs/man/*.rst))
+PAGES = $(foreach page,$(MANUAL),$(page):share/man/man$(subst .,,$(suffix $(page)))/$(notdir $(page)))
 # A program that a target cannot do without, and the Debian package that has it.
 FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd
 FOR_CHECK = $(FOR_DEMO) $(FOR_BENCH) $(FOR_DEB) $(FOR_RPM) bwrap:bubblewrap lintian:lintian mkfs.btrfs:btrfs-progs \
-	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint sfdisk:fdisk strace:strace udevadm:udev
+	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint rst2man:python3-docutils sfdisk:fdisk strace:strace \
+	udevadm:udev
 FOR_BENCH = cc:build-essential fio:fio losetup:mount systemd-socket-activate:systemd
 
 # A user's PATH has no sbin on Debian.
@@ -42,7 +48,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 FUZZ = 100000
 
-.PHONY: all venv demo check fuzz bench install uninstall for-demo for-check for-bench
+.PHONY: all venv demo check fuzz bench man install uninstall for-demo for-check for-bench
 all: venv
 
 for-demo: NEEDED = $(FOR_DEMO)
@@ -64,6 +70,12 @@ venv: .venv/ready
 	.venv/bin/pip --quiet --disable-pip-version-check install --editable '.[dev]'
 	touch $@
 
+man: $(MANUAL)
+build/man/%: docs/man/%.rst
+	@missing=$$($(PYTHON) -c 'import docutils' 2>/dev/null || echo python3-docutils); $(get_missing)
+	@mkdir -p $(@D)
+	$(PYTHON) -m docutils --writer=manpage --report=warning --halt=warning $< $@
+
 demo: for-demo
 	$(PYTHON) tests/demo.py
 
@@ -83,6 +95,7 @@ bench: venv for-bench
 check-vm check-kernels: venv deb
 -include tests/vm/vm.mk systemd/packaging/packages.mk
 
+# The man pages come along where docutils is there or, without DESTDIR, can be had; MANUAL= leaves them out.
 # Without DESTDIR the running system is told. A daemon that runs is restarted, its leases stay; sockets are never restarted.
 install:
 	rm -rf $(LIB)/loopd
@@ -95,6 +108,12 @@ install:
 	        "from loopd.$${pair#*:} import main" 'sys.exit(main())' >$$program && chmod 755 $$program || exit; \
 	done
 	for pair in $(STAND_INS); do install -D -m 755 loopd/$${pair%:*}.py $(LIB)/loopd/bin/$${pair#*:} || exit; done
+	for pair in $(COMPLETION); do \
+	    install -D -m 644 systemd/completion/$${pair%:*} $(DESTDIR)$(PREFIX)/$${pair#*:} || exit; \
+	done
+	@$(if $(DESTDIR),$(PYTHON) -c 'import docutils' 2>/dev/null &&) $(MAKE) -s man || \
+	    { echo 'make: the man pages are left out: they need python3-docutils' >&2; exit 0; } && \
+	    for pair in $(PAGES); do install -D -m 644 $${pair%:*} $(DESTDIR)$(PREFIX)/$${pair#*:} || exit; done
 	for pair in $(SYSTEM); do install -D -m 644 systemd/"$${pair%:*}" $(DESTDIR)$(PREFIX)/"$${pair#*:}" || exit; done
 	sed -i 's|@PREFIX@|$(PREFIX)|' $(LIB)/systemd/system/loopd.service $(LIB)/systemd/system/loopd@.service
 ifeq ($(DESTDIR),)
@@ -115,7 +134,7 @@ ifeq ($(DESTDIR),)
 endif
 	rm -rf $(LIB)/loopd
 	rm -f $(foreach pair,$(PROGRAMS),$(DESTDIR)$(PREFIX)/$(firstword $(subst :, ,$(pair)))) \
-	    $(foreach pair,$(SYSTEM),$(DESTDIR)$(PREFIX)/$(lastword $(subst :, ,$(pair))))
+	    $(foreach pair,$(SYSTEM) $(COMPLETION) $(PAGES),$(DESTDIR)$(PREFIX)/$(lastword $(subst :, ,$(pair))))
 	rmdir --ignore-fail-on-non-empty $(DESTDIR)$(PREFIX)/share/doc/loopd 2>/dev/null || :
 ifeq ($(DESTDIR),)
 	rm -rf /run/loopd /run/loopd-admin /run/loopd-*/sock /run/loopd-*/admin.sock

@@ -56,9 +56,11 @@ def test_files_of_the_package(tmp_path: Path) -> None:
     tag = subprocess.check_output([SYSTEM_PYTHON, "-c", "import sys; print(sys.implementation.cache_tag, end='')"])
     compiled = {f"{os.path.dirname(name)}/__pycache__/{Path(name).stem}.{tag.decode()}.pyc" for name in modules}
     stand_ins = {f"usr/lib/loopd/bin/{name}" for module, name in STAND_INS.items() if (ROOT / module).exists()}
-    assert found == modules | compiled | stand_ins | {
+    pages = {f"usr/share/man/man{path.stem[-1]}/{path.stem}" for path in (ROOT / "docs/man").iterdir()}
+    assert found == modules | compiled | stand_ins | pages | {
         "usr/bin/loopctl",
         "usr/sbin/loopd",
+        "usr/lib/loopd/loopd/py.typed",
         "usr/lib/modprobe.d/loopd.conf",
         "usr/lib/systemd/catalog/loopd.catalog",
         "usr/lib/systemd/system/loopd-admin.socket",
@@ -71,7 +73,10 @@ def test_files_of_the_package(tmp_path: Path) -> None:
         "usr/lib/sysusers.d/loopd.conf",
         "usr/lib/tmpfiles.d/loopd.conf",
         "usr/lib/udev/rules.d/00-loopd.rules",
+        "usr/share/bash-completion/completions/loopctl",
         "usr/share/doc/loopd/no-sys-admin.conf",
+        "usr/share/fish/vendor_completions.d/loopctl.fish",
+        "usr/share/zsh/site-functions/_loopctl",
     }
     for name in found - compiled:
         text = (tmp_path / name).read_text()
@@ -126,6 +131,25 @@ def test_stand_in_runs_alone(prefix: Path, tmp_path: Path, name: str) -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.startswith(name)
     assert os.listdir(alone.parent) == [name]
+
+
+def test_pages_are_in_their_sections(prefix: Path) -> None:
+    for path in (prefix / "share/man").rglob("*.*"):
+        name, _, section = path.name.rpartition(".")
+        assert path.parent.name == f"man{section}"
+        assert re.search(rf'(?im)^\.TH "?{name}"? "?{section}"? ', path.read_text()), path
+
+
+def test_what_cannot_make_pages_installs_the_rest(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *docutils*) exit 1;; esac\nexec {SYSTEM_PYTHON} "$@"\n')
+    python.chmod(0o755)
+    done = make("install", f"DESTDIR={tmp_path}/root", f"PYTHON={python}")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "make: the man pages are left out: they need python3-docutils\n"
+    found = files(tmp_path / "root")
+    assert "usr/local/lib/systemd/system/loopd.service" in found
+    assert not [name for name in found if "/man/" in name]
 
 
 @pytest.mark.parametrize("service", ["loopd.service", "loopd@.service"])

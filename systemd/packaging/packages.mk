@@ -1,6 +1,6 @@
 # What is to be handed out, in build/: packages, and the client in one file.
-FOR_DEB = dh:debhelper dh_python3:dh-python dpkg-buildpackage:dpkg-dev
-FOR_RPM = rpmbuild:rpm
+FOR_DEB = dh:debhelper dh_python3:dh-python dpkg-buildpackage:dpkg-dev rst2man:python3-docutils
+FOR_RPM = rpmbuild:rpm rst2man:python3-docutils
 
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' loopd/__init__.py)
 # What packages are built from.

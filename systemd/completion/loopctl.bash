@@ -1,0 +1,76 @@
+# Completion of loopctl(1) for bash. Needs nothing but bash; tests/test_completion.py holds it against loopctl's options.
+
+_loopctl() {
+    local common='--socket --admin --timeout --help'
+    local image='-d --directory --deliver -o --offset --sizelimit -b --sector-size -r --read-only -P --partscan
+        --direct-io --lock --ref'
+    local -A options=(
+        [attach]="$image --lifetime --json"
+        [run]="$image"
+        [detach]='-a --all --wait --force'
+        [list]='--json'
+        [directory]='--remove'
+        [rescan]=''
+        [resize]=''
+        [doctor]=''
+        [hello]='--json'
+    )
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}
+    # "=" is a word of its own to bash.
+    if [[ $cur == = ]]; then
+        cur=
+    elif [[ $prev == = ]]; then
+        prev=${COMP_WORDS[COMP_CWORD-2]}
+    fi
+
+    local word verb='' skip='' command='' admin='' index
+    for ((index = 1; index < COMP_CWORD; index++)); do
+        word=${COMP_WORDS[index]}
+        if [[ $skip ]]; then
+            [[ $word == = ]] || skip=
+            continue
+        fi
+        case $word in
+            --admin) admin=--admin ;;
+            --socket|--timeout|-d|--directory|--deliver|-o|--offset|--sizelimit|-b|--sector-size|--direct-io|--ref|\
+            --lifetime|--wait) skip=1 ;;
+            --) command=$((index + 1)); break ;;
+            -*|=) ;;
+            *) verb=${verb:-$word} ;;
+        esac
+    done
+
+    COMPREPLY=()
+    if [[ $verb == run && $command ]]; then
+        if ((COMP_CWORD == command)); then
+            mapfile -t COMPREPLY < <(compgen -c -- "$cur")
+        else
+            compopt -o default
+        fi
+        return
+    fi
+    case $prev in
+        -d|--directory) compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
+        --socket) compopt -o default; return ;;
+        --deliver) word='node fd mount' ;;
+        -b|--sector-size) word='512 1024 2048 4096' ;;
+        --direct-io) word='auto on off' ;;
+        --lifetime) word='container parent detach' ;;
+        -o|--offset|--sizelimit|--ref|--timeout|--wait) return ;;
+        *)
+            if [[ ! $verb ]]; then
+                word="${!options[*]} $common --version"
+            elif [[ $cur == -* ]]; then
+                word="${options[$verb]-} $common"
+            else
+                case $verb in
+                    attach|run) compopt -o default; return ;;
+                    detach|rescan|resize) word=$(loopctl $admin list 2>/dev/null | sed -n 's/^\(loop[0-9]*\) .*/\1/p') ;;
+                    *) return ;;
+                esac
+            fi
+            ;;
+    esac
+    mapfile -t COMPREPLY < <(compgen -W "$word" -- "$cur")
+}
+complete -F _loopctl loopctl
