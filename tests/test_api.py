@@ -1,0 +1,83 @@
+"""docs/api.md: its examples work, and it has every public name."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Daemon
+
+import loopd
+from loopd import client, loop
+
+PAGE = ROOT / "docs/api.md"
+
+
+def public(kind: type) -> set[str]:
+    return {name for name in vars(kind) if not name.startswith("_")}
+
+
+def named(text: str) -> set[str]:
+    """The names in code within the text: of what is called, only what is called."""
+    spans = re.findall(r"`([^`]+)`", text)
+    return {name for span in spans for name in re.findall(r"^(?:\w+\.)*(\w+)", span)}
+
+
+def part(title: str) -> str:
+    """The text from a heading to the next one of its level."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", PAGE.read_text())
+    level = re.search(rf"(?m)^(#+) {title}$", text)
+    assert level
+    return re.split(rf"(?m)^#{{1,{len(level[1])}}} ", text[level.end() :])[0]
+
+
+def test_examples(daemon: Daemon, devices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOOPD_SOCKET", daemon.path)
+    monkeypatch.setenv("LOOPD_DIRECTORY", str(devices))
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```$", PAGE.read_text())
+    assert len(blocks) == PAGE.read_text().count("```") / 2
+    test = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, "api.md", str(PAGE), 0)
+    said: list[str] = []
+    result = doctest.DocTestRunner().run(test, out=said.append)
+    assert (result.failed, "".join(said)) == (0, "")
+    assert result.attempted > 15
+    assert os.listdir(devices) == []
+
+
+def test_every_name_of_loopd() -> None:
+    assert named(part("loopd")) >= set(loopd.__all__)
+
+
+def test_every_name_of_loop() -> None:
+    assert named(part(r"loopd\.loop")) >= set(loop.__all__)
+
+
+@pytest.mark.parametrize("kind", [loop.Loop, loop.LoopControl, loop.LoopInfo])
+def test_every_method_of_loop(kind: type) -> None:
+    text = part(r"loopd\.loop")
+    for name in public(kind):
+        assert re.search(rf"\b{name}\b", text) or (name.startswith("lo_") and "`lo_*` fields" in text), name
+
+
+def test_every_attribute_of_a_device(daemon: Daemon, image: int, devices: Path) -> None:
+    with client.Client(daemon.path).attach(image, devices) as device:
+        attributes = {name for name in vars(device) if not name.startswith("_")}
+    assert {name for name in named(part("Device")) if hasattr(device, name) or name == "fd"} >= attributes | public(
+        client.Device
+    )
+
+
+def test_every_method_of_a_client() -> None:
+    text = part("Functions")
+    for name in public(client.Client):
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def test_every_argument_of_attach() -> None:
+    code = client.attach.__code__
+    arguments = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    assert named(part("Functions")) | {"image", "directory"} >= arguments
