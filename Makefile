@@ -111,9 +111,11 @@ install:
 	for pair in $(COMPLETION); do \
 	    install -D -m 644 systemd/completion/$${pair%:*} $(DESTDIR)$(PREFIX)/$${pair#*:} || exit; \
 	done
+ifneq ($(MANUAL),)
 	@$(if $(DESTDIR),$(PYTHON) -c 'import docutils' 2>/dev/null &&) $(MAKE) -s man || \
 	    { echo 'make: the man pages are left out: they need python3-docutils' >&2; exit 0; } && \
 	    for pair in $(PAGES); do install -D -m 644 $${pair%:*} $(DESTDIR)$(PREFIX)/$${pair#*:} || exit; done
+endif
 	for pair in $(SYSTEM); do install -D -m 644 systemd/"$${pair%:*}" $(DESTDIR)$(PREFIX)/"$${pair#*:}" || exit; done
 	sed -i 's|@PREFIX@|$(PREFIX)|' $(LIB)/systemd/system/loopd.service $(LIB)/systemd/system/loopd@.service
 ifeq ($(DESTDIR),)

@@ -159,7 +159,7 @@ class Demo:
         (self.base / "run").mkdir()
         (self.base / "work").mkdir()
         os.chown(self.base / "work", int(NOBODY), int(NOBODY))
-        self.host(f"make -s -C {TREE} install DESTDIR=/ PREFIX={self.base}/usr")
+        self.host(f"make -s -C {TREE} install DESTDIR=/ PREFIX={self.base}/usr MANUAL=")
         with contextlib.ExitStack() as stack:
             daemon = stack.enter_context(ended(self.daemon()))
             stack.enter_context(ended(self.enter()))
