@@ -39,7 +39,7 @@ PAGES = $(foreach page,$(MANUAL),$(page):share/man/man$(subst .,,$(suffix $(page
 # A program that a target cannot do without, and the Debian package that has it.
 FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd
 FOR_CHECK = $(FOR_DEMO) $(FOR_BENCH) $(FOR_DEB) $(FOR_RPM) bwrap:bubblewrap lintian:lintian mkfs.btrfs:btrfs-progs \
-	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint rst2man:python3-docutils sfdisk:fdisk strace:strace \
+	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint sfdisk:fdisk strace:strace \
 	udevadm:udev
 FOR_BENCH = cc:build-essential fio:fio losetup:mount systemd-socket-activate:systemd
 

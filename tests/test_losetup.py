@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -146,6 +147,16 @@ def make_box(start_daemon: Callable[..., Daemon], tmp_path: Path, grant: bool) -
 
 
 # Setting up and detaching -----------------------------------------------------------------------------------------
+
+
+def test_examples_of_the_manual(box: Box) -> None:
+    page = (ROOT / "docs/man/loopd-losetup.8.rst").read_text()
+    script = page.partition("What most builders do::\n")[2].partition("\nSEE ALSO")[0]
+    (box.folder / "disk.img").write_bytes(bytes(MIB))
+    result = box("sh", "-ec", textwrap.dedent(script))
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[1].split()[5:] == [str(box.folder / "disk.img"), "1", "512"]
+    assert not bound_to(box.folder)
 
 
 def test_find_show_and_detach(box: Box) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
 import re
 import subprocess
 import tomllib
@@ -15,10 +16,12 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Daemon
 
-from loopd import __version__, cli, daemon, grants, losetup, policy, wire
+from loopd import __version__, cli, grants, losetup, policy, wire
 from loopd.audit import Event
+from loopd.daemon import STATE_DIRECTORY
+from loopd.daemon import _options as options_of_loopd
 
 MANUAL = ROOT / "docs/man"
 PAGES = ("loopctl.1", "loopd.8", "loopd.toml.5", "loopd-protocol.7", "loopd-losetup.8")
@@ -127,6 +130,23 @@ def test_loopctl_values(page: dict[str, Page]) -> None:
                 assert re.search(rf"\b{action.default:g}\b", text), text
 
 
+def test_examples_of_loopctl(page: dict[str, Page], daemon: Daemon, devices: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/loopctl").symlink_to(ROOT / ".venv/bin/loopctl")
+    path = f"{tmp_path}/bin:{os.environ['PATH']}:/usr/sbin:/sbin"
+    environment = {**os.environ, "LOOPD_SOCKET": daemon.path, "LOOPD_DIRECTORY": str(devices), "PATH": path}
+    script = "\n".join(block.text or "" for block in page["loopctl.1"].section("EXAMPLES").findall("literal_block"))
+    done = subprocess.run(
+        ["sh", "-exc", script], check=False, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    shown, listed = done.stdout.split("}\n")
+    assert {"size": 16 << 20, "read_only": True}.items() <= json.loads(shown + "}").items()
+    assert listed.split()[: len(cli.COLUMNS)][0] == "NAME"
+    assert len(daemon.records("detached")) == 3
+    assert list(devices.iterdir()) == []
+
+
 def test_columns_of_list(page: dict[str, Page]) -> None:
     entries = [entry for entry in page["loopctl.1"].entries("VERBS", "list") if not entry.term.startswith("-")]
     assert [entry.term for entry in entries] == [column.name for column in cli.COLUMNS]
@@ -140,7 +160,7 @@ def test_exit_codes_of_loopctl(page: dict[str, Page]) -> None:
 
 def test_loopd(page: dict[str, Page], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        daemon._options(["--help"])
+        options_of_loopd(["--help"])
     known = set(re.findall(r"(?m)^  (-\w|--[a-z-]+)|(?<=, )(--[a-z-]+)", capsys.readouterr().out))
     assert page["loopd.8"].names("OPTIONS") == {short or long for short, long in known}
 
@@ -318,5 +338,5 @@ def test_files_of_the_daemon(page: dict[str, Page]) -> None:
     units = " ".join(path.read_text() for path in (ROOT / "systemd").iterdir() if path.is_file())
     for path in re.findall(r"(?m)^ListenDatagram=(.*)$", units):
         assert path.replace("%i", "NAME") in said
-    for path in (policy.CONFIGURATION, daemon.STATE_DIRECTORY, grants.ROOT):
+    for path in (policy.CONFIGURATION, STATE_DIRECTORY, grants.ROOT):
         assert path in said

@@ -23,7 +23,7 @@ def recipe(section: str, language: str = "sh", page: str = "containers.md", **pl
     text = found[0]
     for name, value in placeholders.items():
         assert re.search(rf"\b{name}\b", text), f"{page}, {section!r}: there is no {name}"
-        text = re.sub(rf"\b{name}\b", lambda _, value=value: value, text)
+        text = re.sub(rf"\b{name}\b", value.replace("\\", r"\\\\"), text)
     return text
 
 
