@@ -19,7 +19,7 @@ import re
 import signal
 import sys
 import time
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
 
 from loopd import __version__, client, wire
 
@@ -358,6 +358,15 @@ def _hello(args: argparse.Namespace) -> int:
 # The command line -------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for what is wrong, and one for where to read more: no usage of many lines in front of them."""
+
+    def error(self, message: str) -> NoReturn:
+        _say(message)
+        _say(f"`{self.prog} --help` tells more")
+        raise SystemExit(2)
+
+
 def _image_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("image", metavar="IMAGE", help="the file to bind; opened read-only where it cannot be written")
@@ -482,34 +491,34 @@ VERBS: dict[str, Verb] = {
 }
 
 
-def _common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    add = parser.add_argument
-    add("--socket", metavar="PATH", help=f"where loopd listens (default: $LOOPD_SOCKET or {client.SOCKET})")
-    add("--admin", action="store_true", help=f"ask as the host's administrator, at {client.ADMIN_SOCKET}")
-    add(
-        "--timeout",
-        metavar="SECONDS",
-        type=_seconds,
-        default=client.TIMEOUT,
-        help=f"for a request and its answer (default: {client.TIMEOUT:g})",
-    )
+def _common(parser: argparse.ArgumentParser, *, told: bool) -> argparse.ArgumentParser:
+    """Add the options of every verb; `told`: in its help, too."""
+
+    def add(name: str, help: str, **options: Any) -> None:
+        parser.add_argument(name, help=help if told else argparse.SUPPRESS, **options)
+
+    add("--socket", f"where loopd listens (default: $LOOPD_SOCKET or {client.SOCKET})", metavar="PATH")
+    add("--admin", f"ask as the host's administrator, at {client.ADMIN_SOCKET}", action="store_true")
+    seconds = f"for a request and its answer (default: {client.TIMEOUT:g})"
+    add("--timeout", seconds, metavar="SECONDS", type=_seconds, default=client.TIMEOUT)
     return parser
 
 
 def parser() -> argparse.ArgumentParser:
     """The options in front of the verb; what follows it is for `verb_parser`, of which one is built."""
     verbs = "\n".join(f"  {name:11}{verb.help}" for name, verb in VERBS.items())
-    top = argparse.ArgumentParser(
+    top = _Parser(
         "loopctl",
-        description="Loop devices for containers, from loopd.",
-        epilog=f"verbs:\n{verbs}\n\n`loopctl VERB --help` tells more.",
+        "loopctl [options] VERB ...",
+        f"Loop devices for containers, from loopd.\n\nverbs:\n{verbs}",
+        "`loopctl VERB --help` tells more, loopctl(1) all.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("--version", action="version", version=f"loopctl {__version__}")
-    _common(top)
-    top.add_argument("verb", metavar="VERB", choices=VERBS, help="what to do, see below")
-    top.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
+    top.add_argument("--version", action="version", version=f"loopctl {__version__}", help="print the version")
+    _common(top, told=True)
+    top.add_argument("verb", metavar="VERB", nargs="?", help=argparse.SUPPRESS)
+    top.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return top
 
 
@@ -517,15 +526,19 @@ def verb_parser(name: str) -> argparse.ArgumentParser:
     """The options of one verb, and the common ones once more."""
     verb = VERBS[name]
     usage = "%(prog)s [options] IMAGE -- COMMAND [ARGUMENT ...]" if name == "run" else None
-    result = argparse.ArgumentParser(
-        f"loopctl {name}", usage, verb.help[0].upper() + verb.help[1:] + ".", allow_abbrev=False
-    )
+    about = verb.help[0].upper() + verb.help[1:] + "."
+    more = "The options of `loopctl --help` may stand here, too."
+    result = _Parser(f"loopctl {name}", usage, about, more, allow_abbrev=False)
     verb.options(result)
-    return _common(result)
+    return _common(result, told=False)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    args = parser().parse_args(argv)
+    top = parser()
+    args = top.parse_args(argv)
+    if args.verb not in VERBS:
+        said = "" if args.verb is None else f", not {args.verb!r}"
+        top.error(f"expected one of {', '.join(VERBS)}{said}")
     rest = args.rest
     options = verb_parser(args.verb)
     if args.verb == "run":
@@ -549,8 +562,13 @@ def _check_detach(args: argparse.Namespace, options: argparse.ArgumentParser) ->
         options.error("--all with --admin is everybody's: it needs --force")
 
 
+_WORDS = {"fd": "IMAGE", "dir_fd": "DIR", "lease_fd": "--lifetime", "devname": "DEVICE", "name": "NAME"}
+_FIELD = re.compile(rf"(^|; )({'|'.join(wire.VALIDATORS)}): ")
+
+
 def _explain(error: client.Error) -> None:
-    _say(error.message)
+    """What a message calls by the name of the wire's field is called as it was on the command line."""
+    _say(_FIELD.sub(lambda m: f"{m[1]}{_WORDS.get(m[2], '--' + m[2].replace('_', '-'))}: ", error.message))
     if error.hint:
         _say(error.hint)
 

@@ -120,7 +120,6 @@ class Unsupported(Refused):
     """This daemon, or the kernel it runs on, does not have what was asked for."""
 
     code = Code.UNSUPPORTED
-    hint = "`loopctl hello` tells the version of the daemon and what it can do"
 
 
 class BadFd(Refused):

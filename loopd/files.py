@@ -141,7 +141,7 @@ def _check_file_system(identity: Identity, what: str, mounts: Mounts, allowed: f
             f"{what}: its mount is neither in the client's mount table nor in the host's, so it is not trusted",
         )
     if found.type in NEVER or found.type not in allowed:
-        raise Refusal(Code.NOT_PERMITTED, f"{what}: {found.type} is not among the allowed file systems")
+        raise Refusal(Code.NOT_PERMITTED, f"{what}: {found.type} is not among the allowed file systems (loopd.toml)")
     if found.type == "overlay" and not mounts.on_host(found):
         # An overlay that a user made in a namespace of his own may have a layer on FUSE that stops answering.
         raise Refusal(

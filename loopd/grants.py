@@ -20,6 +20,7 @@ from .wire import Code, Refusal
 ROOT = "/run/loopd-dev"
 MOST = 256
 """Directories of one uid."""
+START = "on the host, systemctl start 'run-loopd\\x2ddev.mount' and restart loopd"
 
 
 class Grants:
@@ -54,7 +55,7 @@ class Grants:
     def make_for(self, devname: str) -> tuple[str, int]:
         """A directory for the nodes of one device, to be handed over as a mount: its name, and loopd's own fd of it."""
         if self._fd is None:
-            raise Refusal(Code.UNSUPPORTED, f"deliver: {self.root} is not there, so there is nothing to mount")
+            raise Refusal(Code.UNSUPPORTED, f"deliver: there is nothing to mount without {self.root}: {START}")
         key = f".{self._instance}:{devname}"
         os.mkdir(key, 0o700, dir_fd=self._fd)
         return key, self.open(key)
@@ -82,7 +83,7 @@ class Grants:
     def create(self, uid: int, name: str) -> str:
         """Make the directory `name` of `uid`, if it is not there; its path."""
         if self._fd is None:
-            raise Refusal(Code.UNSUPPORTED, f"{self.root} is not there: start run-loopd\\x2ddev.mount")
+            raise Refusal(Code.UNSUPPORTED, f"{self.root} is not there: {START}")
         key = _key(uid, name)
         if sum(entry.startswith(f"{uid}-") for entry in os.listdir(self._fd)) >= MOST:
             raise Refusal(Code.QUOTA, f"uid {uid} has {MOST} directories; remove some")

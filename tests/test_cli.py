@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -42,9 +43,7 @@ class Ctl:
         self.image.write_bytes(bytes(4096))
 
     @contextlib.contextmanager
-    def start(
-        self, *arguments: object, before: Sequence[str] = (), **options: Any
-    ) -> Iterator[subprocess.Popen[str]]:
+    def start(self, *arguments: object, before: Sequence[str] = (), **options: Any) -> Iterator[subprocess.Popen[str]]:
         """The process; it and its command are ended with the block."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOOPD_SOCKET": str(self.sock)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
@@ -72,6 +71,21 @@ def busy(request: Request) -> None:
 
 
 # attach -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("fd: a directory; a backing file is a regular file", "IMAGE: a directory; a backing file is a regular file"),
+        ("dir_fd: proc is not allowed; dir_fd: nor sysfs", "DIR: proc is not allowed; DIR: nor sysfs"),
+        ("sector_size: the administrator allows [512]", "--sector-size: the administrator allows [512]"),
+        ("a limit: its offset: 5", "a limit: its offset: 5"),
+    ],
+)
+def test_a_refusal_has_the_words_of_the_command_line(ctl: Ctl, loop: Loop, said: str, shown: str) -> None:
+    with Peer(ctl.sock, lambda request: request.reply({"error": {"code": "malformed", "message": said}})):
+        result = ctl("attach", loop.image, "-d", ctl.dev)
+    assert (result.out, result.err, result.code) == ("", f"loopctl: {shown}\n", 1)
 
 
 def test_attach_prints_the_path_and_keeps_the_device(ctl: Ctl, loop: Loop) -> None:
@@ -190,9 +204,7 @@ def test_run_puts_the_device_into_the_command(ctl: Ctl, loop: Loop) -> None:
     report = "ls /proc/self/fd | wc -l; grep SigIgn: /proc/self/status"
     script = f'printf "%s\\n" "$LOOPD_DEVICE" "$@"; head -c 5 "$1"; {report}; exit 7'
     with Peer(ctl.sock, loop.deliver, detached) as peer:
-        result = ctl(
-            "run", loop.image, "-d", ctl.dev, "--", "sh", "-c", script, "--", "{}", "of={},{}", "--", "-r"
-        )
+        result = ctl("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", script, "--", "{}", "of={},{}", "--", "-r")
         assert "lease_fd" not in peer.requests[0].fields
     assert result.out.split("\n")[:5] == [path, path, f"of={path},{path}", "--", "-r"]
     assert result.out.split("\n")[5] == "loopd4"  # no fd of loopctl's: 0, 1, 2, and that of ls
@@ -288,9 +300,7 @@ def test_a_signal_while_attaching_hangs_up(ctl: Ctl, number: signal.Signals) -> 
 
 def test_the_device_ends_with_loopctl(ctl: Ctl, loop: Loop) -> None:
     with Peer(ctl.sock, loop.deliver) as peer:
-        with ctl.start(
-            "run", loop.image, "-d", ctl.dev, "--", "sh", "-c", "echo $$; exec sleep 30"
-        ) as process:
+        with ctl.start("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", "echo $$; exec sleep 30") as process:
             assert process.stdout is not None
             command = int(process.stdout.readline())
             assert not peer.hung_up()
@@ -334,9 +344,7 @@ def test_detach_by_force(ctl: Ctl) -> None:
 
 
 def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
-    row = dict(
-        LEASE, size=3 << 29, read_only=True, age=93784.0, lease="pidfd of 1", backing_file="/a\n\x1b[31mloop"
-    )
+    row = dict(LEASE, size=3 << 29, read_only=True, age=93784.0, lease="pidfd of 1", backing_file="/a\n\x1b[31mloop")
     mine = {"leases": [LEASE, dict(row, devname="loop10000")]}
     all_of_them = {"leases": [dict(LEASE, account="/a.scope", unit="b.scope", uid=1000, pid=7)]}
     pages = iter([mine, all_of_them, {"leases": []}])
@@ -512,7 +520,7 @@ def test_a_wrong_command_line_exits_with_2(line: str, capsys: pytest.CaptureFixt
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "usage: loopctl" in err
+    assert re.fullmatch(r"loopctl: .+\nloopctl: `loopctl[a-z ]* --help` tells more\n", err)
 
 
 @pytest.mark.parametrize(
