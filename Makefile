@@ -70,11 +70,14 @@ venv: .venv/ready
 	.venv/bin/pip --quiet --disable-pip-version-check install --editable '.[dev]'
 	touch $@
 
+# One process for all pages: most of what one takes is the import.
 man: $(MANUAL)
-build/man/%: docs/man/%.rst
+$(MANUAL) &: $(wildcard docs/man/*.rst)
 	@missing=$$($(PYTHON) -c 'import docutils' 2>/dev/null || echo python3-docutils); $(get_missing)
-	@mkdir -p $(@D)
-	$(PYTHON) -m docutils --writer=manpage --report=warning --halt=warning $< $@
+	@mkdir -p build/man
+	$(PYTHON) -c 'import sys; from docutils.core import publish_file as publish; [publish(source_path=page, \
+	    destination_path=f"build/man/{page[9:-4]}", writer_name="manpage", \
+	    settings_overrides={"report_level": 2, "halt_level": 2}) for page in sys.argv[1:]]' $^
 
 demo: for-demo
 	$(PYTHON) tests/demo.py

@@ -273,4 +273,5 @@ def test_pip_install(tmp_path: Path, daemon: Daemon) -> None:
     assert run(bin_ / "loopctl", "--version", cwd=tmp_path, env=environment).strip() == f"loopctl {__version__}"
     hello = run(bin_ / "loopctl", "--socket", daemon.path, "hello", cwd=tmp_path, env=environment)
     assert hello.startswith(f"loopd {__version__}, protocol {wire.VERSION}\n")
+    assert len(list((tmp_path / "venv").glob("lib/*/site-packages/loopd/py.typed"))) == 1
     assert f"Version: {__version__}\n" in run(bin_ / "pip", "show", "loopd", env=environment)
