@@ -65,21 +65,21 @@ def commands(page: Path) -> Iterator[str]:
 
 
 def taken() -> set[tuple[str, str, str]]:
-    """What the tests take out of documents: page, section, language. A section that a test has in a variable is one of
-    the texts in its file.
+    """What the tests take out of documents: page, section, language. A section that one has in a variable is any text
+    in a test.
     """
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("*.py") if path.name != "test_docs.py"]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     found = set()
-    for path in (ROOT / "tests").rglob("*.py"):
-        nodes = list(ast.walk(ast.parse(path.read_text())))
-        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-        for call in nodes:
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "recipe":
-                words: dict[str, ast.expr] = dict(zip(("section", "language", "page"), call.args, strict=False))
-                words |= {word.arg: word.value for word in call.keywords if word.arg}
-                known = {name: str(word.value) for name, word in words.items() if isinstance(word, ast.Constant)}
-                page = os.path.relpath(recipes.DOCS / known.get("page", "containers.md"), ROOT)
-                for section in [known["section"]] if "section" in known else texts:
-                    found.add((page, section, known.get("language", "sh")))
+    for call in (*nodes, *ast.walk(ast.parse(Path(__file__).read_text()))):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "recipe":
+            words: dict[str, ast.expr] = dict(zip(("section", "language", "page"), call.args, strict=False))
+            words |= {word.arg: word.value for word in call.keywords if word.arg}
+            known = {name: str(word.value) for name, word in words.items() if isinstance(word, ast.Constant)}
+            page = os.path.relpath(recipes.DOCS / known.get("page", "containers.md"), ROOT)
+            for section in {known["section"]} if "section" in known else texts:
+                found.add((page, section, known.get("language", "sh")))
     return found
 
 
