@@ -7,6 +7,7 @@ tests/vm/inside/recipes.py, or `RUN_BY` names what runs the same. A block of nei
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import os
 import re
@@ -64,6 +65,7 @@ def commands(page: Path) -> Iterator[str]:
         )
 
 
+@functools.cache
 def taken() -> set[tuple[str, str, str]]:
     """What the tests take out of documents: page, section, language. A section that one has in a variable is any text
     in a test.
