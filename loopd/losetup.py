@@ -219,8 +219,9 @@ def letters(word: str, words: Iterator[str]) -> Iterator[tuple[str, str | None]]
 def exclude(seen: list[str], key: str) -> None:
     """End the program where an option does not go with one that was there before."""
     for row in EXCLUSIVE:
-        if key in row and any(other in row and other != key for other in seen):
-            raise Failure("mutually exclusive arguments: " + " ".join(f"--{long_name(other)}" for other in row))
+        first = next((other for other in seen if other in row), key) if key in row else key
+        if first != key:
+            raise Failure(f"options --{long_name(first)} and --{long_name(key)} cannot be combined")
     seen.append(key)
 
 
@@ -306,6 +307,7 @@ SUFFIXES = "KMGTPEZY"
 def size(text: str, message: str) -> int:
     """A number of bytes as strtoumax(3) reads it, with a suffix: 512, 0x200, 1K or 1KiB, 1KB, 1.5M."""
     number = text.lstrip()
+    number = number[1:] if number.startswith("+") else number
     base = 16 if number[:2] in ("0x", "0X") else 8 if number[:1] == "0" else 10
     start = end = 2 if base == 16 else 0
     digits = "0123456789abcdefABCDEF"[: 22 if base == 16 else base]
@@ -338,7 +340,7 @@ def scale(suffix: str) -> int:
 
 def switch(value: str | None) -> bool:
     if value not in (None, "on", "off"):
-        raise Failure(f"argument error: '{value}'")
+        raise Failure(f"unsupported argument: {value}")
     return value != "off"
 
 
@@ -348,11 +350,15 @@ def columns(text: str, given: Sequence[str]) -> Sequence[str]:
     found = []
     left = names
     while left:
-        name = left.partition(",")[0]
+        name, comma, rest = left.partition(",")
+        if comma and not rest:
+            name += comma
+        if not name:
+            raise SystemExit(1)
         if name.upper() not in COLUMNS:
             raise Failure(f"unknown column: {left}")
         found.append(name.upper())
-        left = left[len(name) + 1 :]
+        left = rest
     if not found:
         raise SystemExit(1)
     return (*given, *found) if text.startswith("+") else found
@@ -495,6 +501,15 @@ def leases() -> list[Lease]:
             return found
 
 
+def find(device: str) -> Lease:
+    """The owner's device of that name."""
+    name = devname(device)
+    for lease in leases():
+        if lease["devname"] == name:
+            return lease
+    raise Failure("", "not-found")
+
+
 # Devices and their names ------------------------------------------------------------------------------------------
 
 
@@ -508,19 +523,23 @@ def full(device: str) -> str:
 
 
 def devname(device: str) -> str:
-    """The kernel's name of a device, by that of its node, whether that is still there or not."""
-    from os.path import basename, realpath  # noqa: PLC0415
-
-    path = realpath(full(device))
-    name = basename(path)
-    if mode(path) not in (0, S_IFBLK):
+    """The kernel's name of a device, by that of its node, whether that is still there or not; Failure if it is none."""
+    path = full(device)
+    name = path.rpartition("/")[2]
+    try:
+        status = posix.stat(path)
+    except OSError:
+        pass
+    else:
         name = ""
-    elif mode(path) and not is_devname(name):
-        # A node by another name.
-        number = posix.stat(path).st_rdev
-        name = basename(realpath(f"/sys/dev/block/{posix.major(number)}:{posix.minor(number)}"))
+        if status.st_mode & 0o170000 == S_IFBLK:
+            number = f"{posix.major(status.st_rdev)}:{posix.minor(status.st_rdev)}"
+            try:
+                name = posix.readlink(f"/sys/dev/block/{number}").rpartition("/")[2]
+            except OSError:  # removed, or no /sys
+                name = path.rpartition("/")[2]
     if not is_devname(name):
-        raise Failure(f"{device}: failed to use device: {posix.strerror(errno.ENODEV)}")
+        raise Failure("", "not-found")
     return name
 
 
@@ -584,16 +603,20 @@ def open_image(path: str, read_only: bool) -> int:
     return posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
 
 
-def container() -> int:
-    """A pidfd of PID 1 of this pid namespace: the device lives as long as the container."""
-    if hasattr(posix, "pidfd_open"):
-        return posix.pidfd_open(1)
-    import ctypes  # noqa: PLC0415  # for Python 3.8 alone
+CONTAINER = 1
+"""PID 1 of this pid namespace: a device lives as long as the container."""
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd: int = libc.syscall(434, 1, 0)  # SYS_pidfd_open, the same on every architecture; close-on-exec by itself
+
+def pidfd(pid: int) -> int:
+    if hasattr(posix, "pidfd_open"):
+        return posix.pidfd_open(pid)
+    import _ctypes  # noqa: PLC0415  # for Python 3.8 alone; the package around it takes long to import
+
+    libc = _ctypes.dlopen(None, 2)  # type: ignore[arg-type]  # RTLD_NOW
+    syscall = _ctypes.dlsym(libc, "syscall")
+    fd: int = _ctypes.call_function(syscall, (434, pid, 0))  # SYS_pidfd_open, everywhere; close-on-exec by itself
     if fd < 0:
-        raise OSError(ctypes.get_errno(), posix.strerror(ctypes.get_errno()))
+        raise OSError(errno.ENOSYS, "the kernel has no pidfd_open")
     return fd
 
 
@@ -620,7 +643,7 @@ def create(options: Options) -> None:
     path = overlapping(options) if options.no_overlap else None
     if path is None:
         try:
-            path = attach(file, options)
+            path = make_flat(attach(open_image(file, options.read_only), options), options.partscan)
         except OSError as error:
             raise Failure(f"{file}: failed to set up loop device: {error.strerror}") from None
         except Failure as failure:
@@ -630,7 +653,8 @@ def create(options: Options) -> None:
     warn_size(file, options)
 
 
-def attach(file: str, options: Options) -> str:
+def attach(image: int, options: Options, lifetime: int = CONTAINER) -> str:
+    """Attach a file, whose fd is consumed, for as long as a process lives; the device's name."""
     fields: dict[str, object] = {"op": "attach", "fd": 0, "dir_fd": 1, "lease_fd": 2, "partscan": options.partscan}
     for name in ("offset", "sizelimit", "sector_size"):
         if getattr(options, name) is not None:
@@ -638,12 +662,11 @@ def attach(file: str, options: Options) -> str:
     if options.direct_io is not None:
         fields["direct_io"] = "on" if options.direct_io else "off"
     fields["read_only"] = options.read_only
-    fds: list[int] = []
+    fds = [image]
     try:
-        fds.append(open_image(file, options.read_only))
-        fields["ref"] = reference(fds[0]) if options.ref is None else checked_reference(options.ref)
+        fields["ref"] = reference(image) if options.ref is None else checked_reference(options.ref)
         fds.append(open_directory())
-        fds.append(container())
+        fds.append(pidfd(lifetime))
         reply = ask(fields, fds)
     finally:
         for fd in fds:
@@ -651,7 +674,23 @@ def attach(file: str, options: Options) -> str:
     name = str(reply.get("devname"))
     if not is_devname(name):
         raise Failure(NO_SENSE)
-    return make_flat(name, options.partscan)
+    return name
+
+
+def find_unused(options: Options) -> None:
+    """A device with nothing in it, for scripts that look for one, and make its node, before they attach their file.
+
+    It is gone when the script ends.
+    """
+    try:
+        empty = posix.memfd_create("unused", posix.MFD_CLOEXEC)
+        posix.ftruncate(empty, 4096)
+        name = attach(empty, options, posix.getppid())
+    except OSError as error:
+        raise Failure(f"cannot find an unused loop device: {error.strerror}") from None
+    except Failure as failure:
+        raise Failure(f"cannot find an unused loop device: {failure}") from None
+    put(f"{DIRECTORY}/{name}\n")
 
 
 def overlapping(options: Options) -> str | None:
@@ -700,17 +739,17 @@ def warn_size(file: str, options: Options) -> None:
 
 
 def lost(device: str, what: str, failure: Failure) -> Failure:
-    """A failure in losetup's words: a device that is not attached has a message of the kernel's."""
+    """A failure in losetup's words: a device that is not attached has the kernel's message."""
+    path = full(device)
     if failure.code != "not-found":
-        return Failure(f"{full(device)}: {what}{failure}")
-    if not mode(full(device)):
-        return Failure(f"{device}: failed to use device: {posix.strerror(errno.ENODEV)}")
-    return Failure(f"{full(device)}: {what}{posix.strerror(errno.ENXIO)}")
+        return Failure(f"{path}: {what}{failure}")
+    number = errno.ENXIO if is_devname(device.rpartition("/")[2]) else errno.ENOTTY
+    return Failure(f"{path}: {what}{posix.strerror(number if mode(path) else errno.ENOENT)}")
 
 
 def detach(device: str) -> None:
-    name = devname(device)
     try:
+        name = devname(device)
         ask_about(op="detach", devname=name, wait=0 if is_mounted(name) else DETACH_WAIT)
     except Failure as failure:
         raise lost(device, "detach failed: ", failure) from None
@@ -729,15 +768,17 @@ def is_mounted(name: str) -> bool:
 
 def remove(device: str) -> None:
     """loopd removes a number by itself when its device is detached; so there is only to say whether it is."""
-    name = device.rpartition("/")[2]
+    try:
+        name = devname(device)
+    except Failure as failure:
+        raise lost(device, "remove failed: ", failure) from None
     if any(lease["devname"] == name for lease in leases()) or sysfs(name, "loop/backing_file"):
         raise Failure(f"{full(device)}: remove failed: {posix.strerror(errno.EBUSY)}")
 
 
 def capacity(device: str) -> None:
-    name = devname(device)
     try:
-        ask_about(op="resize", devname=name)
+        ask_about(op="resize", devname=devname(device))
     except Failure as failure:
         raise lost(device, "set capacity failed: ", failure) from None
 
@@ -750,9 +791,10 @@ def change(device: str, request: int, value: int, what: str) -> None:
     """Change an attached device by an ioctl of its own; without privilege it takes an fd that can write."""
     from fcntl import ioctl  # noqa: PLC0415
 
-    name = devname(device)
-    if all(lease["devname"] != name for lease in leases()):
-        raise lost(device, f"{what} failed: ", Failure("", "not-found"))
+    try:
+        find(device)
+    except Failure as failure:
+        raise lost(device, f"{what} failed: ", failure) from None
     try:
         fd = open_image(full(device), read_only=False)
         try:
@@ -778,25 +820,27 @@ def each(action: Any, devices: Sequence[str]) -> int:
 # Showing ----------------------------------------------------------------------------------------------------------
 
 COLUMNS = {
+    "NAME": ("<", "text", "loop device"),
     "AUTOCLEAR": (">", "bool", "whether it goes at the last close"),
     "BACK-FILE": ("<", "text", "backing file"),
     "BACK-INO": (">", "number", "inode number of the backing file"),
     "BACK-MAJ:MIN": ("<", "text", "device numbers of the backing file's file system"),
     "BACK-MAJ": ("<", "text", "major of these"),
     "BACK-MIN": ("<", "text", "minor of these"),
-    "NAME": ("<", "text", "loop device"),
+    "MAJ:MIN": ("<", "text", "device numbers of the loop device"),
+    "MAJ": (">", "number", "major of these"),
+    "MIN": (">", "number", "minor of these"),
     "OFFSET": (">", "number", "start in the backing file, bytes"),
     "PARTSCAN": (">", "bool", "whether it has partitions"),
     "REF": ("<", "text", "reference string"),
     "RO": (">", "bool", "whether it is read-only"),
     "SIZELIMIT": (">", "number", "most bytes of the backing file, 0 for no limit"),
-    "MAJ:MIN": ("<", "text", "device numbers of the loop device"),
-    "MAJ": (">", "number", "major of these"),
-    "MIN": (">", "number", "minor of these"),
     "DIO": (">", "bool", "whether it bypasses the page cache"),
     "LOG-SEC": (">", "number", "logical sector size, bytes"),
 }
 """Columns by name: alignment, type in JSON, meaning. The order is that of --output-all."""
+LEAST = {"BACK-INO": 4, "BACK-MAJ": 6, "LOG-SEC": 4}
+"""Least width of columns, which shows where the headings are not printed."""
 DEFAULT = ("NAME", "SIZELIMIT", "OFFSET", "AUTOCLEAR", "RO", "BACK-FILE", "DIO", "LOG-SEC")
 
 
@@ -820,6 +864,8 @@ def numbers(major: object, minor: object, width: int, compact: bool) -> str:
 
 def cells(lease: Lease, name: str, compact: bool) -> dict[str, str]:
     """Every column of a device. What a client can change by an ioctl is asked of the kernel."""
+    if not lease:
+        return unattached(name, compact)
     device = lease["devname"]
     major, minor = lease["backing_dev"].split(":")
     return {
@@ -841,6 +887,18 @@ def cells(lease: Lease, name: str, compact: bool) -> dict[str, str]:
         "DIO": sysfs(device, "loop/dio") or str(int(lease["direct_io"])),
         "LOG-SEC": sysfs(device, "queue/logical_block_size") or str(lease["sector_size"]),
     }
+
+
+def unattached(path: str, compact: bool) -> dict[str, str]:
+    """The row of a device that is not attached, or another's: losetup shows one where a list was asked for."""
+    row = {column: "0" if kind == "bool" else "" for column, (_, kind, _) in COLUMNS.items()}
+    row.update({"NAME": path, "PARTSCAN": "1"})
+    if mode(path) == S_IFBLK:
+        number = posix.stat(path).st_rdev
+        major, minor = str(posix.major(number)), str(posix.minor(number))
+        row.update({"MAJ": major, "MIN": minor, "MAJ:MIN": numbers(major, minor, 3, compact)})
+        row["LOG-SEC"] = sysfs(path.rpartition("/")[2], "queue/logical_block_size")
+    return row
 
 
 def line(lease: Lease, name: str) -> str:
@@ -867,20 +925,21 @@ def show(options: Options, found: Sequence[tuple[Lease, str]]) -> None:
         if options.raw:
             put("".join(" ".join(map(nonblank, cell)) + "\n" for cell in head + lines))
         else:
-            put(table(options.columns, head, lines))
+            put(table(options.columns, head + lines))
 
 
-def table(names: Sequence[str], head: list[list[str]], lines: list[list[str]]) -> str:
-    """Columns side by side, each as wide as its widest cell or its heading, whether that is printed or not."""
+def table(names: Sequence[str], lines: list[list[str]]) -> str:
+    """Columns side by side, each as wide as its widest cell; an empty one takes no room."""
     lines = [[safe(text) for text in cell] for cell in lines]
-    widths = [max(map(width, column)) for column in zip(names, *lines)]
+    widths = [max(map(width, column)) for column in zip(*lines)]
+    widths = [most and max(most, LEAST.get(name, 0)) for name, most in zip(names, widths)]
     text = ""
-    for cell in head + lines:
+    for cell in lines:
         parts = []
         for name, value, most in zip(names, cell, widths):
             padding = " " * (most - width(value))
             parts.append(value + padding if COLUMNS[name][0] == "<" else padding + value)
-        if COLUMNS[names[-1]][0] == "<":
+        if not cell[-1] or COLUMNS[names[-1]][0] == "<":
             parts[-1] = cell[-1]
         text += " ".join(parts) + "\n"
     return text
@@ -914,6 +973,8 @@ JSON = {"\\": "\\\\", '"': '\\"', "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "
 
 
 def json_value(kind: str, text: str) -> str:
+    if not text:
+        return "null"
     if kind == "number":
         return text
     if kind == "bool":
@@ -973,16 +1034,15 @@ Columns:
 
 def show_one(options: Options) -> None:
     device = options.operands[0]
-    name = devname(device)
     try:
-        found = [lease for lease in leases() if lease["devname"] == name]
+        lease = find(device)
     except Failure as failure:
-        raise Failure(f"{full(device)}: {failure}", failure.code, 2) from None
-    if not found:
-        if not mode(full(device)):
-            raise Failure(f"{device}: failed to use device: {posix.strerror(errno.ENODEV)}")
-        raise Failure(f"{full(device)}: {posix.strerror(errno.ENXIO)}")
-    show(options, [(lease, full(device)) for lease in found])
+        if failure.code != "not-found":
+            raise Failure(f"{full(device)}: {failure}", failure.code, 2) from None
+        if not options.list:
+            raise Failure(f"{full(device)}: {posix.strerror(errno.ENOENT)}") from None
+        lease = {}
+    show(options, [(lease, full(device))])
 
 
 def detach_all(options: Options) -> int:
@@ -992,10 +1052,6 @@ def detach_all(options: Options) -> int:
 def refuse_choice(options: Options) -> None:
     device = full(options.operands[0])
     raise Failure(f"{device}: failed to set up loop device: loopd chooses the device: {NAME} -f --show FILE")
-
-
-def refuse_find(options: Options) -> None:
-    raise Failure(f"cannot find an unused loop device: loopd gives one with its file: {NAME} -f --show FILE")
 
 
 def show_all(options: Options) -> None:
@@ -1008,7 +1064,7 @@ def show_all(options: Options) -> None:
 PERFORM: dict[str, Any] = {
     "create": create,
     "create-at": refuse_choice,
-    "find": refuse_find,
+    "find": find_unused,
     "show": show_all,
     "show-one": show_one,
     "detach": lambda options: each(detach, options.operands),
