@@ -1,43 +1,46 @@
-"""How long the drop-in losetup takes to start: build scripts call it again and again."""
+"""What the drop-in losetup imports: build scripts call it again and again. How long it takes, `make bench` measures."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import time
+import sys
 from pathlib import Path
 
-from conftest import ROOT, Daemon, require
+import pytest
+from conftest import ROOT, Daemon
 
-ROUNDS = 20, 200
-"""At least so many, and at most, while others keep the machine busy."""
-MOST = 3.0
-"""Times the bare start of the interpreter."""
-PYTHON = "/usr/bin/python3"
+LOSETUP = str(ROOT / "loopd" / "losetup.py")
+NEEDED = {"__future__", "errno", "_socket", "_json"}
+"""All but `__future__` are in C."""
 
 
-def test_start_up(daemon: Daemon, tmp_path: Path, devices: Path) -> None:
-    """The shortest of many runs, each beside one of its measure: load can only make a run longer."""
-    require(os.access(PYTHON, os.X_OK), f"needs {PYTHON}")
+@pytest.fixture
+def environment(daemon: Daemon, devices: Path) -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "LOOPD_SOCKET": daemon.path, "LOOPD_DIRECTORY": str(devices)}
+
+
+def imported(environment: dict[str, str], *arguments: str) -> tuple[set[str], str]:
+    """The modules that an interpreter imports, and its output."""
+    command = [sys.executable, "-I", "-S", "-X", "importtime", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip() for line in lines[1:]}, done.stdout.strip()
+
+
+def test_attaching_and_detaching_import_next_to_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+    bare, _ = imported(environment, "-c", "pass")
+    assert "encodings" in bare
     image = tmp_path / "image"
     image.write_bytes(bytes(1 << 20))
-    losetup = str(ROOT / "loopd" / "losetup.py")
-    environment = {"PATH": os.environ["PATH"], "LOOPD_SOCKET": daemon.path, "LOOPD_DIRECTORY": str(devices)}
+    modules, device = imported(environment, LOSETUP, "-f", "--show", str(image))
+    assert device.startswith("/")
+    then, _ = imported(environment, LOSETUP, "-d", device)
+    assert modules - bare <= NEEDED
+    assert then - bare <= NEEDED
 
-    def seconds(*command: str) -> tuple[float, str]:
-        start = time.perf_counter()
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        return time.perf_counter() - start, done.stdout.strip()
 
-    bare, show = [], []
-    ratio = MOST + 1
-    for number in range(ROUNDS[1]):
-        if number >= ROUNDS[0] and ratio <= MOST:
-            break
-        bare.append(seconds(PYTHON, "-I", "-S", "-c", "pass")[0])
-        duration, device = seconds(losetup, "-f", "--show", str(image))
-        show.append(duration)
-        seconds(losetup, "-d", device)
-        ratio = min(show) / min(bare)
-    print(f"losetup -f --show: {min(show) * 1e3:.1f} ms, {ratio:.2f} times the bare interpreter")
-    assert ratio <= MOST
+def test_listing_does_likewise(environment: dict[str, str], tmp_path: Path) -> None:
+    bare, _ = imported(environment, "-c", "pass")
+    modules, _ = imported(environment, LOSETUP, "-a")
+    assert modules - bare <= NEEDED
