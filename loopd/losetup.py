@@ -685,7 +685,7 @@ def find_unused(options: Options) -> None:
     try:
         empty = posix.memfd_create("unused", posix.MFD_CLOEXEC)
         posix.ftruncate(empty, 4096)
-        name = attach(empty, options, posix.getppid())
+        name = attach(empty, options, posix.getppid() or CONTAINER)
     except OSError as error:
         raise Failure(f"cannot find an unused loop device: {error.strerror}") from None
     except Failure as failure:
@@ -839,8 +839,8 @@ COLUMNS = {
     "LOG-SEC": (">", "number", "logical sector size, bytes"),
 }
 """Columns by name: alignment, type in JSON, meaning. The order is that of --output-all."""
-LEAST = {"BACK-INO": 4, "BACK-MAJ": 6, "LOG-SEC": 4}
-"""Least width of columns, which shows where the headings are not printed."""
+LEAST = {"BACK-INO": 4, "BACK-MAJ": 6, "BACK-MIN": 6, "LOG-SEC": 4, "OFFSET": 5, "SIZELIMIT": 5}
+"""Least width of a column with more than one character, which shows where the headings are not printed."""
 DEFAULT = ("NAME", "SIZELIMIT", "OFFSET", "AUTOCLEAR", "RO", "BACK-FILE", "DIO", "LOG-SEC")
 
 
@@ -929,10 +929,10 @@ def show(options: Options, found: Sequence[tuple[Lease, str]]) -> None:
 
 
 def table(names: Sequence[str], lines: list[list[str]]) -> str:
-    """Columns side by side, each as wide as its widest cell; an empty one takes no room."""
+    """Columns side by side, each as wide as its widest cell."""
     lines = [[safe(text) for text in cell] for cell in lines]
     widths = [max(map(width, column)) for column in zip(*lines)]
-    widths = [most and max(most, LEAST.get(name, 0)) for name, most in zip(names, widths)]
+    widths = [max(most, LEAST.get(name, 0)) if most > 1 else most for name, most in zip(names, widths)]
     text = ""
     for cell in lines:
         parts = []
