@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from . import proc
+
 _UNIT = re.compile(r".\.(?:service|scope|socket|mount|swap|timer|path|target|device|automount)$")
 # Where no service manager made a unit: what runtimes put their containers' cgroups below.
 _PARENTS = frozenset("docker lxc libpod_parent machine garden buildkit crio default moby k8s.io".split())
@@ -65,8 +67,7 @@ def _container_depth(parts: list[str], first: int) -> int:
 def cgroup_of(pid: int) -> str | None:
     """The cgroup v2 path of a process (the systemd hierarchy of a host without); None when the process is gone."""
     try:
-        with open(f"/proc/{pid}/cgroup", "rb", buffering=0) as file:
-            lines = file.readall().decode(errors="surrogateescape").splitlines()
+        lines = proc.read(f"/proc/{pid}/cgroup").decode(errors="surrogateescape").splitlines()
     except OSError:
         return None
     paths = {tuple(line.split(":", 2)[:2]): line.split(":", 2)[2] for line in lines if line.count(":") >= 2}

@@ -14,6 +14,8 @@ import signal
 import struct
 from collections.abc import Iterator
 
+from . import proc
+
 CAP_MKNOD = 27
 PR_SET_PDEATHSIG = 1
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -33,10 +35,10 @@ def _call(name: str, *arguments: object) -> int:
     return result
 
 
-def _sets() -> tuple[int, int]:
-    """Permitted and inheritable set of this thread, as bit masks."""
+def _sets(pid: int = 0) -> tuple[int, int]:
+    """Permitted and inheritable set of a process, or of this thread, as bit masks."""
     data = ctypes.create_string_buffer(_DATA.size)
-    _call("capget", _HEADER.pack(_CAPABILITY_VERSION_3, 0), data)
+    _call("capget", _HEADER.pack(_CAPABILITY_VERSION_3, pid), data)
     _, p0, i0, _, p1, i1 = _DATA.unpack(data.raw)
     return p0 | p1 << 32, i0 | i1 << 32
 
@@ -62,13 +64,10 @@ def die_with_parent(parent: int) -> None:
 def can_make_nodes(pid: int) -> bool:
     """Whether process `pid` has a CAP_MKNOD at its disposal that counts: in the host's own user namespace."""
     try:
-        with open(f"/proc/{pid}/status", "rb", buffering=0) as status:
-            permitted = int(status.readall().partition(b"\nCapPrm:\t")[2][:16], 16)
-        if not permitted & 1 << CAP_MKNOD:
+        if not _sets(pid)[0] & 1 << CAP_MKNOD:
             return False
-        with open(f"/proc/{pid}/uid_map", "rb", buffering=0) as uid_map:
-            return uid_map.readall().split() == [b"0", b"0", b"4294967295"]
-    except (OSError, ValueError):  # gone
+        return proc.read(f"/proc/{pid}/uid_map").split() == [b"0", b"0", b"4294967295"]
+    except OSError:  # gone
         return False
 
 
