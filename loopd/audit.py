@@ -56,7 +56,7 @@ class _Lines:
 def _quoted(text: str) -> str:
     """The text within single quotes and on one line, whatever a path has in it."""
     plain = text.replace("\\", "\\\\").replace("'", "\\'")
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in plain)
+    return plain if plain.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in plain)
 
 
 class Audit:
