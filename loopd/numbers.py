@@ -13,10 +13,8 @@ import errno
 import fcntl
 import marshal
 import os
-import queue
 import socket
 import struct
-import threading
 import time
 import zlib
 from collections import deque
@@ -136,6 +134,9 @@ def ours(devname: str) -> bool:
 
 def work(channel: socket.socket, control: LoopControl) -> None:
     """The process that makes and removes numbers: answers each (operation, number) with (it, number, errno)."""
+    import queue  # noqa: PLC0415  # nobody waits for this process; the main one starts the faster
+    import threading  # noqa: PLC0415
+
     jobs: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
     threads: list[threading.Thread] = []
     idle = threading.Semaphore(0)

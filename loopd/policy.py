@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import wire
@@ -227,12 +226,13 @@ class _Reader:
     def _problem(self, key: str, reason: str) -> None:
         self.problems.append((self._file, key, reason))
 
-    def read(self, path: Path) -> None:
+    def read(self, path: str) -> None:
         import tomllib  # noqa: PLC0415  # a daemon without a configuration file starts the faster
 
-        self._file = str(path)
+        self._file = path
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+            with open(path, encoding="utf-8") as file:
+                tables = tomllib.loads(file.read())
         except (OSError, ValueError) as error:
             self._problem("-", str(error))
             return
@@ -271,18 +271,18 @@ class _Reader:
         )
 
 
-def _files(path: str, reader: _Reader) -> list[Path]:
+def _files(path: str, reader: _Reader) -> list[str]:
     """The files there are. Only of the usual ones may there be none: what cannot be read might have allowed less."""
-    found: list[Path] = []
+    found: list[str] = []
     try:
-        found += [Path(path + ".d") / name for name in sorted(os.listdir(path + ".d")) if name.endswith(".toml")]
+        found += [f"{path}.d/{name}" for name in sorted(os.listdir(path + ".d")) if name.endswith(".toml")]
     except FileNotFoundError:
         pass
     except OSError as error:
         reader.problems.append((path + ".d", "-", str(error)))
     try:
         os.stat(path)
-        found.insert(0, Path(path))
+        found.insert(0, path)
     except FileNotFoundError as error:
         if path != CONFIGURATION and not found:
             reader.problems.append((path, "-", str(error)))
