@@ -18,8 +18,10 @@ ROOTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 
 def _events_file(account: str) -> str | None:
     """The file that tells the account's end; None for the root cgroup, and on a host without the second version."""
+    if not account.startswith("/") or account == "/":
+        return None
     roots = [root for root in ROOTS if os.path.exists(f"{root}/cgroup.controllers")]
-    return f"{roots[0]}{account}/cgroup.events" if roots and account.startswith("/") and account != "/" else None
+    return f"{roots[0]}{account}/cgroup.events" if roots else None
 
 
 def _populated(path: str) -> bool:

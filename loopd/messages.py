@@ -6,6 +6,7 @@ that `wire` has decoded; so a message is pickled and has no versions.
 
 from __future__ import annotations
 
+import copyreg
 import pickle
 from typing import Any, NamedTuple
 
@@ -177,6 +178,14 @@ class Ready(NamedTuple):
     """Every fd is closed and none hung: the helper takes the next job. Comes when no answer was the `last`."""
 
     last: bool = True
+
+
+# A class in a pickle is one byte instead of two names to be looked up.
+for _code, _kind in enumerate((
+    Take, Release, Arrange, Resize, Nudge, UseNumber, Taken, NumberPlease, Done, Released, Arranged, Resized, Ready,
+    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code,
+), 1):  # fmt: skip
+    copyreg.add_extension(_kind.__module__, _kind.__qualname__, _code)
 
 
 def pack(message: Any) -> bytes:

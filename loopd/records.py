@@ -54,7 +54,7 @@ def write(slot: int, holder: dict[str, Any], lease: str, binding: Binding, fds: 
         "fds": [name for name, _ in present],
     }
     with transport.borrowed(slot) as channel:
-        transport.send(channel, json.dumps(record).encode(), [fd for _, fd in present], socket.MSG_DONTWAIT)
+        transport.send(channel, json.dumps(record).encode(), [fd for _, fd in present], transport.MSG_DONTWAIT)
 
 
 def read(slot: int) -> Stored | None:
@@ -64,7 +64,7 @@ def read(slot: int) -> Stored | None:
     """
     with transport.borrowed(slot) as channel:
         try:
-            payload, fds = transport.receive(channel, MAX_RECORD, len(FDS), socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            payload, fds = transport.receive(channel, MAX_RECORD, len(FDS), transport.MSG_PEEK | transport.MSG_DONTWAIT)
         except BlockingIOError:
             return None
     with fds:
@@ -85,4 +85,4 @@ def clear(slot: int) -> None:
     """Empty the slot; its fds are closed by the kernel."""
     with transport.borrowed(slot) as channel, contextlib.suppress(BlockingIOError):
         # No room for fds: the kernel drops them. (Python makes no system call for a buffer of 0 bytes.)
-        channel.recv(1, socket.MSG_DONTWAIT)
+        channel.recv(1, transport.MSG_DONTWAIT)

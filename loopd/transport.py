@@ -26,6 +26,10 @@ SO_PASSPIDFD = 76
 SCM_PIDFD = 4
 SO_TIMESTAMPNS = SCM_TIMESTAMPNS = 35
 
+# As numbers: the module's own are an enum's members, and every `|` of two makes a third.
+MSG_PEEK, MSG_DONTWAIT = int(socket.MSG_PEEK), int(socket.MSG_DONTWAIT)
+_CLOEXEC, _NOSIGNAL, _CTRUNC = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_NOSIGNAL), int(socket.MSG_CTRUNC)
+
 _UCRED = struct.Struct("iII")  # pid, uid, gid: struct ucred
 _TIMESPEC = struct.Struct("qq")
 
@@ -152,7 +156,7 @@ def peek(listener: socket.socket) -> Peeked | None:
     """The head of the queue without taking it, None when the queue is empty. Installs no fd, does not block."""
     try:
         payload, control, _, address = listener.recvmsg(
-            wire.MAX_REQUEST + 1, _CREDENTIALS_ONLY, socket.MSG_PEEK | socket.MSG_DONTWAIT
+            wire.MAX_REQUEST + 1, _CREDENTIALS_ONLY, MSG_PEEK | MSG_DONTWAIT
         )
     except BlockingIOError:
         return None
@@ -166,7 +170,7 @@ def drop(listener: socket.socket) -> None:
     SO_LINGER of a TCP socket) is the poller's to cut short.
     """
     with contextlib.suppress(BlockingIOError):
-        listener.recvmsg(1, _CREDENTIALS_ONLY, socket.MSG_DONTWAIT)
+        listener.recvmsg(1, _CREDENTIALS_ONLY, MSG_DONTWAIT)
 
 
 def _received(control: list[tuple[int, int, bytes]]) -> tuple[list[int], list[int]]:
@@ -182,12 +186,12 @@ def take(listener: socket.socket) -> Packet | None:
     """The head of the queue with all of its fds, None when the queue is empty."""
     try:
         payload, control, flags, address = listener.recvmsg(
-            wire.MAX_REQUEST + 1, _EVERYTHING, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            wire.MAX_REQUEST + 1, _EVERYTHING, MSG_DONTWAIT | _CLOEXEC
         )
     except BlockingIOError:
         return None
     rights, pidfds = _received(control)
-    truncated = bool(flags & socket.MSG_CTRUNC)
+    truncated = bool(flags & _CTRUNC)
     pidfd = pidfds[0] if pidfds else None
     sender = _sender(control, address)
     return Packet(payload, sender, FdSet(rights), FdSet(pidfds), pidfd, truncated, _arrived(control))
@@ -222,7 +226,7 @@ def pidfd_of_sender(pid: int, arrived: float) -> int:
 
 def receive(channel: socket.socket, size: int, fds: int, flags: int = 0) -> tuple[bytes, FdSet]:
     """One message of one of loopd's own sockets with at most `fds` fds."""
-    payload, control, _, _ = channel.recvmsg(size, socket.CMSG_SPACE(4 * fds), flags | socket.MSG_CMSG_CLOEXEC)
+    payload, control, _, _ = channel.recvmsg(size, socket.CMSG_SPACE(4 * fds), flags | _CLOEXEC)
     rights, _ = _received(control)
     return payload, FdSet(rights)
 
@@ -231,7 +235,7 @@ def send(channel: socket.socket, payload: bytes, fds: Iterable[int] = (), flags:
     """One message with fds, which stay the caller's."""
     rights = array.array("i", fds)
     control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights.tobytes())] if rights else []
-    channel.sendmsg([payload], control, flags | socket.MSG_NOSIGNAL)
+    channel.sendmsg([payload], control, flags | _NOSIGNAL)
 
 
 def is_pidfd(fd: int) -> bool:
@@ -249,15 +253,16 @@ def borrowed(fd: int) -> Iterator[socket.socket]:
         channel.detach()
 
 
-def _unix_type(fd: int) -> int | None:
-    """The type of an AF_UNIX socket, None for what is none."""
+def _is_socket(fd: int) -> bool:
     # readlink asks the kernel's path code alone, whatever file system the file is of.
-    if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:["):
+    return os.readlink(f"/proc/self/fd/{fd}").startswith("socket:[")
+
+
+def _unix_type(channel: socket.socket) -> int | None:
+    """The type of an AF_UNIX socket, None for another."""
+    if channel.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) != socket.AF_UNIX:
         return None
-    with borrowed(fd) as channel:
-        if channel.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) != socket.AF_UNIX:
-            return None
-        return channel.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+    return channel.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
 
 
 def check_reply_socket(fd: int, sender: Sender) -> None:
@@ -266,10 +271,12 @@ def check_reply_socket(fd: int, sender: Sender) -> None:
     Both names must be empty: a connection to somebody's server would pass the check of the uid, and carry a reply with
     loopd's credentials there. SO_PEERCRED of a socketpair is who made it.
     """
-    kind = _unix_type(fd)
-    if kind != socket.SOCK_SEQPACKET:
-        raise wire.Refusal(wire.Code.BAD_FD, "reply_fd is no AF_UNIX SOCK_SEQPACKET socket")
+    no_pair = wire.Refusal(wire.Code.BAD_FD, "reply_fd is no AF_UNIX SOCK_SEQPACKET socket")
+    if not _is_socket(fd):
+        raise no_pair
     with borrowed(fd) as peer:
+        if _unix_type(peer) != socket.SOCK_SEQPACKET:
+            raise no_pair
         if peer.getsockname() or _peer_name(peer):
             raise wire.Refusal(wire.Code.BAD_FD, "reply_fd is no unnamed socketpair")
         _, uid, _ = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
@@ -288,10 +295,13 @@ def check_lease(fd: int) -> str:
     """Refuse what is neither a pidfd nor a connected AF_UNIX socket; else say which."""
     if is_pidfd(fd):
         return "pidfd"
-    kind = _unix_type(fd)
-    if kind is None:
-        raise wire.Refusal(wire.Code.BAD_FD, "lease_fd is neither a pidfd nor an AF_UNIX socket")
+    neither = wire.Refusal(wire.Code.BAD_FD, "lease_fd is neither a pidfd nor an AF_UNIX socket")
+    if not _is_socket(fd):
+        raise neither
     with borrowed(fd) as peer:
+        kind = _unix_type(peer)
+        if kind is None:
+            raise neither
         # A datagram pair gives no hang-up when the other end is closed.
         if kind == socket.SOCK_DGRAM or _peer_name(peer) == "none":
             raise wire.Refusal(wire.Code.BAD_FD, "lease_fd is no connected SOCK_SEQPACKET or SOCK_STREAM socket")
@@ -363,7 +373,7 @@ def reply(fd: int, payload: bytes, fds: Iterable[int] = ()) -> bool:
     """Send a reply without waiting; False when it cannot be delivered."""
     try:
         with borrowed(fd) as channel:
-            send(channel, payload, fds, socket.MSG_DONTWAIT)
+            send(channel, payload, fds, MSG_DONTWAIT)
     except OSError:  # EPIPE, ECONNRESET: hung up; EAGAIN: does not read
         return False
     return True
