@@ -129,14 +129,25 @@ class Access:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._private)
 
+    def open(self, number: int) -> tuple[Loop, int]:
+        """The device, and an fd of its node in /dev for the lock; both are the caller's to close."""
+        with self._node(number) as directory:
+            loop = Loop(number, directory)
+        try:
+            return loop, _open_for_lock(loop)
+        except BaseException:
+            loop.close()
+            raise
+
     @contextlib.contextmanager
     def opened(self, number: int) -> Iterator[tuple[Loop, int]]:
-        """The device, and an fd of its node in /dev for the lock; both closed at the end."""
-        with self._node(number) as directory, contextlib.ExitStack() as stack:
-            loop = stack.enter_context(Loop(number, directory))
-            lock = _open_for_lock(loop)
-            stack.callback(os.close, lock)
+        """As `open`, both closed at the end."""
+        loop, lock = self.open(number)
+        try:
             yield loop, lock
+        finally:
+            os.close(lock)
+            loop.close()
 
 
 def _open_for_lock(loop: Loop) -> int:
@@ -249,12 +260,7 @@ def bind(
         try:
             if not made:
                 control.add(number)
-            with access.opened(number) as (loop, lock):
-                _lock(lock)
-                delete_partitions(loop)
-                _configure(loop, fd, request, backing)
-                # Duplicates survive the context; the lock belongs to the open file description and goes along.
-                return _keep(_verify(loop, number, request, backing), loop.fd, lock)
+            return _bind(*access.open(number), number, fd, request, backing)
         except UnexpectedDevice as error:
             reason = str(error)
         except OSError as error:
@@ -266,12 +272,16 @@ def bind(
     raise Refusal(Code.BUSY, f"{ATTEMPTS} numbers were lost to others, the last because: {reason}")
 
 
-def _keep(binding: Binding, device: int, lock: int) -> Bound:
-    kept = os.dup(device)
+def _bind(loop: Loop, lock: int, number: int, fd: int, request: Attach, backing: Backing) -> Bound:
+    """Takes over the device and its lock."""
     try:
-        return Bound(binding, kept, os.dup(lock))
-    except OSError:
-        os.close(kept)
+        _lock(lock)
+        delete_partitions(loop)
+        _configure(loop, fd, request, backing)
+        return Bound(_verify(loop, number, request, backing), loop.fd, lock)
+    except BaseException:
+        os.close(lock)
+        loop.close()
         raise
 
 
@@ -295,8 +305,8 @@ def _verify(loop: Loop, number: int, request: Attach, backing: Backing) -> Bindi
     binding = Binding(
         number=number,
         devname=loop.devname,
-        major=os.major(os.fstat(loop.fd).st_rdev),
-        minor=os.minor(os.fstat(loop.fd).st_rdev),
+        major=os.major(loop.rdev),
+        minor=os.minor(loop.rdev),
         diskseq=loop.diskseq(),
         size=loop.size(),
         offset=info.lo_offset,

@@ -105,6 +105,7 @@ class Lifecycle:
         self._held: dict[str, Lease] = {}
         self._foreign: dict[str, Account] = {}
         self._suspects: dict[str, tuple[str, int | None]] = {}
+        self._unknown: set[str] = set()
         self._watched: dict[int, Lease] = {}
         self._kept: list[socket.socket] = []
         self._replies: dict[str, int] = {}
@@ -385,6 +386,11 @@ class Lifecycle:
             if self._numbers.lingers(int(devname[4:])):
                 self._numbers.retry()
             # An attach under way has bound its device before it is in the books.
+            self._look_at_foreign_later(devname)
+
+    def _look_at_foreign_later(self, devname: str) -> None:
+        if devname not in self._unknown:
+            self._unknown.add(devname)
             self._poller.later(self.FOREIGN_CHECK, lambda: self._look_at_foreign(devname))
 
     def _look_at_foreign(self, devname: str) -> None:
@@ -393,6 +399,7 @@ class Lifecycle:
         Most likely a client kept a node, and opening that made the device again (no max_loop): charged to who had
         the number last. It is never cleared: nothing proves whose it is.
         """
+        self._unknown.discard(devname)
         number = int(devname[4:])
         file = backing_file(number)
         known = self._foreign.get(devname)
@@ -409,7 +416,7 @@ class Lifecycle:
         if self._suspects.get(devname) != seen:
             # It may be an attach that is not in the books yet: then it is at the next look.
             self._suspects[devname] = seen
-            self._poller.later(self.FOREIGN_CHECK, lambda: self._look_at_foreign(devname))
+            self._look_at_foreign_later(devname)
             return
         del self._suspects[devname]
         owner = self._numbers.had(number)
