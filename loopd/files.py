@@ -41,12 +41,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Identity(NamedTuple):
-    """What can be known of an fd without asking its file system."""
+    """What can be known of an fd without asking its file system. `mount` is an id that no other mount ever gets; None
+    before Linux 6.8.
+    """
 
     mode: int
     inode: int
     dev: tuple[int, int]
-    mount: int
+    mount: int | None
 
 
 class FileSystem(NamedTuple):
@@ -58,24 +60,23 @@ class FileSystem(NamedTuple):
     hosts: bool
 
 
-def _statx(fd: int, mask: int) -> tuple[int, Identity]:
+def _statx(fd: int, mask: int) -> tuple[int, ...]:
     buffer = ctypes.create_string_buffer(_STATX.size)
     if _libc.statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, mask, buffer) < 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
-    found, mode, inode, _, _, major, minor, mount = _STATX.unpack(buffer.raw)
-    return found, Identity(mode, inode, (major, minor), mount)
+    return _STATX.unpack(buffer.raw)
 
 
 def identify(fd: int) -> Identity:
-    """Type, inode number, device and mount id of `fd`. Does not block on a file system that never answers."""
-    return _statx(fd, STATX_TYPE | STATX_INO | STATX_MNT_ID)[1]
+    """Type, inode number, device and mount of `fd`. Does not block on a file system that never answers."""
+    mask, mode, inode, _, _, major, minor, mount = _statx(fd, STATX_TYPE | STATX_INO | STATX_MNT_ID_UNIQUE)
+    return Identity(mode, inode, (major, minor), mount if mask & STATX_MNT_ID_UNIQUE else None)
 
 
-def _unique_mount(fd: int) -> int | None:
-    """An id of the file's mount that no other mount ever gets; None before Linux 6.8."""
-    found, identity = _statx(fd, STATX_MNT_ID_UNIQUE)
-    return identity.mount if found & STATX_MNT_ID_UNIQUE else None
+def _mount_id(fd: int) -> int:
+    """The id by which the mount tables call the file's mount, for as long as that is there."""
+    return _statx(fd, STATX_MNT_ID)[-1]
 
 
 def _read(path: str, most: int | None = None) -> bytes:
@@ -107,18 +108,17 @@ class Mounts:
     def _ours(self) -> bytes:
         return b"\n" + _read("/proc/self/mountinfo")
 
-    def find(self, fd: int) -> FileSystem | None:
+    def find(self, fd: int, identity: Identity) -> FileSystem | None:
         """The file system of a file that the client holds; None when the mount is in neither mount table."""
-        unique = _unique_mount(fd)
-        found = _seen.get(unique) if unique is not None else None
+        found = None if identity.mount is None else _seen.get(identity.mount)
         if found is None:
-            mount = identify(fd).mount
+            mount = _mount_id(fd)
             found = self._look(mount, self._theirs) or self._look(mount, self._ours)
             # What the host has not mounted yet, it may mount later.
-            if found is not None and found.hosts and unique is not None:
+            if found is not None and found.hosts and identity.mount is not None:
                 if len(_seen) >= _MOST_SEEN:
                     _seen.clear()
-                _seen[unique] = found
+                _seen[identity.mount] = found
         return found
 
     def _look(self, mount: int, table: bytes) -> FileSystem | None:
@@ -154,8 +154,8 @@ def _is_shmem(fd: int) -> bool:
     return True
 
 
-def _check_file_system(fd: int, what: str, mounts: Mounts, allowed: frozenset[str]) -> None:
-    found = mounts.find(fd)
+def _check_file_system(fd: int, identity: Identity, what: str, mounts: Mounts, allowed: frozenset[str]) -> None:
+    found = mounts.find(fd, identity)
     if found is None:
         raise Refusal(
             Code.NOT_PERMITTED,
@@ -205,7 +205,7 @@ def check_backing(
         raise Refusal(Code.BAD_FD, f"fd: {kind}; a backing file is a regular file")
     else:
         if not _is_shmem(fd):
-            _check_file_system(fd, "fd", mounts, allowed)
+            _check_file_system(fd, identity, "fd", mounts, allowed)
         size = os.fstat(fd).st_size
     if request.offset >= size:
         raise Refusal(Code.INVALID, f"offset: {request.offset} is at or past the end of the file ({size} bytes)")
@@ -222,4 +222,4 @@ def check_directory(fd: int, mounts: Mounts, allowed: frozenset[str]) -> None:
     identity = identify(fd)
     if not stat.S_ISDIR(identity.mode):
         raise Refusal(Code.BAD_FD, "dir_fd: not a directory")
-    _check_file_system(fd, "dir_fd", mounts, allowed)
+    _check_file_system(fd, identity, "dir_fd", mounts, allowed)

@@ -171,6 +171,7 @@ class Leases:
 
     def __init__(self) -> None:
         self._leases: dict[str, Lease] = {}
+        self._locked: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -178,12 +179,19 @@ class Leases:
     def __iter__(self) -> Iterator[Lease]:
         return iter(self._leases.values())
 
+    @property
+    def locks(self) -> int:
+        """How many were made to keep the lock against udev."""
+        return len(self._locked)
+
     def get(self, devname: str) -> Lease | None:
         """The lease of that device."""
         return self._leases.get(devname)
 
     def add(self, lease: Lease) -> None:
         self._leases[lease.binding.devname] = lease
+        if lease.lock is not None:
+            self._locked.add(lease.binding.devname)
         lease.account.devices += 1
         lease.account.bytes += lease.binding.size
 
@@ -194,6 +202,7 @@ class Leases:
     def drop(self, lease: Lease) -> None:
         """Forget a lease whose device is gone."""
         del self._leases[lease.binding.devname]
+        self._locked.discard(lease.binding.devname)
         lease.account.devices -= 1
         lease.account.bytes -= lease.binding.size
 

@@ -31,8 +31,8 @@ from .pool import Pool, Worker
 from .transport import FdSet, Sender
 from .wire import Attach, Code, Detach, Directory, Envelope, Hello, Leases, Refusal, Reply, Request, Rescan, Resize
 
-FDS_OF_A_LEASE = 5
-"""Device, directory, lock, keeper and slot."""
+FDS_OF_A_LEASE = 4
+"""Device, directory, keeper and slot; one more for a lock that is kept."""
 SPARE_FDS = 512
 """File descriptors for everything else: helpers' channels, replies under way, free slots."""
 WARN_AT = 0.8
@@ -318,7 +318,7 @@ class Service:
         """Refuse what the daemon itself has no room for, and warn the administrator before that."""
         count = len(self._leases) + self._exchanges
         for what, used in (
-            ("open files (LimitNOFILE=)", (count + 1) * FDS_OF_A_LEASE / max(1, self._most_fds)),
+            ("open files (LimitNOFILE=)", self._files(count + 1) / max(1, self._most_fds)),
             ("places in the fd store (FileDescriptorStoreMax=)", self._slots.in_use),
         ):
             if used > WARN_AT and what not in self._warned:
@@ -326,6 +326,10 @@ class Service:
                 self._audit.record(Event.WARNED, f"More than {WARN_AT:.0%} of the {what} are used by {count} leases")
             if used >= 1:
                 raise Refusal(Code.NO_DEVICE, f"loopd has no more {what}")
+
+    def _files(self, count: int) -> int:
+        """Open files of so many leases."""
+        return count * FDS_OF_A_LEASE + self._leases.locks
 
     def _number(self, exchange: Exchange) -> Number | None:
         """A number for an attach, its exchange's from now on; None when one is about to come free. Else a refusal.

@@ -249,7 +249,8 @@ def leases(bench: Bench) -> list[Row]:
         held = 0
         for level in levels:
             for held in range(held, level):  # noqa: B020, B007  # goes on where it was
-                ask(path, request, fds).close()
+                with contextlib.closing(ask(path, request, fds)) as reply:
+                    assert reply.code is None, reply.fields
             held = level
             tell(level)
             while not (bench.directory / f"level{level}").exists():
