@@ -84,6 +84,8 @@ class Lifecycle:
     """Helpers at once that are busy with the leases of one account, or hang in them: a client can keep its own
     directory, and its own file, locked for as long as it likes.
     """
+    PROBE_PAUSE = 0.05
+    """Seconds after the start before it is tried whether a kept node brings its number back."""
     ARRANGE_PAUSE = 0.05
     """Seconds after a look at a partition table before the next one: closing the node is free for the client."""
 
@@ -184,7 +186,8 @@ class Lifecycle:
         self._grants.sweep({lease.holder.grant for lease in self.leases})
         self._numbers.sweep({lease.binding.number for lease in self.leases})
         self._numbers.keep_low_free()
-        self._numbers.probe()
+        # Takes a block of numbers, with a wait for the disk: whoever started the daemon is served first.
+        self._poller.later(self.PROBE_PAUSE, self._numbers.probe)
 
     def _restore(self, lease: Lease, reply: int | None) -> None:
         # A client that closed its end of the reply socket has the answer, or wants it no more.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import marshal
 import os
 import socket
@@ -377,9 +378,12 @@ class Numbers:
 
     def sweep(self, known: set[int]) -> None:
         """Remove idle devices of the range that a daemon which died had made; a bound or open one stays as it is."""
+        used = functools.cache(lambda block: self.used(FIRST + block * BLOCK))
         for name in os.listdir("/sys/block"):
-            if name.startswith("loop") and ours(name) and int(name[4:]) not in known and self.used(int(name[4:])):
-                self._send("remove", int(name[4:]))
+            if name.startswith("loop") and ours(name):
+                number = int(name[4:])
+                if number not in known and used((number - FIRST) // BLOCK):
+                    self._send("remove", number)
 
     def probe(self) -> None:
         """Find out whether a kept node brings its removed number back; `remade` says so when it is known."""
