@@ -15,10 +15,10 @@ import signal
 import socket
 import sys
 import time
-import traceback
 
 from . import __version__, devices, leases, numbers, policy, pool, sd, transport, uevents
 from .audit import Audit, Event
+from .bugs import described
 from .devices import Access
 from .grants import ROOT, Grants
 from .helper import Tools
@@ -291,9 +291,9 @@ class Daemon:
         """
         try:
             self._poller.run_once()
-        except Exception:
+        except Exception as error:
             self._bugs += 1
-            self._audit.record(Event.FAILED, traceback.format_exc()[-4000:])
+            self._audit.record(Event.FAILED, described(error)[-4000:])
             if self._bugs > self.MOST_BUGS:
                 raise
         if self._audit.waiting and not self._flushing:

@@ -11,11 +11,11 @@ import errno
 import os
 import select
 import socket
-import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import devices, files, inotify, messages, nodes, records, rights, transport, wire
+from .bugs import described
 from .devices import Access, Binding, Number
 from .grants import Grants, detached_mount
 from .loop import Loop, LoopControl
@@ -136,7 +136,7 @@ class Helper:
             except OSError as error:
                 done = Done(_no_room(error))
             except Exception as error:  # noqa: BLE001  # the one boundary for bugs on this side
-                done = Done(messages.bug("".join(traceback.format_exception(error))))
+                done = Done(messages.bug(described(error)))
             last = passed.issuperset(fds)
             self._send(done._replace(last=last))
             return last
@@ -397,7 +397,7 @@ def _no_room(error: OSError) -> Refusal:
     """What the host has no more of is no bug; any other errno that nobody gave a meaning is."""
     if error.errno in _NO_ROOM:
         return Refusal(Code.NO_DEVICE, f"loopd has no room for another device: {error.strerror}")
-    return messages.bug("".join(traceback.format_exception(error)))
+    return messages.bug(described(error))
 
 
 def _known(directory: Directory, known: tuple[Node, ...] | None, binding: Binding) -> list[Node]:

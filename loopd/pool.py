@@ -12,12 +12,12 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
 from . import helper, messages, rights, transport
+from .bugs import described
 from .helper import Tools
 from .poller import Poller, Timer
 from .transport import FdSet
@@ -231,8 +231,7 @@ def _child(parent: int, keep: list[int], closing: int, main: Callable[[], None])
         main()
     except ConnectionResetError:
         pass  # the main process ended with an answer unread
-    except BaseException:  # noqa: BLE001  # nothing may leave this frame
-        traceback.print_exc()
-        sys.stderr.flush()
+    except BaseException as error:  # noqa: BLE001  # nothing may leave this frame
+        print(described(error), file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)

@@ -13,13 +13,13 @@ import contextlib
 import resource
 import socket
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import __version__, accounts, files, messages, transport, wire
 from .accounts import Account, Membership, Owner
 from .audit import Audit, Event
+from .bugs import described
 from .devices import Number
 from .grants import Grants
 from .leases import Holder, Lease, Slots, State
@@ -96,8 +96,8 @@ class Exchange:
                 self.service.on_done(self, message, fds)
         except Refusal as refusal:
             self.service.answer(self, refusal)
-        except Exception:  # noqa: BLE001  # the one boundary for bugs on this side
-            self.service.bug(self, traceback.format_exc())
+        except Exception as error:  # noqa: BLE001  # the one boundary for bugs on this side
+            self.service.bug(self, described(error))
 
     def ready(self) -> None:
         self.account.helpers.pop(self, None)
