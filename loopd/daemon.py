@@ -150,6 +150,8 @@ class Daemon:
     def __init__(self, options: argparse.Namespace) -> None:
         self._bugs = 0
         self._flushing = False
+        self._reporting = False
+        self._reported = ""
         if os.uname().sysname != "Linux" or sys.version_info < (3, 11):
             raise CannotStart("loopd needs Linux and Python 3.11 or later")
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -269,12 +271,18 @@ class Daemon:
         self._notifier.send("WATCHDOG=1")
         self._poller.later(self._watchdog / 2, self._ping)
 
+    STATUS_PAUSE = 1.0
+    """Seconds in which changes of the status are gathered: nobody is woken for each, nor while there is none."""
+
     def _report(self) -> None:
-        self._notifier.send(f"STATUS={self._service.status}")
+        self._reporting = False
+        self._reported = self._service.status
+        self._notifier.send(f"STATUS={self._reported}")
 
     def run(self) -> None:
         """Serve until a signal or idleness ends it."""
-        self._notifier.send(f"READY=1\nSTATUS={self._service.status}")
+        self._reported = self._service.status
+        self._notifier.send(f"READY=1\nSTATUS={self._reported}")
         if not self._notifier.present:
             print("loopd: runs by hand: leases end with it (no fd store)", file=sys.stderr, flush=True)
         if self._watchdog is not None:
@@ -299,6 +307,9 @@ class Daemon:
         if self._audit.waiting and not self._flushing:
             self._flushing = True
             self._poller.later(self.FLUSH_PAUSE, self._flush)
+        if not self._reporting and self._service.status != self._reported:
+            self._reporting = True
+            self._poller.later(self.STATUS_PAUSE, self._report)
 
     def _flush(self) -> None:
         self._flushing = False
@@ -310,9 +321,7 @@ class Daemon:
         if not self._service.busy and idle >= timeout:
             self._stopping = True
             return
-        self._report()
-        pause = timeout - idle if idle < timeout else min(timeout, 5.0)
-        self._poller.later(max(0.05, pause), self._idle_check)
+        self._poller.later(max(0.05, timeout - idle if idle < timeout else timeout), self._idle_check)
 
     def _stop(self) -> None:
         """Finish what is under way; take away what nothing will keep; leave the rest to the fd store."""
