@@ -85,6 +85,8 @@ class Pool:
         self._busy: set[Worker] = set()
         self._lost: dict[int, Task] = {}
         self._pending: deque[tuple[Task, messages.Job, list[int], float]] = deque()
+        self._trying = False
+        self._jobs_first = False
 
     @property
     def busy(self) -> bool:
@@ -122,12 +124,25 @@ class Pool:
         while self._pending and self.available():
             self.dispatch(*self._pending.popleft())
         if self._pending:
-            # Those that are busy now may turn out to be slow ones, and then there can be more.
-            self._poller.later(self.SLOW, self._dispatch_pending)
+            self.try_again()
+
+    def try_again(self) -> None:
+        """See in a moment: the helpers that are busy now may turn out to be slow ones, and then there can be more."""
+        if not self._trying:
+            self._trying = True
+            self._poller.later(self.SLOW, self._try)
+
+    def _try(self) -> None:
+        self._trying = False
+        self._proceed()
 
     def _proceed(self) -> None:
-        self._dispatch_pending()
+        # By turns: neither do requests wait for the end of a thousand leases, nor these for a flood of requests.
+        self._jobs_first = not self._jobs_first
+        if self._jobs_first:
+            self._dispatch_pending()
         self._ready()
+        self._dispatch_pending()
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

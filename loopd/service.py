@@ -236,7 +236,7 @@ class Service:
     def _later(self, index: int) -> None:
         """Serve a queue again soon: nothing else will tell that it is to be."""
         self._waiting.add(index)
-        self._poller.later(Pool.SLOW, self.serve_waiting)
+        self._pool.try_again()
 
     def serve_waiting(self) -> None:
         """A helper may be available again."""
