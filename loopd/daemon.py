@@ -321,6 +321,8 @@ class Daemon:
         if not self._service.busy and idle >= timeout:
             self._stopping = True
             return
+        if idle >= timeout:
+            self._pool.shrink()
         self._poller.later(max(0.05, timeout - idle if idle < timeout else timeout), self._idle_check)
 
     def _stop(self) -> None:

@@ -74,6 +74,8 @@ class Pool:
     """Helpers that respond, at least: as many requests can be under way without waiting for one another."""
     MOST = 64
     """Helpers at once, without those that were written off: these are counted against the accounts that hang them."""
+    REST = 2
+    """Helpers that are kept when there is nothing to do: each takes some 4 MiB, and 3 ms to be made."""
     SLOW = 0.005
     """Seconds after which a busy helper no longer counts as one that responds."""
 
@@ -190,6 +192,11 @@ class Pool:
             self._idle.remove(worker)
         self._poller.remove(worker.channel.fileno())
         worker.channel.close()
+
+    def shrink(self) -> None:
+        """End idle helpers beyond those that are kept."""
+        while len(self._idle) > self.REST:
+            self._forget(self._idle[0])
 
     def _write_off(self, worker: Worker) -> None:
         task = worker.task

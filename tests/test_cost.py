@@ -6,12 +6,13 @@ import os
 import select
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import eventually
 from kept import Kept, start_kept_fixture  # noqa: F401
-from untouched import children
+from untouched import children, helpers
 
 from loopd import uevents
 
@@ -58,6 +59,17 @@ def test_files_and_poller(start_kept: Callable[..., Kept], image: int, directory
         attach()
     # Device, directory and keeper; slots are stored 64 at a time.
     eventually(lambda: cost() in [(polled + LEASES, files + 3 * LEASES + slots) for slots in (0, 64)], "one and three")
+
+
+def test_helpers_that_are_not_needed_end(start_kept: Callable[..., Kept], image: int, directory: int) -> None:
+    daemon = start_kept("--idle-timeout=0.5")
+    daemon.attach(image, directory)  # else the daemon itself would end
+    with ThreadPoolExecutor(16) as crowd:
+        replies = list(crowd.map(lambda _: daemon.attach(image, directory), range(64)))
+    assert all(reply.code is None for reply in replies)
+    assert len(helpers(daemon)) > 2
+    eventually(lambda: len(helpers(daemon)) == 2, "the others have ended")
+    assert daemon.hello().code is None
 
 
 def test_nothing_happens(start_kept: Callable[..., Kept], image: int, directory: int) -> None:
