@@ -37,10 +37,13 @@ import loopd
 from loopd import wire
 
 FLOOR = "C floor"
-CONFIGURATION = """request_timeout = 2
+CONFIGURATION = """
+request_timeout = 2
+idle_timeout = {idle_timeout}
 [limits]
 devices = 10000
 requests = 1000
+new_numbers = {new_numbers}
 """
 """The one account of the measurements has what in real operation a hundred have."""
 MIB = 1 << 20
@@ -68,13 +71,13 @@ class Bench:
         return quick if self.quick else full
 
     @contextlib.contextmanager
-    def daemon(self, kind: type[Daemon] = Kept, new_numbers: int = 100_000) -> Iterator[Daemon]:
+    def daemon(self, kind: type[Daemon] = Kept, **options: float) -> Iterator[Daemon]:
         """A daemon that is ready."""
         self._count += 1
         home = self.directory / f"daemon{self._count}"
         home.mkdir()
         configuration = home / "loopd.toml"
-        configuration.write_text(f"{CONFIGURATION}new_numbers = {new_numbers}\n")
+        configuration.write_text(CONFIGURATION.format_map({"idle_timeout": 30, "new_numbers": 100_000} | options))
         daemon = kind(home, [f"--config={configuration}"], [], {})
         daemon.start()
         try:
@@ -234,6 +237,10 @@ def _ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+REST = 3
+"""Seconds after which a daemon that holds something ends the helpers that it does not need."""
+
+
 def leases(bench: Bench) -> list[Row]:
     """The cost of live leases: of an attach beside them, of their memory and files, and of their being there."""
     levels = (0, 10, 100, 1000, 4000) if not bench.quick else (0, 10, 20)
@@ -257,13 +264,15 @@ def leases(bench: Bench) -> list[Row]:
                 time.sleep(0.01)
         time.sleep(3600)
 
-    with bench.daemon() as daemon:
+    with bench.daemon(idle_timeout=REST) as daemon:
         path = daemon.path
         with Child(hold) as child:
             for level in levels:
                 assert child.hear() == level
                 bench.attaches(path, count)
                 took[level] = [bench.attaches(path, count) for _ in range(bench.size(5, 1))]
+                if level:  # with nothing to hold the daemon would end
+                    time.sleep(bench.size(2 * REST + 1, 0))
                 memory[level] = _memory(daemon)
                 files[level] = len(os.listdir(f"/proc/{daemon.pid}/fd"))
                 if level < levels[-1]:
