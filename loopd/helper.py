@@ -144,16 +144,14 @@ class Helper:
     def _vet_sockets(self, job: Take, packet: Packet) -> _Vetted:
         """Check what the main process answers on and watches. None of it can block."""
         reply, refusal = self._reply_socket(job.reply, packet)
-        vetted = _Vetted(packet.pidfd, reply, None, "sender" if reply is None else "reply", "", refusal)
+        pidfd, lease_fd, lease, grant = packet.pidfd, None, "sender" if reply is None else "reply", ""
         try:
-            vetted = vetted._replace(pidfd=_living_sender(job, packet))
+            pidfd = _living_sender(job, packet)
             if job.lease is not None:
-                lease_fd = borrow(packet.fds, job.lease, "lease_fd")
-                vetted = vetted._replace(lease=transport.check_lease(lease_fd), lease_fd=lease_fd)
+                candidate = borrow(packet.fds, job.lease, "lease_fd")
+                lease, lease_fd = transport.check_lease(candidate), candidate
             if job.directory is not None:
-                vetted = vetted._replace(
-                    grant=self._tools.grants.recognise(borrow(packet.fds, job.directory, "dir_fd"))
-                )
+                grant = self._tools.grants.recognise(borrow(packet.fds, job.directory, "dir_fd"))
         except Refusal as error:
             refusal = refusal or error
         except ProcessLookupError:
@@ -162,7 +160,7 @@ class Helper:
         except OSError as error:
             why = Refusal(Code.BAD_FD, f"an fd cannot be looked at: {error.strerror}")
             refusal = refusal or (_no_room(error) if error.errno in _NO_ROOM else why)
-        return vetted._replace(refusal=refusal)
+        return _Vetted(pidfd, reply, lease_fd, lease, grant, refusal)
 
     def _reply_socket(self, index: int | None, packet: Packet) -> tuple[int | None, Refusal | None]:
         """The reply socket, or why there is none although there should be."""
