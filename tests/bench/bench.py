@@ -30,7 +30,7 @@ from conftest import ROOT, Daemon, ask, bound_to, eventually  # the path is set 
 from fuse_never import Never
 from kept import Kept
 from processes import Child
-from report import Row, alone, compared, plot, save, table
+from report import Row, alone, compared, load, plot, save, table
 from untouched import cgroup, pair, reply_of, send
 
 import loopd
@@ -669,7 +669,11 @@ def main() -> None:
     print(json.dumps(machine))
     print(table(rows))
     if options.output is not None:
-        save(options.output / "performance.json", machine, rows)
+        saved = options.output / "performance.json"
+        if saved.exists() and options.only != list(SECTIONS):  # what was not measured again stays
+            rows += [row for row in load(saved) if row.section not in options.only]
+            rows.sort(key=lambda row: list(SECTIONS).index(row.section))
+        save(saved, machine, rows)
         if options.plot:
             plot(options.output / "performance.png", rows)
 

@@ -109,7 +109,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     figure, axes = plt.subplots(figsize=(10, 1.2 + 0.3 * len(shown)), layout="constrained")
     for place, row in enumerate(shown):
         assert row.ratio is not None
-        axes.barh(place, row.ratio, color="tab:red" if row.reached is False else "tab:blue")
+        axes.barh(place, row.ratio - 1, left=1, color="tab:red" if row.reached is False else "tab:blue")
         if row.low is not None:
             axes.plot([row.low, row.high], [place, place], color="black", linewidth=1)
         if row.reach is not None:
@@ -117,6 +117,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         axes.text(row.high or row.ratio, place, f"  {_number(row.ratio)}", va="center", fontsize=8)
     axes.set_yticks(range(len(shown)), [f"{row.what}  /  {row.against}" for row in shown], fontsize=8)
     axes.set_xscale("log")
+    axes.set_xlim(left=0.02)  # what is hardly anything need not be told apart
     axes.set_xlabel("ratio (line: spread of the rounds; green: to reach)")
     axes.margins(x=0.1, y=0.01)
     figure.savefig(path, dpi=110)
