@@ -114,7 +114,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
             axes.plot([row.low, row.high], [place, place], color="black", linewidth=1)
         if row.reach is not None:
             axes.plot([row.reach] * 2, [place - 0.45, place + 0.45], color="tab:green", linewidth=2)
-        axes.text(row.high or row.ratio, place, f"  {_number(row.ratio)}", va="center", fontsize=8)
+        axes.text(max(row.high or row.ratio, 1), place, f"  {_number(row.ratio)}", va="center", fontsize=8)
     axes.set_yticks(range(len(shown)), [f"{row.what}  /  {row.against}" for row in shown], fontsize=8)
     axes.set_xscale("log")
     axes.set_xlim(left=0.02)  # what is hardly anything need not be told apart
