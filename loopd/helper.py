@@ -7,7 +7,6 @@ else. It decides nothing: what may be done arrives with the job. It keeps no sta
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import socket
@@ -159,7 +158,7 @@ class Helper:
             refusal = refusal or Refusal(Code.NOT_PERMITTED, "the sender has ended")
         except OSError as error:
             why = Refusal(Code.BAD_FD, f"an fd cannot be looked at: {error.strerror}")
-            refusal = refusal or (_no_room(error) if error.errno in _NO_ROOM else why)
+            refusal = refusal or (_no_room(error) if error.errno in nodes.NO_ROOM else why)
         return _Vetted(pidfd, reply, lease_fd, lease, grant, refusal)
 
     def _reply_socket(self, index: int | None, packet: Packet) -> tuple[int | None, Refusal | None]:
@@ -388,12 +387,9 @@ def _living_sender(job: Take, packet: Packet) -> int:
     return pidfd
 
 
-_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-
 def _no_room(error: OSError) -> Refusal:
     """What the host has no more of is no bug; any other errno that nobody gave a meaning is."""
-    if error.errno in _NO_ROOM:
+    if error.errno in nodes.NO_ROOM:
         return Refusal(Code.NO_DEVICE, f"loopd has no room for another device: {error.strerror}")
     return messages.bug(described(error))
 

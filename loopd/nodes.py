@@ -136,6 +136,9 @@ _MKNOD = {
     errno.ENOENT: (Code.NOT_FOUND, "the directory has been removed"),
 }
 
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What loopd itself or the host has no more of, whatever the directory."""
+
 _PROVE = {
     errno.EACCES: "its mount is nodev or belongs to a user namespace: use a directory of the host or another delivery",
     errno.ENOENT: "it was removed at once",
@@ -240,6 +243,8 @@ def _prove(directory: Directory, node: Node) -> None:
         finally:
             os.close(pinned)
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
         meaning = _PROVE.get(error.errno or 0, "it cannot be opened")
         why = f"dir_fd: {node.name} is there, but {meaning}: {os.strerror(error.errno or 0)}"
         raise Refusal(Code.UNDELIVERABLE, why) from error
