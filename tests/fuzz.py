@@ -118,7 +118,9 @@ RIGHT = {
     "lease_fd": ("reply", "pidfd", "stream", "half"),
 }
 OPERATIONS = ("attach",) * 10 + ("detach",) * 4 + tuple(wire.OPERATIONS)
-DEEDS = ("", "", "", "", "unlink", "rename", "link", "replace", "occupy", "partition", "autoclear")
+DEEDS = (
+    "", "", "", "", "unlink", "rename", "link", "replace", "occupy", "partition", "autoclear", "flags", "size", "lease",
+)  # fmt: skip
 
 Pairs = list[tuple[str, Any]]
 
@@ -285,6 +287,9 @@ class Zoo:
         os.truncate(sealed, 1 << 16)
         fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         self._kept["sealed memfd"] = sealed
+        self._open("file without a name", self.base, os.O_TMPFILE | os.O_RDWR)
+        os.truncate(self._kept["file without a name"], 1 << 16)
+        self._open("direct file", image, os.O_RDWR | os.O_DIRECT)
 
     def _directories(self, uid: int) -> None:
         for kind, mode in (("directory", 0o755), ("closed directory", 0o500), ("root's directory", 0o755)):
@@ -388,9 +393,10 @@ class Zoo:
 KINDS = (
     "reply", "reply", "reply", "stream", "half", "other half", "hung up", "shut down", "queued in itself", "full",
     "file", "read-only file", "write-only file", "append file", "path of a file", "small file", "empty file",
-    "deleted file", "memfd", "sealed memfd", "directory", "closed directory", "root's directory", "path of a directory",
-    "grant", "removed directory", "symbolic link", "detached mount", "fifo", "null", "zero", "loop-control", "sysctl",
-    "sysfs", "process", "root of proc", "mounts", "pipe to read", "pipe to write", "eventfd", "epoll", "inotify",
+    "deleted file", "memfd", "sealed memfd", "file without a name", "direct file", "directory", "closed directory",
+    "root's directory", "path of a directory", "grant", "removed directory", "symbolic link", "detached mount", "fifo",
+    "null", "zero", "loop-control", "sysctl", "sysfs", "process", "root of proc", "mounts", "pipe to read",
+    "pipe to write", "eventfd", "epoll", "inotify",
     "timerfd", "signalfd", "device", "internet socket", "server", "connection", "netlink", "datagram socket",
     "own pidfd", "pidfd", "pidfd of an ended process",
 )  # fmt: skip
@@ -511,6 +517,22 @@ class Client:
                 os.mkdir(next_name, dir_fd=directory)
             elif deed in ("partition", "autoclear"):
                 self._change(directory, name, deed)
+            else:
+                self._change_file(deed)
+
+    def _change_file(self, deed: str) -> None:
+        """Of the open file description that was sent, perhaps before anybody has looked at it."""
+        fd, _ = self._zoo.give(self._random.choice(["file", "read-only file", "direct file"]))
+        try:
+            if deed == "flags":
+                chosen = self._random.choice([0, 0, os.O_APPEND, os.O_DIRECT, os.O_NONBLOCK | os.O_ASYNC])
+                fcntl.fcntl(fd, fcntl.F_SETFL, chosen)
+            elif deed == "size":
+                os.ftruncate(fd, self._random.choice([0, 700, 1 << 16, 1 << 20, 1 << 20]))
+            else:
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, self._random.choice([fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK]))
+        finally:
+            os.close(fd)
 
     def _change(self, directory: int, name: str, deed: str) -> None:
         node = os.open(name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
