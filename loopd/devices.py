@@ -302,6 +302,9 @@ def _configure(loop: Loop, fd: int, request: Attach, backing: Backing) -> None:
 def _verify(loop: Loop, number: int, request: Attach, backing: Backing) -> Binding:
     """Read back what is in force: the kernel drops direct I/O silently, early 5.8 ignored sizelimit and partscan."""
     info = loop.get_status()
+    if info.direct_io and request.direct_io == "off":  # the fd was opened with O_DIRECT, which turns it on
+        loop.set_direct_io(False)
+        info = loop.get_status()
     binding = Binding(
         number=number,
         devname=loop.devname,

@@ -397,12 +397,14 @@ def _loop_device(tmp_path: Path) -> Iterator[int]:
 def test_direct_io_is_off_where_it_is_not_allowed(
     configured: Callable[..., Daemon], make_image: Callable[..., int]
 ) -> None:
-    image = make_image()
+    """Nor does it help to open the file for direct I/O."""
+    images = make_image(), make_image(flags=os.O_RDWR | os.O_DIRECT)
     daemon = configured("[[rule]]\nuid = 20104\nallow.direct_io = false\n")
     message = wire.Attach(0, reply_fd=1, deliver=("fd",), sector_size=4096)
-    free, bound = (client(daemon, lambda: request(message, image), ids(uid, uid)) for uid in (20199, 20104))
-    require(free["direct_io"], "the file system of the test's directory has no direct I/O")
-    assert not bound["direct_io"]
+    for image in images:
+        free, bound = (client(daemon, lambda: request(message, image), ids(uid, uid)) for uid in (20199, 20104))  # noqa: B023
+        require(free["direct_io"], "the file system of the test's directory has no direct I/O")
+        assert not bound["direct_io"]
 
 
 def test_clients_with_cap_mknod(configured: Callable[..., Daemon], image: int) -> None:
