@@ -223,6 +223,14 @@ def test_directory_of_an_instance(prefix: Path, name: str, taken: bool) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (0, "700:root\n", "")
 
 
+@pytest.mark.parametrize(("name", "taken"), [("some", False), ("dev", True), ("admin", True), ("nodes", True)])
+def test_admin_socket_of_an_instance(prefix: Path, name: str, taken: bool) -> None:
+    (line,) = options(prefix / "lib/systemd/system/loopd-admin@.socket")["ExecStartPre"]
+    done = run("sh", "-c", line.replace("%i", name).replace("$$", "$"))
+    said = f"loopd has a /run/loopd-{name} already\n" if taken else ""
+    assert (done.returncode != 0, done.stderr) == (taken, said)
+
+
 def test_instances_share_the_numbers_and_nothing_else(
     start_daemon: Callable[..., Daemon], make_image: Callable[..., int], directory: int, tmp_path: Path
 ) -> None:
