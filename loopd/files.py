@@ -79,7 +79,7 @@ def _mount_id(fd: int) -> int:
     return _statx(fd, STATX_MNT_ID)[-1]
 
 
-def _read(path: str, most: int | None = None) -> bytes:
+def _read(path: str, most: int = proc.MOST) -> bytes:
     try:
         return proc.read(path, most)
     except OSError as error:

@@ -6,17 +6,20 @@ import os
 
 _AT_ONCE = 1 << 16
 
+MOST = 1 << 26
+"""Bytes that are read at most. Who may mount in a namespace of his own can have a mount table of more than 1 GB."""
 
-def read(path: str, most: int | None = None) -> bytes:
+
+def read(path: str, most: int = MOST) -> bytes:
     """What the file says, or its first `most` bytes: the kernel makes up no more than is asked for. OSError as open(2)
     and read(2).
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        found = part = os.read(fd, most or _AT_ONCE)
-        while part and most is None:
-            part = os.read(fd, _AT_ONCE)
-            found += part
-        return found
+        parts = []
+        while most and (part := os.read(fd, min(most, _AT_ONCE))):
+            parts.append(part)
+            most -= len(part)
+        return b"".join(parts)
     finally:
         os.close(fd)
