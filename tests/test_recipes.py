@@ -1,0 +1,88 @@
+"""Recipes that no test can run, of what has to be fetched first: they give the container what those give that are run.
+
+The others are run in a VM: tests/vm/inside/test_containers.py.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import tomllib
+from typing import Any, NamedTuple
+
+import yaml
+from conftest import ROOT
+
+recipe = runpy.run_path(str(ROOT / "tests/vm/inside/recipes.py"))["recipe"]
+
+
+class Container(NamedTuple):
+    """What a recipe changes of a container; `volumes` without the folder of the build, which a runner brings along."""
+
+    dropped: set[str]
+    rules: set[str]
+    volumes: set[str]
+
+
+def container(dropped: list[str], rules: list[str], volumes: list[str]) -> Container:
+    return Container(set(dropped), set(rules), {volume for volume in volumes if not volume.endswith(":/work")})
+
+
+def options(text: str) -> dict[str, list[str]]:
+    """The options of a command, those that are given more than once too."""
+    found: dict[str, list[str]] = {}
+    for word in shlex.split(text.replace("$(loopctl directory build)", "/run/loopd-dev/0-build")):
+        name, given, value = word.partition("=")
+        if name.startswith("--"):
+            found.setdefault(name[2:], []).extend([value] if given else [])
+    return found
+
+
+def run(section: str) -> Container:
+    found = options(recipe(section))
+    return container(found["cap-drop"], found["device-cgroup-rule"], found["volume"])
+
+
+DOCKER = run("Docker")
+
+
+def test_docker() -> None:
+    """What the others are compared with, and is run in the VM, is itself what the document says of it."""
+    assert DOCKER.dropped == {"MKNOD"}
+    assert DOCKER.rules == {"b 7:* rw"}
+    assert {"/run/loopd:/run/loopd", "/run/loopd-dev/0-build:/dev/loopd:ro"} < DOCKER.volumes
+    assert run("Podman, rootful") == DOCKER
+
+
+def test_compose() -> None:
+    file = yaml.safe_load(recipe("Compose", "yaml", IMAGE="builder"))
+    (service,) = file["services"].values()
+    assert container(service["cap_drop"], service["device_cgroup_rules"], service["volumes"]) == DOCKER
+    assert ".:/work" in service["volumes"]
+    known = {"image", "command", "working_dir", "network_mode", "cap_drop", "device_cgroup_rules", "volumes"}
+    assert service.keys() == known
+
+
+def test_quadlet() -> None:
+    """It is run, too; here the keys that systemd does not know are held against the options of podman."""
+    keys: dict[str, list[str]] = {}
+    for name, value in re.findall(r"(?m)^(\w+)=(.*)$", recipe("Quadlet", "ini")):
+        keys.setdefault(name, []).append(value)
+    rules = options(" ".join(keys["PodmanArgs"]))["device-cgroup-rule"]
+    assert container(keys["DropCapability"], rules, keys["Volume"]) == DOCKER
+
+
+def test_gitlab_runner() -> None:
+    (runner,) = tomllib.loads(recipe("GitLab runner", "toml"))["runners"]
+    docker: dict[str, Any] = runner["docker"]
+    assert runner["executor"] == "docker"
+    assert container(docker["cap_drop"], docker["device_cgroup_rules"], docker["volumes"]) == DOCKER
+
+
+def test_github_runner() -> None:
+    (job,) = yaml.safe_load(recipe("GitHub runner", "yaml", IMAGE="builder"))["jobs"].values()
+    given = options(job["container"]["options"])
+    assert container(given["cap-drop"], given["device-cgroup-rule"], job["container"]["volumes"]) == DOCKER
+    # They go to docker without a shell, by a parser to which an apostrophe is a letter.
+    assert "'" not in job["container"]["options"]
