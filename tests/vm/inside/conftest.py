@@ -9,6 +9,7 @@ from pathlib import Path
 
 import host
 import pytest
+from recipes import recipe
 
 
 @pytest.fixture
@@ -32,6 +33,19 @@ def disk(folder: Path) -> Path:
 @pytest.fixture
 def journal() -> host.Journal:
     return host.Journal()
+
+
+@pytest.fixture
+def instance() -> Iterator[None]:
+    """The instance `build`, open to the group `builder`, set up and ended as the document has it."""
+    drop_in = Path("/run/systemd/system/loopd@build.socket.d/override.conf")
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text(recipe("For a user without root", "ini", "instances.md", GROUP="builder"))
+    host.run("systemctl", "daemon-reload")
+    host.run("systemctl", "restart", "loopd@build.socket")
+    yield
+    shutil.rmtree(drop_in.parent)
+    host.run("sh", "-ec", recipe("To end it", page="instances.md"))
 
 
 @pytest.fixture(autouse=True, scope="session")

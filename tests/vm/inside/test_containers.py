@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import build
 import pytest
 from host import Journal, bound, leases, loopctl, run, wait_for
 from recipes import recipe
 
-ATTACHED = "e17225313c4f47a991f13d0e9b7456a8"
 EXPIRED = "6f627446202b41ccba539dbefc35b92a"
 ROOT = Path("/srv/container")
 # What podman takes in place of an image: a root directory, whose changes are thrown away.
@@ -20,71 +21,27 @@ ROOTFS = f"--rootfs {ROOT}:O"
 
 @pytest.fixture
 def work(folder: Path) -> Iterator[Path]:
-    """The folder that a container gets as /work, with the document's build.sh; it says there which host it ran on."""
-    write_build(folder, "By offset")
+    """The folder that a container gets as /work, with the document's build.sh."""
+    build.write(folder)
     yield folder
-    loopctl("directory", "--remove", "build")
-
-
-def write_build(folder: Path, section: str) -> None:
-    script = folder / "build.sh"
-    script.write_text(recipe(section) + "hostname >host\n")
-    script.chmod(0o755)
+    run("loopctl", "directory", "--remove", "build", check=False)
 
 
 def perform(text: str, folder: Path) -> None:
     """Run a recipe as the reader does, in a shell, and check what it made."""
     run("sh", "-ec", text, cwd=folder, timeout=200)
-    check_image(folder / "disk.img", folder / "content/hello")
+    build.check(folder)
 
 
-def check_image(disk: Path, hello: Path) -> None:
-    """What the host finds in the image: its own losetup, kernel and file systems judge it."""
-    table = json.loads(run("sfdisk", "--json", disk))["partitiontable"]
-    assert table["label"] == "gpt"
-    assert [partition["name"] for partition in table["partitions"]] == ["boot", "root"]
-    device = run("losetup", "--find", "--show", "--partscan", "--read-only", disk).strip()
-    mounted = disk.with_name("mounted")
-    mounted.mkdir()
-    # Where udev looks at the device meanwhile, a kernel scans it twice, and the partitions are gone in between.
-    run("udevadm", "settle")
-    try:
-        for number, kind in ((1, "vfat"), (2, "ext4")):
-            wait_for(f"partition {number}", Path(f"{device}p{number}").exists)
-            run("mount", "-o", "ro", "-t", kind, f"{device}p{number}", mounted)
-            try:
-                assert (mounted / "hello").read_bytes() == hello.read_bytes() != b""
-            finally:
-                run("umount", mounted)
-        run("e2fsck", "-fn", f"{device}p2")
-    finally:
-        run("losetup", "--detach", device)
-
-
-def recorded(journal: Journal, unit: str, work: Path) -> None:
-    """The journal has under the name of that unit all that the build did: a disk and three windows on it."""
-    records = journal.records(f"LOOPD_UNIT={unit}")
-    assert [record["MESSAGE_ID"] for record in records].count(ATTACHED) == 4
-    assert len(records) == 8
-    assert {record["LOOPD_BACKING_FILE"] for record in records} == {"/work/disk.img"}
-    everybodys = journal.records(f"MESSAGE_ID={ATTACHED}")
-    assert everybodys == [record for record in records if record["MESSAGE_ID"] == ATTACHED]
-
-
-def unit_of(journal: Journal, pattern: str) -> str:
-    """The one unit of that form that is in the journal."""
-    units = {record["LOOPD_UNIT"] for record in journal.records(f"MESSAGE_ID={ATTACHED}")}
-    (unit,) = units
-    assert re.fullmatch(pattern, unit)
-    return unit
+def container_of(work: Path) -> str:
+    """The pattern of the id of a container of podman's or docker's: it is called by the first half of it."""
+    return f"{(work / 'host').read_text().strip()}[0-9a-f]+"
 
 
 @pytest.mark.deadline(240)
 def test_podman(work: Path, journal: Journal) -> None:
     perform(recipe("Podman, rootful", IMAGE=ROOTFS), work)
-    # A container's hostname is its id, the first half of it.
-    short = (work / "host").read_text().strip()
-    recorded(journal, unit_of(journal, rf"libpod-{short}[0-9a-f]+\.scope"), work)
+    build.recorded(journal, build.unit_of(journal, rf"libpod-{container_of(work)}\.scope"))
 
 
 def podman(command: str, *options: str) -> str:
@@ -93,7 +50,7 @@ def podman(command: str, *options: str) -> str:
     return text.replace("podman run", " ".join(("podman run", "--log-driver=none", *options)))
 
 
-@pytest.mark.deadline(180)
+@pytest.mark.deadline(240)
 def test_a_container_that_dies_leaves_nothing(work: Path, journal: Journal) -> None:
     """Without the directory, too: the nodes are then in the container's own /dev."""
     script = "truncate -s 8M a.img b.img && loopctl attach a.img >a && loopctl attach -d /dev b.img >b && sleep 600"
@@ -110,7 +67,7 @@ def test_a_container_that_dies_leaves_nothing(work: Path, journal: Journal) -> N
     assert len(records) == 2
 
 
-@pytest.mark.deadline(180)
+@pytest.mark.deadline(240)
 def test_a_container_finds_a_socket_that_was_made_anew(work: Path) -> None:
     run("sh", "-ec", podman("sleep 600", "--detach", "--name=waits"), cwd=work)
     try:
@@ -134,8 +91,7 @@ def docker_image() -> Iterator[str]:
 @pytest.mark.deadline(480)
 def test_docker(work: Path, docker_image: str, journal: Journal) -> None:
     perform(recipe("Docker", IMAGE=docker_image), work)
-    short = (work / "host").read_text().strip()
-    recorded(journal, unit_of(journal, rf"docker-{short}[0-9a-f]+\.scope"), work)
+    build.recorded(journal, build.unit_of(journal, rf"docker-{container_of(work)}\.scope"))
 
 
 @pytest.mark.deadline(240)
@@ -151,20 +107,30 @@ def test_quadlet(work: Path, journal: Journal) -> None:
     finally:
         unit.unlink()
         run("systemctl", "daemon-reload")
-    check_image(work / "disk.img", work / "content/hello")
-    recorded(journal, "build.service", work)
+    build.check(work)
+    build.recorded(journal, "build.service")
 
 
 @pytest.mark.deadline(240)
 def test_nspawn(work: Path, journal: Journal) -> None:
     perform(recipe("systemd-nspawn"), work)
-    recorded(journal, "machine-build.scope", work)
+    build.recorded(journal, "machine-build.scope")
+
+
+@pytest.mark.usefixtures("instance")
+@pytest.mark.deadline(300)
+def test_nspawn_with_a_user_namespace(work: Path, journal: Journal) -> None:
+    """It has the socket of an instance, and neither that of loopd.service nor its group."""
+    perform(recipe("systemd-nspawn with a user namespace"), work)
+    build.recorded(journal, "machine-build.scope")
+    records = journal.records("LOOPD_UNIT=machine-build.scope")
+    assert {(record["LOOPD_INSTANCE"], record["LOOPD_UID"]) for record in records} == {("build", "100000")}
 
 
 @pytest.mark.deadline(240)
 def test_bubblewrap(work: Path, journal: Journal) -> None:
     perform(recipe("bubblewrap"), work)
-    recorded(journal, "build.service", work)
+    build.recorded(journal, "build.service")
 
 
 @pytest.mark.deadline(240)
@@ -175,7 +141,58 @@ def test_lxc(work: Path, journal: Journal) -> None:
     (work / "changes").mkdir()
     (work / "build.conf").write_text(f"{text}lxc.apparmor.profile = unconfined\n")
     perform(recipe("LXC"), work)
-    recorded(journal, "lxc.payload.build", work)
+    build.recorded(journal, "lxc.payload.build")
+
+
+@pytest.mark.deadline(240)
+def test_partitions_of_a_table_that_was_there_before(work: Path) -> None:
+    """With rules for exactly the partitions of an image, their nodes open, and without they do not."""
+    table = "label: gpt\nsize=16M, type=uefi, name=boot\ntype=linux, name=root\n"
+    disk = work / "disk.img"
+    with disk.open("wb") as file:
+        file.truncate(48 << 20)
+    run("sfdisk", "--quiet", disk, text=table)
+    text = recipe("Partitions", IMAGE=ROOTFS)
+    assert '"$@" --volume' in text
+    without = text.replace('"$@" --volume', "--volume").replace("podman run", "! podman run")
+    assert "Operation not permitted" in run("sh", "-ec", without.replace('p2"', 'p2" 2>&1'), cwd=work)
+    assert not has_ext4(disk, 2)
+    run("sh", "-ec", text, cwd=work)
+    assert has_ext4(disk, 2)
+
+
+def has_ext4(disk: Path, number: int) -> bool:
+    partition = json.loads(run("sfdisk", "--json", disk))["partitiontable"]["partitions"][number - 1]
+    with disk.open("rb") as file:
+        file.seek(partition["start"] * 512 + 0x438)
+        return file.read(2) == b"\x53\xef"
+
+
+def test_what_cap_mknod_would_give(work: Path) -> None:
+    """With it, and the rule that lets the container open its own devices, those of the host are in reach."""
+    secret = work / "secret"
+    secret.write_bytes(b"SECRET".ljust(1 << 20))
+    device = Path(run("losetup", "--find", "--show", secret).strip())
+    try:
+        minor = os.minor(device.stat().st_rdev)
+        command = podman(f"sh -c 'mknod /tmp/other b 7 {minor} && head -c 6 /tmp/other'")
+        assert run("sh", "-ec", command, cwd=work, check=False) == ""
+        assert "--cap-drop=MKNOD" in command
+        assert run("sh", "-ec", command.replace("--cap-drop=MKNOD", "--cap-add=MKNOD"), cwd=work) == "SECRET"
+    finally:
+        run("losetup", "--detach", device)
+
+
+def test_directories_at_boot() -> None:
+    unit = Path("/etc/systemd/system/loopd-directory@.service")
+    unit.write_text(recipe("At boot", "ini"))
+    try:
+        run("systemctl", "enable", "--now", "loopd-directory@build")
+        assert Path("/run/loopd-dev/0-build").is_dir()
+        run("systemctl", "disable", "--now", "loopd-directory@build")
+    finally:
+        unit.unlink()
+        loopctl("directory", "--remove", "build")
 
 
 def test_without_the_device_cgroup_rule(work: Path) -> None:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import build
 import pytest
 from host import Journal, findings, loopctl, prop, run, wait_for
 from recipes import recipe
-from test_containers import ATTACHED, check_image, unit_of, write_build
 
 USER, UID = "builder", 1000
 ROOT = Path("/srv/rootless")
@@ -45,7 +45,7 @@ def root() -> Iterator[str]:
 @pytest.fixture
 def work(folder: Path) -> Iterator[Path]:
     """The user's folder, with the document's build.sh; it says there in what it ran."""
-    write_build(folder, "By partition")
+    build.write(folder, build.BY_PARTITION)
     with (folder / "build.sh").open("a") as script:
         script.write("grep -E '^(CapEff|Seccomp):' /proc/self/status >status\n")
     os.chown(folder, UID, UID)
@@ -62,8 +62,8 @@ def as_user(command: str, folder: Path) -> str:
 def perform(command: str, work: Path, journal: Journal) -> dict[str, int]:
     """Run a recipe as the user, and check what it made; the status of the process in it."""
     as_user(command, work)
-    check_image(work / "disk.img", work / "content/hello")
-    (attached,) = journal.records(f"MESSAGE_ID={ATTACHED}")
+    build.check(work)
+    (attached,) = journal.records(f"MESSAGE_ID={build.ATTACHED}")
     assert attached["LOOPD_UID"] == str(UID)
     assert f"/user@{UID}.service" in attached["LOOPD_ACCOUNT"]
     status = (line.split() for line in (work / "status").read_text().splitlines())
@@ -76,7 +76,7 @@ def test_podman(work: Path, root: str, journal: Journal) -> None:
     status = perform(recipe("Podman, rootless", IMAGE=root), work, journal)
     assert status["CapEff"] & (CAP_SYS_ADMIN | CAP_MKNOD) == 0
     assert status["Seccomp"] == 2
-    unit_of(journal, r"libpod-[0-9a-f]{64}\.scope")
+    build.unit_of(journal, r"libpod-[0-9a-f]{64}\.scope")
 
 
 @pytest.mark.deadline(300)
@@ -84,6 +84,16 @@ def test_podman_with_a_mount(work: Path, root: str, journal: Journal) -> None:
     status = perform(recipe("Podman, rootless, without a directory", IMAGE=root), work, journal)
     assert status["CapEff"] & CAP_SYS_ADMIN
     assert status["Seccomp"] == 2
+
+
+@pytest.mark.usefixtures("instance")
+@pytest.mark.deadline(300)
+def test_podman_with_an_instance(work: Path, root: str, journal: Journal) -> None:
+    """Who has the instance's socket mounted may ask, and who is in its group may mount it."""
+    perform(recipe("Podman, rootless, with an instance", IMAGE=root), work, journal)
+    unit = build.unit_of(journal, r"libpod-[0-9a-f]{64}\.scope")
+    build.recorded(journal, unit, build.BY_PARTITION)
+    assert {record["LOOPD_INSTANCE"] for record in journal.records(f"LOOPD_UNIT={unit}")} == {"build"}
 
 
 @pytest.mark.deadline(240)
