@@ -89,7 +89,12 @@ class Grants:
             raise Refusal(Code.QUOTA, f"uid {uid} has {MOST} directories; remove some")
         with contextlib.suppress(FileExistsError):
             os.mkdir(key, 0o700, dir_fd=self._fd)
-        self.admit(key, uid)
+        try:
+            self.admit(key, uid)
+        except PermissionError as error:
+            # Docker makes what it is to bind and does not find; loopd could put no node there.
+            reason = f"directory {name}: somebody else has made it; remove it with --remove, and ask again"
+            raise Refusal(Code.EXISTS, reason) from error
         return os.path.join(self.root, key)
 
     def remove(self, uid: int, name: str) -> str:

@@ -195,6 +195,16 @@ def test_directories_at_boot() -> None:
         loopctl("directory", "--remove", "build")
 
 
+def test_a_directory_that_docker_made() -> None:
+    """Docker makes a folder that it is to mount and does not find. It is none of loopd's, and so it says."""
+    Path("/run/loopd-dev/0-build").mkdir(0o755)
+    told = run("sh", "-c", "loopctl directory build 2>&1; loopctl directory --remove build; loopctl directory build")
+    refusal, *paths = told.splitlines()
+    assert "somebody else has made it" in refusal
+    assert paths[-2:] == ["/run/loopd-dev/0-build"] * 2
+    loopctl("directory", "--remove", "build")
+
+
 def test_without_the_device_cgroup_rule(work: Path) -> None:
     """What a container is told when the recipe's rule is missing: it names the layer, and nothing is left."""
     script = "truncate -s 8M disk.img; loopctl attach disk.img 2>&1; echo status $?"
