@@ -6,15 +6,16 @@ The others are run in a VM: tests/vm/inside/test_containers.py.
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
+import sys
 import tomllib
 from typing import Any, NamedTuple
 
 import yaml
 from conftest import ROOT
 
-recipe = runpy.run_path(str(ROOT / "tests/vm/inside/recipes.py"))["recipe"]
+sys.path.insert(0, str(ROOT / "tests/vm/inside"))
+from recipes import recipe
 
 
 class Container(NamedTuple):
