@@ -118,7 +118,7 @@ def test_nspawn(work: Path, journal: Journal) -> None:
 
 
 @pytest.mark.usefixtures("instance")
-@pytest.mark.deadline(300)
+@pytest.mark.deadline(480)
 def test_nspawn_with_a_user_namespace(work: Path, journal: Journal) -> None:
     """It has the socket of an instance, and neither that of loopd.service nor its group."""
     perform(recipe("systemd-nspawn with a user namespace"), work)

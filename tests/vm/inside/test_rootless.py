@@ -87,7 +87,7 @@ def test_podman_with_a_mount(work: Path, root: str, journal: Journal) -> None:
 
 
 @pytest.mark.usefixtures("instance")
-@pytest.mark.deadline(300)
+@pytest.mark.deadline(480)
 def test_podman_with_an_instance(work: Path, root: str, journal: Journal) -> None:
     """Who has the instance's socket mounted may ask, and who is in its group may mount it."""
     perform(recipe("Podman, rootless, with an instance", IMAGE=root), work, journal)
