@@ -172,7 +172,7 @@ class Daemon:
         self._numbers = Numbers(
             _counter(options.state_directory, options.instance, self._control, self._audit), self._fork_numbers()
         )
-        slots = leases.Slots(self._notifier)
+        slots = leases.Slots(self._notifier, sd.fd_store_size())
         watches = Inotify()
         grants = Grants(options.grant_directory, options.instance)
         tools = Tools([listener.socket for listener in listeners], self._control, access, grants, watches.fd)
@@ -288,7 +288,7 @@ class Daemon:
         if self._watchdog is not None:
             self._ping()
         # What started it waits in a queue; it is served before idleness is thought of.
-        self._poller.later(self._policy.idle_timeout, self._idle_check)
+        self._poller.later(min(self._policy.idle_timeout, self.GARBAGE_PAUSE), self._idle_check)
         while not self._stopping:
             self._turn()
         self._stop()
@@ -315,7 +315,14 @@ class Daemon:
         self._flushing = False
         self._audit.flush()
 
+    GARBAGE_PAUSE = 5.0
+    """Seconds after which the kernel's garbage is looked for, at the latest."""
+
     def _idle_check(self) -> None:
+        # The end of a lease socket that a client has queued in itself goes with the kernel's garbage, which is looked
+        # for whenever a socket is closed: here, where nobody else closes one.
+        with contextlib.suppress(OSError):
+            socket.socket(socket.AF_UNIX).close()
         idle = time.monotonic() - self._service.last_activity
         timeout = self._policy.idle_timeout
         if not self._service.busy and idle >= timeout:
@@ -323,7 +330,8 @@ class Daemon:
             return
         if idle >= timeout:
             self._pool.shrink()
-        self._poller.later(max(0.05, timeout - idle if idle < timeout else timeout), self._idle_check)
+        pause = timeout - idle if idle < timeout else timeout
+        self._poller.later(max(0.05, min(pause, self.GARBAGE_PAUSE)), self._idle_check)
 
     def _stop(self) -> None:
         """Finish what is under way; take away what nothing will keep; leave the rest to the fd store."""
