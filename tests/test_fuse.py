@@ -133,8 +133,8 @@ def test_others_are_served(
     assert reply.code == code
     _served(daemon)
     reply.close()
-    eventually(lambda: not bound_to(tmp_path), "the device ends with its lease, whatever hangs", 2)
-    eventually(lambda: not list(devices.iterdir()), "so does its node", 2)
+    eventually(lambda: not bound_to(tmp_path), "the device ends with its lease, whatever hangs", SERVED)
+    eventually(lambda: not list(devices.iterdir()), "so does its node", SERVED)
     if place in DIRECTORIES:  # which nobody waits for to be closed
         time.sleep(WRITTEN_OFF)
     eventually(lambda: len(daemon.records("stuck")) == (place not in DIRECTORIES), "it is written off", WRITTEN_OFF + 3)
@@ -181,8 +181,8 @@ def test_in_the_queue_of_a_socket(
     assert reply.code is None
     _served(daemon)
     reply.close()
-    eventually(lambda: not bound_to(tmp_path), "the device ends with its lease", 2)
-    eventually(lambda: not list(devices.iterdir()), "so does its node", 2)
+    eventually(lambda: not bound_to(tmp_path), "the device ends with its lease", SERVED)
+    eventually(lambda: not list(devices.iterdir()), "so does its node", SERVED)
     _served(daemon)
     never.end()
     before.check(tmp_path)

@@ -36,14 +36,20 @@ def warnings(daemon: Daemon, words: str) -> list[str]:
     return [record["MESSAGE"] for record in daemon.records("warned") if words in record["MESSAGE"]]
 
 
+def lease(daemon: Daemon, image: int) -> Reply:
+    """Attach, and keep nothing but what keeps the lease."""
+    reply = daemon.ask(wire.Attach(0, reply_fd=1, deliver=("fd",)), [image])
+    for fd in reply.fds:
+        os.close(fd)
+    reply.fds = []
+    return reply
+
+
 def fill_up(daemon: Daemon, image: int, most: int) -> tuple[list[Reply], Reply]:
     """Attach until that is refused; the leases and the refusal."""
     replies: list[Reply] = []
     while len(replies) <= most:
-        reply = daemon.ask(wire.Attach(0, reply_fd=1, deliver=("fd",)), [image])
-        for fd in reply.fds:
-            os.close(fd)
-        reply.fds = []
+        reply = lease(daemon, image)
         if reply.code is not None:
             return replies, reply
         replies.append(reply)
@@ -172,13 +178,13 @@ def tasks() -> Iterator[Tasks]:
 def test_processes(daemon: Daemon, tasks: Tasks, image: int, tmp_path: Path) -> None:
     """With no room for another process those that are there do the work; with none there, it is done when there is."""
     honest(daemon)
-    assert not warnings(daemon, "processes")
+    assert not warnings(daemon, "TasksMax=")
     for pid in [daemon.pid, *children(daemon.pid)]:
         tasks.add(pid)
     tasks.limit(1)
     _kill(helpers(daemon))
     honest(daemon)  # one helper at least was forked
-    assert len(eventually(lambda: warnings(daemon, "processes"), "the warning is there")) == 1
+    assert len(eventually(lambda: warnings(daemon, "TasksMax="), "the warning is there")) == 1
     tasks.fill()
     pid, forked = daemon.pid, len(helpers(daemon))
     threads = [threading.Thread(target=honest, args=(daemon,)) for _ in range(12)]
@@ -189,7 +195,7 @@ def test_processes(daemon: Daemon, tasks: Tasks, image: int, tmp_path: Path) -> 
     assert len(helpers(daemon)) == forked, "there was no room for more"
     # Of the released devices, the numbers are removed by a process that wants threads.
     eventually(lambda: not leases(daemon), "the leases are over")
-    replies = [daemon.ask(wire.Attach(0, reply_fd=1, deliver=("fd",)), [image]) for _ in range(6)]
+    replies = [lease(daemon, image) for _ in range(6)]
     names = [reply.fields["devname"] for reply in replies]
     for reply in replies:
         reply.close()
@@ -230,7 +236,7 @@ def test_numbers(start_kept: Callable[..., Kept], image: int) -> None:
     assert few.startswith("More than 80%")
     assert none.startswith("There is no new device number")
     others_are_served(daemon, held[0])
-    assert daemon.ask(wire.Attach(0, reply_fd=1, deliver=("fd",)), [image]).code == "no-device"
+    assert lease(daemon, image).code == "no-device"
     assert len(warnings(daemon, "number")) == 2, "told once"
     daemon.end()
 
@@ -245,36 +251,40 @@ def test_the_warning_comes_when_few_are_left(start_kept: Callable[..., Kept], le
     daemon.end()
 
 
-def test_a_full_disk(start_kept: Callable[..., Kept], image: int, tmp_path: Path) -> None:
+@pytest.fixture
+def small_state(tmp_path: Path) -> Iterator[Path]:
+    """The state directory on a file system with room for one counter and little more."""
+    place = tmp_path / "loopd/state"
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", place], check=True)
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk(small_state: Path, start_kept: Callable[..., Kept], image: int) -> None:
     """No number is used that could not be written down before; those that were are, and an owner's own come again.
 
     The counter has its room on the disk from the start: a full disk does not matter to it, until it is given a hole.
     """
-    place = tmp_path / "loopd/state"
-    place.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=320k", "tmpfs", place], check=True)
-    try:
-        daemon = start_kept()
-        honest(daemon)
-        fill(place)
-        held = [daemon.ask(wire.Attach(0, reply_fd=1, deliver=("fd",)), [image]) for _ in range(BLOCK + 6)]
-        assert [reply.code for reply in held if reply.code is not None] == []
-        _punch(daemon.counter)
-        fill(place)
-        more, refused = fill_up(daemon, image, BLOCK)
-        held += more
-        assert refused.code == "no-device"
-        assert len(warnings(daemon, "No space left on device")) == 1
-        others_are_served(daemon, held[0])
-        name = held[0].fields["devname"]
-        assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
-        again = daemon.ask(wire.Attach(0, reply_fd=1, deliver=("fd",)), [image])
-        assert again.fields.get("devname") == name, again.fields
-        (place / "ballast").unlink()
-        assert daemon.ask(wire.Attach(0, reply_fd=1, deliver=("fd",)), [image]).code is None
-        daemon.end()
-    finally:
-        subprocess.run(["umount", "-l", place], check=True)
+    daemon = start_kept()
+    honest(daemon)
+    fill(small_state)
+    held = [lease(daemon, image) for _ in range(BLOCK + 6)]
+    assert [reply.code for reply in held if reply.code is not None] == []
+    _punch(daemon.counter)
+    fill(small_state)
+    more, refused = fill_up(daemon, image, BLOCK)
+    held += more
+    assert refused.code == "no-device"
+    assert len(warnings(daemon, "No space left on device")) == 1
+    others_are_served(daemon, held[0])
+    name = held[0].fields["devname"]
+    assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
+    again = lease(daemon, image)
+    assert again.fields.get("devname") == name, again.fields
+    (small_state / "ballast").unlink()
+    assert lease(daemon, image).code is None
+    daemon.end()
 
 
 def _punch(path: Path) -> None:

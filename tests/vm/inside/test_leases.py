@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -402,6 +403,60 @@ def set_version(tree: Path, file: str, pattern: str, text: str) -> str:
     (match,) = re.finditer(pattern, source, re.MULTILINE)
     path.write_text(source[: match.start()] + text + source[match.end() :])
     return match[0]
+
+
+# Numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.deadline(300)
+def test_a_kept_node_leads_nowhere(disk: Path, folder: Path, journal: Journal) -> None:
+    """Whatever is bound later, after a restart and with the counter lost: its device does not come again."""
+    assert Path("/sys/module/loop/parameters/max_loop").read_text() == "8\n", "as the file in modprobe.d has it"
+    device, kept = attach(disk), folder / "kept"
+    os.link(device, kept)
+    loopctl("detach", device)
+    wait_for("its number is removed", lambda: not Path(f"/sys/block/{name(device)}").exists())
+    image = folder / "hosts.img"
+    image.write_bytes(bytes(1 << 20))
+    hosts: list[str] = []
+    try:
+        for lost in (False, True):
+            run("systemctl", "stop", SERVICE)
+            if lost:
+                Path("/var/lib/loopd/numbers").unlink()
+            with Script(HOLD, disk, folder_for_nodes(disk), "20") as holder:
+                assert name(device) not in dict(word.split("=") for word in holder.line().split())
+                hosts += [run("losetup", "--find", "--show", image).strip() for _ in range(6)]
+                with pytest.raises(OSError, match=os.strerror(errno.ENXIO)):
+                    os.close(os.open(kept, os.O_RDONLY))
+                holder.stop()
+    finally:
+        for host in hosts:
+            run("losetup", "--detach", host)
+    said = [record["MESSAGE"] for record in journal.records(f"MESSAGE_ID={WARNED}")]
+    assert len(said) == 1
+    assert "no number counter" in said[0]
+    nothing_leaks()
+
+
+def test_a_kernel_that_makes_devices_again(journal: Journal) -> None:
+    """Without max_loop, as loopd finds out at its start."""
+
+    def reload(*command: str) -> None:
+        run("systemctl", "stop", SERVICE)
+        run("udevadm", "settle")
+        run("modprobe", "--remove", "loop")
+        run(*command)
+
+    reload("insmod", run("modinfo", "--filename", "loop").strip())
+    try:
+        loopctl("hello")
+        wait_for("it warns", lambda: journal.records(f"MESSAGE_ID={WARNED}"))
+        (warning,) = journal.records(f"MESSAGE_ID={WARNED}")
+        assert "loop.max_loop=8" in warning["MESSAGE"]
+        assert "modprobe.d" in journal.text(f"MESSAGE_ID={WARNED}", "-x")
+    finally:
+        reload("modprobe", "loop")
 
 
 # What the administrator sees, and the end of a cgroup -----------------------------------------------------------------
