@@ -245,6 +245,24 @@ def test_a_stop_gives_the_leases_up(disk: Path) -> None:
         assert leases() == []
 
 
+@pytest.mark.skipif(not PRESERVES, reason="a systemd before 254 does not say how large the fd store is")
+@pytest.mark.deadline(420)
+def test_the_fd_store_is_full(disk: Path, journal: Journal) -> None:
+    """No lease is without a place in it: a warning, then a refusal; and every lease outlives a crash at the limit."""
+    with drop_in("[Service]\nFileDescriptorStoreMax=128\n"), held(disk, 63) as found:
+        refused = run("sh", "-c", f"loopctl attach --directory {disk.parent}/dev {disk} 2>&1; echo $?")
+        assert refused.strip().endswith("1")
+        assert "FileDescriptorStoreMax=" in refused
+        (warning,) = journal.records(f"MESSAGE_ID={WARNED}")
+        assert "fd store" in warning["MESSAGE"]
+        assert int(prop(SERVICE, "NFileDescriptorStore")) == 64
+        before = main_pid()
+        os.kill(before, signal.SIGKILL)
+        wait_for("it runs again", lambda: restarted(before), 60)
+        assert len(leases()) == len(found)
+    nothing_leaks()
+
+
 # Giving everything up ---------------------------------------------------------------------------------------------
 
 
