@@ -210,8 +210,12 @@ class Daemon:
 
     def _fork_numbers(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pool.fork([theirs.fileno(), self._control.fileno()], lambda: numbers.work(theirs, self._control))
-        theirs.close()
+        with theirs:
+            try:
+                pool.fork([theirs.fileno(), self._control.fileno()], lambda: numbers.work(theirs, self._control))
+            except OSError:
+                ours.close()
+                raise
         self._poller.add(ours.fileno(), self._on_number)
         return ours
 
@@ -223,7 +227,18 @@ class Daemon:
             self._lifecycle.on_number()
         except EOFError:
             self._poller.remove(self._numbers.channel.fileno())
-            self._numbers.restart(self._fork_numbers())
+            self._restart_numbers()
+
+    def _restart_numbers(self) -> None:
+        try:
+            channel = self._fork_numbers()
+        except OSError:  # TasksMax=, memory, open files: helpers make the numbers, and the removals wait
+            self._poller.later(self.NUMBERS_PAUSE, self._restart_numbers)
+            return
+        self._numbers.restart(channel)
+
+    NUMBERS_PAUSE = 0.2
+    """Seconds after which it is tried again to start the process that makes numbers."""
 
     FLUSH_PAUSE = 0.1
     """Seconds after which records are offered again to a journal that took none."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Daemon, Reply, bound_to, eventually, require
+from conftest import Daemon, Reply, bound_to, eventually, exists, require
 from kept import Kept, kept_fixture, start_kept_fixture  # noqa: F401
 from processes import Child
 from test_numbers import fill, set_times
@@ -127,30 +127,20 @@ class Tasks:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.mkdir()
-        self._fillers: list[Child] = []
 
     def add(self, pid: int) -> None:
         (self._path / "cgroup.procs").write_text(str(pid))
 
-    def limit(self, more: int | None) -> None:
-        """Have room for so many more; None for no limit."""
-        count = int((self._path / "pids.current").read_text())
-        (self._path / "pids.max").write_text("max" if more is None else str(count + more))
+    @property
+    def count(self) -> int:
+        """How many processes and threads are there."""
+        return int((self._path / "pids.current").read_text())
 
-    def fill(self) -> None:
-        """Take all the room there is."""
-        limit, count = (int((self._path / name).read_text()) for name in ("pids.max", "pids.current"))
-        for _ in range(limit - count):
-            self._fillers.append(Child(lambda tell: signal.pause()))
-            self.add(self._fillers[-1].pid)
-
-    def empty(self) -> None:
-        for child in self._fillers:
-            child.__exit__()
-        self._fillers = []
+    def limit(self, most: int | str) -> None:
+        """Have no more be made when there are so many."""
+        (self._path / "pids.max").write_text(str(most))
 
     def end(self) -> None:
-        self.empty()
         root = self._path.parent / "cgroup.procs"
         for pid in (self._path / "cgroup.procs").read_text().split():
             with contextlib.suppress(ProcessLookupError):
@@ -179,41 +169,51 @@ def test_processes(daemon: Daemon, tasks: Tasks, image: int, tmp_path: Path) -> 
     """With no room for another process those that are there do the work; with none there, it is done when there is."""
     honest(daemon)
     assert not warnings(daemon, "TasksMax=")
-    for pid in [daemon.pid, *children(daemon.pid)]:
-        tasks.add(pid)
-    tasks.limit(1)
-    _kill(helpers(daemon))
-    honest(daemon)  # one helper at least was forked
-    assert len(eventually(lambda: warnings(daemon, "TasksMax="), "the warning is there")) == 1
-    tasks.fill()
-    pid, forked = daemon.pid, len(helpers(daemon))
-    threads = [threading.Thread(target=honest, args=(daemon,)) for _ in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(helpers(daemon)) == forked, "there was no room for more"
-    # Of the released devices, the numbers are removed by a process that wants threads.
-    eventually(lambda: not leases(daemon), "the leases are over")
-    replies = [lease(daemon, image) for _ in range(6)]
-    names = [reply.fields["devname"] for reply in replies]
-    for reply in replies:
-        reply.close()
-    eventually(lambda: not any(Path(f"/sys/block/{name}").exists() for name in names), "their numbers are removed")
-    _kill(helpers(daemon))
-    eventually(lambda: not helpers(daemon), "no helper is left")
-    tasks.fill()
-    waiting = threading.Thread(target=honest, args=(daemon,))
-    waiting.start()
-    time.sleep(0.5)
-    assert waiting.is_alive()
-    assert state(pid) == "S"
-    tasks.empty()
-    waiting.join(10)
-    assert not waiting.is_alive()
+    with Child(_crowd) as crowd:
+        crowd.hear()
+        for pid in [crowd.pid, daemon.pid, *children(daemon.pid)]:
+            tasks.add(pid)
+        tasks.limit(tasks.count)
+        _kill(helpers(daemon))
+        honest(daemon)  # by a helper that has taken the place of one
+        assert len(eventually(lambda: warnings(daemon, "TasksMax="), "the warning is there")) == 1
+        tasks.limit(tasks.count)
+        pid, forked = daemon.pid, len(helpers(daemon))
+        threads = [threading.Thread(target=honest, args=(daemon,)) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(helpers(daemon)) == forked, "there was no room for more"
+        # The numbers of released devices are removed by a process that would like to have threads for it.
+        replies = [lease(daemon, image) for _ in range(6)]
+        names = [reply.fields["devname"] for reply in replies]
+        for reply in replies:
+            reply.close()
+        eventually(lambda: not any(exists(name) for name in names), "their numbers are removed")
+        last = lease(daemon, image)
+        tasks.limit(1)
+        _kill(children(pid))
+        eventually(lambda: not children(pid), "they have been waited for, and none took their place")
+        last.close()
+        waiting = threading.Thread(target=honest, args=(daemon,))
+        waiting.start()
+        time.sleep(0.5)
+        assert waiting.is_alive()
+        tasks.limit("max")
+        waiting.join(20)
+        assert not waiting.is_alive()
+        eventually(lambda: not bound_to(tmp_path), "the last lease is over")
+        eventually(lambda: not exists(last.fields["devname"]), "and its number is removed")
     assert daemon.pid == pid
     assert not daemon.records("failed")
-    eventually(lambda: not bound_to(tmp_path), "nothing is bound")
+
+
+def _crowd(tell: Callable[[object], None]) -> None:
+    for _ in range(40):
+        threading.Thread(target=signal.pause).start()
+    tell("all are there")
+    signal.pause()
 
 
 def _kill(pids: list[int]) -> None:
