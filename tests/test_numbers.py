@@ -294,7 +294,8 @@ def _keep_all(  # noqa: C901  # a process of its own, with what it keeps
     def check(fd: int, what: str) -> None:
         with contextlib.suppress(OSError):
             found = os.pread(fd, MARK, 0)
-            if found not in (b"", own):
+            # Zeros are nobody's: a device that is open cannot be removed, and is bound to them until it can be.
+            if found not in (b"", own, bytes(MARK)):
                 leaks.append(f"{what} {os.fstat(fd).st_rdev:#x}: {found!r}")
 
     def once() -> str | None:

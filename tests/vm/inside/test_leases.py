@@ -448,9 +448,9 @@ def test_a_kept_node_leads_nowhere(disk: Path, folder: Path, journal: Journal) -
             run("systemctl", "stop", SERVICE)
             if lost:
                 Path("/var/lib/loopd/numbers").unlink()
-            with Script(HOLD, disk, folder_for_nodes(disk), "20") as holder:
+            with Script(HOLD, disk, folder_for_nodes(disk), "6") as holder:
                 assert name(device) not in dict(word.split("=") for word in holder.line().split())
-                hosts += [run("losetup", "--find", "--show", image).strip() for _ in range(6)]
+                hosts += [run("losetup", "--find", "--show", image).strip() for _ in range(4)]
                 with pytest.raises(OSError, match=os.strerror(errno.ENXIO)):
                     os.close(os.open(kept, os.O_RDONLY))
                 holder.stop()
