@@ -346,23 +346,21 @@ class Service:
         One that the owner had costs no other's stock, but it has to be made now, half a millisecond's work.
         """
         limits = exchange.terms.limits
-        number = None
+        number, none = None, None
         if exchange.account.spend(limits.new_numbers, limits.new_numbers_per_minute):
             try:
                 number = self._numbers.fresh()
                 self._warned.discard("numbers")
             except (Exhausted, OSError) as error:
+                exchange.account.unspend()
                 self._warn("numbers", f"There is no new device number: {error}", code=Code.NO_DEVICE.value)
-                if not self._numbers.expects(exchange.person):
-                    raise Refusal(
-                        Code.NO_DEVICE, "no device number is free; the journal of the host says more"
-                    ) from error
+                none = Refusal(Code.NO_DEVICE, "no device number is free; the journal of the host says more")
         number = number or self._numbers.again(exchange.person)
         if number is not None:
             exchange.number = number.number
         elif not self._numbers.expects(exchange.person):
             limit = f"{limits.new_numbers} and {limits.new_numbers_per_minute:g} a minute"
-            raise Refusal(Code.QUOTA, f"this account has used up its new device numbers ({limit}); detach some")
+            raise none or Refusal(Code.QUOTA, f"this account has used up its new device numbers ({limit}); detach some")
         return number
 
     def on_number_please(self, exchange: Exchange, worker: Worker) -> None:
