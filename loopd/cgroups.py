@@ -2,6 +2,8 @@
 
 This is what ends a lease whose own keeper never does: a pidfd of the host's PID 1 from a container with the host's pid
 namespace, a socket end that was hidden somewhere. Looks at the host's cgroup file system only.
+
+Of its own cgroup the daemon wants to know how near the limit of processes is.
 """
 
 from __future__ import annotations
@@ -30,6 +32,23 @@ def _populated(path: str) -> bool:
             return b"populated 1" in file.readall()
     except OSError:  # removed
         return False
+
+
+def crowding() -> float:
+    """How many of the processes that it may have are in this one's cgroup, 0 to 1; 0 where there is no limit."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in _read("/proc/self/cgroup").splitlines():
+            _, controllers, path = line.split(":", 2)
+            for root in ("/sys/fs/cgroup/pids",) if controllers == "pids" else () if controllers else ROOTS:
+                with contextlib.suppress(FileNotFoundError):
+                    most = _read(f"{root}{path}/pids.max")
+                    return 0.0 if most == "max\n" else int(_read(f"{root}{path}/pids.current")) / int(most)
+    return 0.0
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 class Watcher:

@@ -172,7 +172,7 @@ class Daemon:
         self._numbers = Numbers(
             _counter(options.state_directory, options.instance, self._control, self._audit), self._fork_numbers()
         )
-        slots = leases.Slots(self._notifier)
+        slots = leases.Slots(self._notifier, sd.fd_store_size())
         watches = Inotify()
         grants = Grants(options.grant_directory, options.instance)
         tools = Tools([listener.socket for listener in listeners], self._control, access, grants, watches.fd)
@@ -210,8 +210,12 @@ class Daemon:
 
     def _fork_numbers(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pool.fork([theirs.fileno(), self._control.fileno()], lambda: numbers.work(theirs, self._control))
-        theirs.close()
+        with theirs:
+            try:
+                pool.fork([theirs.fileno(), self._control.fileno()], lambda: numbers.work(theirs, self._control))
+            except OSError:
+                ours.close()
+                raise
         self._poller.add(ours.fileno(), self._on_number)
         return ours
 
@@ -223,7 +227,18 @@ class Daemon:
             self._lifecycle.on_number()
         except EOFError:
             self._poller.remove(self._numbers.channel.fileno())
-            self._numbers.restart(self._fork_numbers())
+            self._restart_numbers()
+
+    def _restart_numbers(self) -> None:
+        try:
+            channel = self._fork_numbers()
+        except OSError:  # TasksMax=, memory, open files: helpers make the numbers, and the removals wait
+            self._poller.later(self.NUMBERS_PAUSE, self._restart_numbers)
+            return
+        self._numbers.restart(channel)
+
+    NUMBERS_PAUSE = 0.2
+    """Seconds after which it is tried again to start the process that makes numbers."""
 
     FLUSH_PAUSE = 0.1
     """Seconds after which records are offered again to a journal that took none."""
@@ -288,7 +303,7 @@ class Daemon:
         if self._watchdog is not None:
             self._ping()
         # What started it waits in a queue; it is served before idleness is thought of.
-        self._poller.later(self._policy.idle_timeout, self._idle_check)
+        self._poller.later(min(self._policy.idle_timeout, self.GARBAGE_PAUSE), self._idle_check)
         while not self._stopping:
             self._turn()
         self._stop()
@@ -315,7 +330,14 @@ class Daemon:
         self._flushing = False
         self._audit.flush()
 
+    GARBAGE_PAUSE = 5.0
+    """Seconds after which the kernel's garbage is looked for, at the latest."""
+
     def _idle_check(self) -> None:
+        # The end of a lease socket that a client has queued in itself goes with the kernel's garbage, which is looked
+        # for whenever a socket is closed: here, where nobody else closes one.
+        with contextlib.suppress(OSError):
+            socket.socket(socket.AF_UNIX).close()
         idle = time.monotonic() - self._service.last_activity
         timeout = self._policy.idle_timeout
         if not self._service.busy and idle >= timeout:
@@ -323,7 +345,8 @@ class Daemon:
             return
         if idle >= timeout:
             self._pool.shrink()
-        self._poller.later(max(0.05, timeout - idle if idle < timeout else timeout), self._idle_check)
+        pause = timeout - idle if idle < timeout else timeout
+        self._poller.later(max(0.05, min(pause, self.GARBAGE_PAUSE)), self._idle_check)
 
     def _stop(self) -> None:
         """Finish what is under way; take away what nothing will keep; leave the rest to the fd store."""

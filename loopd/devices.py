@@ -73,7 +73,9 @@ class Access:
     def __init__(self) -> None:
         self._private: int | None = None
         with contextlib.suppress(OSError):
-            self._private = os.open(PRIVATE_NODES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            # Outside of the service it may be there too, as the mount point in /run.
+            if not os.statvfs(PRIVATE_NODES).f_flag & os.ST_NODEV:
+                self._private = os.open(PRIVATE_NODES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     @property
     def fds(self) -> list[int]:

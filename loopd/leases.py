@@ -120,13 +120,21 @@ class Slots:
 
     BATCH = 64
     LOW = 16
-    MOST = 8192
-    """FileDescriptorStoreMax= of the unit: beyond it the service manager closes what is sent, and only warns."""
+    STORE = 16384
+    """FileDescriptorStoreMax= of the unit."""
+    MOST = 24576
+    """Of more the names would not fit into the environment of the next daemon, and it would not start."""
 
-    def __init__(self, notifier: sd.Notifier) -> None:
+    def __init__(self, notifier: sd.Notifier, size: int | None = None) -> None:
+        """`size` is that of the fd store, where it is known.
+
+        Half of it is used: beyond its size the service manager closes what is sent, and only warns, and a daemon does
+        not know of what one before it had sent when it was killed.
+        """
         self._notifier = notifier
         self._free: list[socket.socket] = []
         self._count = 0
+        self._most = max(1, min(size or self.STORE, self.MOST) // 2 // self.BATCH) * self.BATCH
 
     @property
     def present(self) -> bool:
@@ -135,12 +143,12 @@ class Slots:
 
     @property
     def in_use(self) -> float:
-        """How much of the fd store is taken, 0 to 1."""
-        return (self._count - len(self._free)) / self.MOST
+        """How much of the fd store is taken, 0 to 1: the last slot is for releases."""
+        return (self._count - len(self._free) + 1) / self._most
 
     def top_up(self) -> None:
         """Have some free slots ahead of need."""
-        if not self.present or len(self._free) >= self.LOW or self._count + self.BATCH > self.MOST:
+        if not self.present or len(self._free) >= self.LOW or self._count + self.BATCH > self._most:
             return
         made = [records.make_slot() for _ in range(self.BATCH)]
         if self._notifier.send("FDSTORE=1\nFDNAME=slot\nFDPOLL=0", [slot.fileno() for slot in made]):
@@ -150,11 +158,11 @@ class Slots:
             for slot in made:
                 slot.close()
 
-    def take(self) -> socket.socket | None:
-        """A free slot for one lease."""
-        if not self._free:
+    def take(self, spare: int = 0) -> socket.socket | None:
+        """A free slot for one lease, if `spare` ones are left: a release needs another one for a moment."""
+        if len(self._free) <= spare:
             self.top_up()
-        return self._free.pop() if self._free else None
+        return self._free.pop() if len(self._free) > spare else None
 
     def give_back(self, slot: socket.socket) -> None:
         """A slot whose lease is over: emptied, free for the next."""

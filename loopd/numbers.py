@@ -38,8 +38,15 @@ _ENTRY = struct.Struct("<QQ")  # for each block: when it was last used, seconds 
 _MAGIC = b"loopd\x00n1"
 
 
+FEW = BLOCKS // 5
+"""Blocks that are left when the administrator is warned."""
+
+
 class Exhausted(Exception):
     """Every block is in use or in quarantine."""
+
+    def __str__(self) -> str:
+        return "all are in use or in quarantine"
 
 
 class Counter:
@@ -88,12 +95,18 @@ class Counter:
                 block = (first + offset) % BLOCKS
                 used, _ = _ENTRY.unpack_from(entries, block * _ENTRY.size)
                 rest = skip if offset == 0 else 0
-                if rest or used == 0 or used + QUARANTINE < now:
+                if rest or _free(used, now):
                     self._mark(block, now)
                     self._set_next((block + 1) % BLOCKS, 0)
                     os.fdatasync(self._fd)
                     return range(FIRST + block * BLOCK + rest, FIRST + (block + 1) * BLOCK)
         raise Exhausted
+
+    def few(self) -> bool:
+        """Whether less than `FEW` blocks are free: they come in turn, so the free ones are those that come next."""
+        ahead = (self._next()[0] + FEW) % BLOCKS
+        used, _ = _ENTRY.unpack(os.pread(self._fd, _ENTRY.size, _HEADER.size + ahead * _ENTRY.size))
+        return not _free(used, int(time.time()))
 
     def give_back(self, number: int) -> None:
         """The numbers of a block from this one on were not used: they come next, unless a block has come since."""
@@ -128,6 +141,11 @@ class Counter:
         os.close(self._fd)
 
 
+def _free(used: int, now: int) -> bool:
+    """Whether the numbers of a block that was last used at that time may be handed out."""
+    return used == 0 or used + QUARANTINE < now
+
+
 def ours(devname: str) -> bool:
     """Whether the device is in loopd's range."""
     return int(devname[4:]) >= FIRST
@@ -138,27 +156,34 @@ def work(channel: socket.socket, control: LoopControl) -> None:
     import queue  # noqa: PLC0415  # nobody waits for this process; the main one starts the faster
     import threading  # noqa: PLC0415
 
-    jobs: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+    jobs: queue.Queue[tuple[str, int]] = queue.Queue()
     threads: list[threading.Thread] = []
-    idle = threading.Semaphore(0)
+
+    def serve_one() -> None:
+        operation, number = jobs.get()
+        error = 0
+        try:
+            _OPERATIONS[operation](control, number)
+        except OSError as failure:
+            error = failure.errno or errno.EIO
+        with contextlib.suppress(OSError):
+            transport.send(channel, marshal.dumps((operation, number, error)))
+        jobs.task_done()
 
     def serve() -> None:
         while True:
-            operation, number = jobs.get()
-            error = 0
-            try:
-                _OPERATIONS[operation](control, number)
-            except OSError as failure:
-                error = failure.errno or errno.EIO
-            with contextlib.suppress(OSError):
-                transport.send(channel, marshal.dumps((operation, number, error)))
-            idle.release()
+            serve_one()
 
     while payload := channel.recv(64):
-        if not idle.acquire(blocking=False) and len(threads) < THREADS:
-            threads.append(threading.Thread(target=serve, daemon=True))
-            threads[-1].start()
         jobs.put(marshal.loads(payload))  # noqa: S302  # of our own process
+        if len(threads) < min(jobs.unfinished_tasks, THREADS):
+            thread = threading.Thread(target=serve, daemon=True)
+            try:
+                thread.start()
+                threads.append(thread)
+            except RuntimeError:  # TasksMax=: those that are there do it, else this one
+                if not threads:
+                    serve_one()
     os._exit(0)  # the main process is gone: what is left to remove, the next one finds
 
 
@@ -250,6 +275,7 @@ class Numbers:
         self._removing: dict[int, Owner | None] = {}
         self._lingering: dict[int, Owner | None] = {}
         self._used: dict[Owner, deque[int]] = {}
+        self.few = False
         self.remade: bool | None = None
 
     @property
@@ -290,6 +316,7 @@ class Numbers:
     def _take(self) -> int:
         if not self._fresh:
             self._fresh.extend(self._counter.reserve())
+            self.few = self._counter.few()
         return self._fresh.popleft()
 
     def refill(self) -> None:

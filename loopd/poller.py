@@ -10,6 +10,7 @@ import itertools
 import select
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 
 READABLE = select.EPOLLIN
@@ -45,6 +46,7 @@ class Poller:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
+        self._ready: deque[int] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._cancelled = 0
@@ -79,16 +81,18 @@ class Poller:
 
     def run_once(self) -> None:
         """Wait for the next events or deadline, and make the calls."""
-        events = self._epoll.poll(self._timeout())
+        # After a call that raised the others are still to be made: an event of `ONCE` is not told again.
+        if not self._ready:
+            self._ready.extend(fd for fd, _ in self._epoll.poll(self._timeout()))
         signal.setitimer(signal.ITIMER_REAL, self.PATIENCE, self.PATIENCE)
         try:
-            self._call(events)
+            self._call()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def _call(self, events: list[tuple[int, int]]) -> None:
-        for fd, _ in events:
-            callback = self._callbacks.get(fd)  # an earlier call may have removed it
+    def _call(self) -> None:
+        while self._ready:
+            callback = self._callbacks.get(self._ready.popleft())  # an earlier call may have removed it
             if callback is not None:
                 callback()
         now = time.monotonic()

@@ -6,6 +6,7 @@ that respond, however many hang. What a message means is the task's business.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -16,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
-from . import helper, messages, rights, transport
+from . import cgroups, helper, messages, rights, transport
 from .bugs import described
 from .helper import Tools
 from .poller import Poller, Timer
@@ -89,6 +90,7 @@ class Pool:
         self._pending: deque[tuple[Task, messages.Job, list[int], float]] = deque()
         self._trying = False
         self._jobs_first = False
+        self.crowding = 0.0
 
     @property
     def busy(self) -> bool:
@@ -106,7 +108,8 @@ class Pool:
             horizon = time.monotonic() - self.SLOW
             responding = sum(worker.since > horizon for worker in self._busy)
             if responding < self.BASE and len(self._busy) < self.MOST:
-                self._spawn()
+                with contextlib.suppress(OSError):  # TasksMax=, memory, open files: those that are there go on
+                    self._spawn()
         return bool(self._idle)
 
     def dispatch(self, task: Task, job: messages.Job, fds: Iterable[int], timeout: float) -> None:
@@ -147,9 +150,14 @@ class Pool:
         self._dispatch_pending()
 
     def _spawn(self) -> None:
+        self.crowding = cgroups.crowding()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = fork([theirs.fileno(), *self._tools.fds], lambda: helper.main(theirs, self._tools))
-        theirs.close()
+        with theirs:
+            try:
+                pid = fork([theirs.fileno(), *self._tools.fds], lambda: helper.main(theirs, self._tools))
+            except OSError:
+                ours.close()
+                raise
         worker = Worker(pid, ours)
         self._poller.add(ours.fileno(), lambda: self._readable(worker))
         self._idle.append(worker)
@@ -226,11 +234,16 @@ def fork(keep: list[int], main: Callable[[], None]) -> int:
     # A signal makes the kernel begin a fork anew: on a slow machine the poller's, again and again, would let none
     # succeed.
     _, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-    pid = os.fork()
-    if pid == 0:
-        _child(parent, keep, closing, main)
-    signal.setitimer(signal.ITIMER_REAL, interval, interval)
-    os.close(closing)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _child(parent, keep, closing, main)
+    except OSError:
+        os.close(closed)
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, interval, interval)
+        os.close(closing)
     os.read(closed, 1)  # nothing: the end of the child's side
     os.close(closed)
     return pid

@@ -36,6 +36,12 @@ def watchdog_interval() -> float | None:
     return int(microseconds) / 1e6
 
 
+def fd_store_size() -> int | None:
+    """How many fds the service manager keeps (FileDescriptorStoreMax=); None before systemd 254, which does not say."""
+    size = os.environ.pop("FDSTORE", None)
+    return None if size is None else int(size)
+
+
 class Notifier:
     """Sends state to the service manager; does nothing where there is none."""
 

@@ -290,7 +290,7 @@ class Service:
             raise Refusal(Code.QUOTA, f"this account has {account.devices} devices, its limit is {limits.devices}")
         self._check_room()
         number = self._number(exchange)
-        exchange.slot = self._slots.take()
+        exchange.slot = self._slots.take(spare=1)
         if exchange.slot is None and self._slots.present:
             raise Refusal(Code.NO_DEVICE, "the service manager takes no more file descriptors for now")
         account.attaching += 1
@@ -321,11 +321,20 @@ class Service:
             ("open files (LimitNOFILE=)", self._files(count + 1) / max(1, self._most_fds)),
             ("places in the fd store (FileDescriptorStoreMax=)", self._slots.in_use),
         ):
-            if used > WARN_AT and what not in self._warned:
-                self._warned.add(what)
-                self._audit.record(Event.WARNED, f"More than {WARN_AT:.0%} of the {what} are used by {count} leases")
+            if used > WARN_AT:
+                self._warn(what, f"More than {WARN_AT:.0%} of the {what} are used by {count} leases")
             if used >= 1:
                 raise Refusal(Code.NO_DEVICE, f"loopd has no more {what}")
+        if self._numbers.few:
+            self._warn("few numbers", f"More than {WARN_AT:.0%} of the device numbers are in use or in quarantine")
+        if self._pool.crowding > WARN_AT:
+            self._warn("processes", f"loopd has more than {WARN_AT:.0%} of the processes that it may have (TasksMax=)")
+
+    def _warn(self, what: str, text: str, **details: object) -> None:
+        """Tell the administrator, once."""
+        if what not in self._warned:
+            self._warned.add(what)
+            self._audit.record(Event.WARNED, text, **details)
 
     def _files(self, count: int) -> int:
         """Open files of so many leases."""
@@ -337,22 +346,21 @@ class Service:
         One that the owner had costs no other's stock, but it has to be made now, half a millisecond's work.
         """
         limits = exchange.terms.limits
-        number = None
+        number, none = None, None
         if exchange.account.spend(limits.new_numbers, limits.new_numbers_per_minute):
             try:
                 number = self._numbers.fresh()
+                self._warned.discard("numbers")
             except (Exhausted, OSError) as error:
-                self._audit.record(Event.WARNED, f"There is no new device number: {error}", code=Code.NO_DEVICE.value)
-                if not self._numbers.expects(exchange.person):
-                    raise Refusal(
-                        Code.NO_DEVICE, "no device number is free; the journal of the host says more"
-                    ) from error
+                exchange.account.unspend()
+                self._warn("numbers", f"There is no new device number: {error}", code=Code.NO_DEVICE.value)
+                none = Refusal(Code.NO_DEVICE, "no device number is free; the journal of the host says more")
         number = number or self._numbers.again(exchange.person)
         if number is not None:
             exchange.number = number.number
         elif not self._numbers.expects(exchange.person):
             limit = f"{limits.new_numbers} and {limits.new_numbers_per_minute:g} a minute"
-            raise Refusal(Code.QUOTA, f"this account has used up its new device numbers ({limit}); detach some")
+            raise none or Refusal(Code.QUOTA, f"this account has used up its new device numbers ({limit}); detach some")
         return number
 
     def on_number_please(self, exchange: Exchange, worker: Worker) -> None:

@@ -4,7 +4,7 @@ Runs as a program of its own, so that killing the daemon ends nothing but the da
 passed back with LISTEN_FDS when the daemon is started again: at once when it failed (Restart=on-failure), after an end
 in good order when the next datagram comes (FileDescriptorStorePreserve=yes). Between the two it kills what is left of
 the daemon and waits for it (KillMode=control-group). `usage: fdstore.py SOCKET COMMAND...`; SOCKET.admin and
-SOCKET.notify are made too.
+SOCKET.notify are made too. $FDSTORE is the size of the store, and what comes beyond it is closed.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Manager:
         self._listener = listen(path)  # the last: whoever waits for it finds the others
         self._command = command
         self._store: list[tuple[str, int]] = []
+        self._store_max = int(os.environ.get("FDSTORE", "16384"))
         self._pid = 0
         self._failed = False
         self._ready = False
@@ -68,6 +69,7 @@ class Manager:
         passed = [("loopd", self._listener.fileno()), ("admin", self._admin.fileno()), *reversed(self._store)]
         environment = {**os.environ, "NOTIFY_SOCKET": self._notify_path, "LISTEN_FDS": str(len(passed))}
         environment["LISTEN_FDNAMES"] = ":".join(name for name, _ in passed)
+        environment["FDSTORE"] = str(self._store_max)
         arguments = [sys.executable, "-ISc", _LAUNCHER, ",".join(str(fd) for _, fd in passed), *self._command]
         self._pid, self._ready = os.posix_spawn(sys.executable, arguments, environment), False
         print(f"started {self._pid}", flush=True)
@@ -84,7 +86,10 @@ class Manager:
                     fds.frombytes(data)
             fields = dict(line.split("=", 1) for line in payload.decode().splitlines())
             if fields.get("FDSTORE") == "1":
-                self._store += [(fields.get("FDNAME", "stored"), fd) for fd in fds]
+                room = self._store_max - len(self._store)
+                self._store += [(fields.get("FDNAME", "stored"), fd) for fd in fds[:room]]
+                for fd in fds[room:]:
+                    os.close(fd)
                 print(f"stored {len(self._store)}", flush=True)
             else:
                 self._ready |= "READY" in fields

@@ -1,9 +1,9 @@
 """A FUSE file system that stops answering: a server on the bare /dev/fuse, and the test's handle on it.
 
-As a program, `fuse_never.py MOUNTPOINT`: answers like any file system (one file, one directory) until SIGUSR1; after
-that it reads every request, so that who waits for an answer cannot even be killed, and answers none. Its end ends the
-connection, and with it every wait. Owns the mount; nothing here knows of loopd. The protocol is that of
-<linux/fuse.h>, version 7.31.
+As a program, `fuse_never.py MOUNTPOINT`: answers like any file system (one file, one directory) until it is told
+something on its standard input; after that it reads every request, so that who waits for an answer cannot even be
+killed, and answers none. Its end, at the latest that of its standard input, ends the connection, and with it every
+wait. Owns the mount; nothing here knows of loopd. The protocol is that of <linux/fuse.h>, version 7.31.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import errno
 import os
-import signal
+import select
 import stat
 import struct
 import subprocess
@@ -60,32 +60,45 @@ def _answer(opcode: int, node: int, body: bytes) -> bytes | int:
     return b"" if opcode in (FLUSH, RELEASE, RELEASEDIR) else errno.ENOSYS
 
 
+def _read(fd: int) -> bytes | None:
+    """The next request; None when there is none, after all; empty when there will be no more."""
+    try:
+        return os.read(fd, 1 << 18)
+    except OSError as error:
+        if error.errno == errno.ENODEV:  # unmounted, or aborted
+            return b""
+        if error.errno in (errno.EAGAIN, errno.ENOENT):  # ENOENT: it was interrupted before it was read
+            return None
+        raise
+
+
 def serve(mountpoint: str) -> None:
-    """Mount and serve until the mount is gone; SIGUSR1 ends the answers."""
+    """Mount and serve until the mount is gone; says when it is muted, and which close is not answered from then on."""
     muted = False
-
-    def mute(*_: object) -> None:
-        nonlocal muted
-        muted = True
-        print("muted", flush=True)
-
-    signal.signal(signal.SIGUSR1, mute)
-    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     options = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
     if _libc.mount(b"loopd-test", os.fsencode(mountpoint), b"fuse", MS_NOSUID | MS_NODEV, options) < 0:
         error = ctypes.get_errno()
         raise OSError(error, f"mount: {os.strerror(error)}")
     print("mounted", flush=True)
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.register(sys.stdin, select.POLLIN)
     while True:
-        try:
-            request = os.read(fd, 1 << 18)
-        except OSError as error:
-            if error.errno == errno.ENODEV:  # unmounted, or aborted
+        ready = [number for number, _ in poll.poll()]
+        if sys.stdin.fileno() in ready:
+            if not os.read(sys.stdin.fileno(), 1):
                 return
-            if error.errno == errno.ENOENT:  # the request was interrupted before it was read
-                continue
-            raise
+            muted = True
+            print("muted", flush=True)
+        request = _read(fd)
+        if request is None:
+            continue
+        if not request:
+            return
         _, opcode, unique, node, *_ = _IN.unpack_from(request)
+        if muted and opcode == FLUSH:
+            print("unanswered", flush=True)
         if muted or opcode in (FORGET, BATCH_FORGET, INTERRUPT):
             continue
         answer = _answer(opcode, node, request[_IN.size :])
@@ -103,8 +116,9 @@ class Never:
         mountpoint.mkdir()
         self._mountpoint = mountpoint
         self._fds: list[int] = []
+        command = [sys.executable, "-I", "-S", __file__, str(mountpoint)]
         self._server = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, str(mountpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
         )
         assert self._server.stdout is not None
         assert self._server.stderr is not None
@@ -131,9 +145,16 @@ class Never:
         In that order: who holds one hangs when it closes it, at the latest when it ends. What was sent stays open.
         """
         self._close()
+        assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.send_signal(signal.SIGUSR1)
+        self._server.stdin.write(b"x")
         assert self._server.stdout.readline() == b"muted\n"
+
+    def hanging(self, count: int) -> None:
+        """Wait until so many more processes hang in closing the file, beyond the reach of signals."""
+        assert self._server.stdout is not None
+        for _ in range(count):
+            assert self._server.stdout.readline() == b"unanswered\n"
 
     def _close(self) -> None:
         for fd in self._fds:
@@ -145,7 +166,7 @@ class Never:
         """End every wait by the end of the server, whose fd is the connection, and unmount; can be called twice."""
         self._server.kill()
         self._server.wait()
-        for stream in (self._server.stdout, self._server.stderr):
+        for stream in (self._server.stdin, self._server.stdout, self._server.stderr):
             assert stream is not None
             stream.close()
         self._close()  # not before: closing asks the file system

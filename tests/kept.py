@@ -364,10 +364,15 @@ def start_kept_fixture(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
     require(os.path.exists("/dev/loop-control"), "needs /dev/loop-control")
     with contextlib.ExitStack() as stack:
 
-        def start(*options: str, name: str = "loopd", wrapper: list[str] | None = None) -> Kept:
+        def start(
+            *options: str,
+            name: str = "loopd",
+            wrapper: list[str] | None = None,
+            environment: dict[str, str] | None = None,
+        ) -> Kept:
             directory = tmp_path / name
             directory.mkdir(exist_ok=True)
-            daemon = Kept(directory, list(options), wrapper or [], {})
+            daemon = Kept(directory, list(options), wrapper or [], environment or {})
             daemon.start()
             stack.callback(daemon.stop)
             return daemon

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Daemon, ask, bound_to, eventually
+from conftest import Daemon, ask, bound_to, eventually, prompt
 from kept import Kept, kept_fixture, start_kept_fixture, traced  # noqa: F401
 from processes import Child, stays
 from untouched import helpers, pair, reply_of, send
@@ -19,8 +19,8 @@ from untouched import helpers, pair, reply_of, send
 from loopd import cgroups, wire
 from loopd.accounts import membership
 
-SOON = 1.0
-"""Seconds within which the end of an account has ended its leases."""
+SOON = 10.0
+"""Seconds within which the end of an account has ended its leases on a machine however busy."""
 
 ID = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 POD = "6d3c1bf2-9f20-4f6c-8d6a-1f4b8c0a9d11"
@@ -215,12 +215,24 @@ def test_with_its_last_process_its_leases_end(
         first.kill()
         stays(lambda: len(bound_to(tmp_path)) == 2, 0.3, "there is a process left")
         second.kill()
-        started = time.monotonic()
         eventually(lambda: not bound_to(tmp_path), "the files are free", SOON)
         eventually(lambda: not list(devices.iterdir()), "the nodes are gone", SOON)
-        assert time.monotonic() - started < SOON
     assert {record["LOOPD_DEVICE"] for record in daemon.records("expired")} == names
     assert {record["LOOPD_ACCOUNT"] for record in daemon.records("attached")} == {f"/{cgroup.path.name}"}
+
+
+def test_they_end_within_a_second(
+    daemon: Daemon, cgroup: Cgroup, image: int, directory: int, devices: Path, tmp_path: Path, outside: int
+) -> None:
+    def turn() -> float:
+        with client(daemon.path, cgroup, image, directory, outside) as child:
+            child.hear()
+            began = time.monotonic()
+            child.kill()
+            eventually(lambda: not bound_to(tmp_path) and not list(devices.iterdir()), "the device is gone", SOON)
+            return time.monotonic() - began
+
+    prompt(turn)
 
 
 def test_a_process_below_keeps_the_account(

@@ -218,10 +218,11 @@ def test_killed_at_every_system_call(
             # The next kill may come before it has the answer to its second detach.
             beside.append(stack.enter_context(Beside(lambda: other.come_and_go(path, kinds[0], 4), 0.05, keep)))
         killed: list[Point] = []
+        missed: list[Point] = []
         results: Counter[str] = Counter()
         for kind, which, name, count in points:
-            # Helpers take turns: where the one that was expected was not the one, the next.
-            for shift in range(3):
+            # Helpers take turns, the more so under load: where the one that was expected was not the one, the next.
+            for shift in range(8):
                 pids = processes(daemon, role, one)
                 pid = pids[(which + shift) % len(pids)]
                 with traced([pid], "-o/dev/null", f"-etrace={name}", f"-einject={name}:signal=KILL:when={count}"):
@@ -235,9 +236,11 @@ def test_killed_at_every_system_call(
                     if role == "main":
                         next_of(daemon, pid)
                     break
+            else:
+                missed.append((kind, which, name, count))
         turns = [process.stop() for process in beside]
-        print(f"{len(killed)} of {len(points)} points, {results}, beside it {turns}")
-        assert len(killed) >= len(points) * 0.6, "most points were reached"
+        print(f"{len(killed)} of {len(points)} points, {results}, beside it {turns}; not reached: {missed}")
+        assert len(missed) <= len(points) * 0.1, f"most points were reached, but not {missed}"
         assert all(lease.bound() for lease in leases)
         assert sorted(daemon.leases()) == sorted(lease.name for lease in leases) == daemon.in_store()
         assert sorted(node.name for node in standing.place.iterdir()) == sorted(lease.name for lease in leases)

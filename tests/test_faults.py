@@ -26,6 +26,7 @@ from conftest import Daemon, Reply, bound_to, eventually, require
 from untouched import Untouched, children, helpers, honest, pair, reply_of, send
 
 from loopd import wire
+from loopd.poller import ONCE, Poller
 
 REQUEST = b'{"fd": 0, "dir_fd": 1, "reply_fd": 2, "lock": true, "deliver": ["node", "fd"]}'
 
@@ -351,3 +352,26 @@ def test_making_the_number_fails(rig: Rig) -> None:
     finally:
         os.kill(maker, signal.SIGCONT)
     assert not rig.harm()
+
+
+def test_a_call_that_fails_costs_no_other_its_event() -> None:
+    """Both sockets are ready in one round, and each is told once: what serves a queue must not wait for ever."""
+    handler = signal.signal(signal.SIGALRM, lambda *_: None)
+    poller = Poller()
+    called: list[int] = []
+
+    def fail(number: int) -> None:
+        called.append(number)
+        raise ArithmeticError
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(poller.close)
+        stack.callback(signal.signal, signal.SIGALRM, handler)
+        for number in (1, 2):
+            ours, theirs = map(stack.enter_context, pair())
+            theirs.send(b"x")
+            poller.add(ours.fileno(), lambda number=number: fail(number), ONCE)  # type: ignore[misc]
+        for _ in range(2):
+            with pytest.raises(ArithmeticError):
+                poller.run_once()
+    assert sorted(called) == [1, 2]

@@ -319,7 +319,7 @@ def test_a_lease_that_is_over(served: Daemon, image: int, directory: int, device
     finally:
         os.close(pidfd)
         theirs.close()
-    eventually(lambda: not list(devices.iterdir()), "the nodes are gone", 2)
+    eventually(lambda: not list(devices.iterdir()), "the nodes are gone")
 
 
 # The reply socket -------------------------------------------------------------------------------------------------
@@ -403,9 +403,9 @@ def test_a_client_that_never_reads(served: Daemon, image: int, directory: int, d
             while True:
                 theirs.send(bytes(1 << 10), socket.MSG_DONTWAIT)
         send(served.path, ALL, [image, directory, theirs.fileno()]).close()
-        eventually(lambda: len(served.records("refused")) > before, "it is in the journal", 2)
+        eventually(lambda: len(served.records("refused")) > before, "it is in the journal")
         assert served.records("refused")[-1]["LOOPD_CODE"] == "undeliverable"
-        eventually(lambda: not bound_to(tmp_path) and not list(devices.iterdir()), "the device is gone", 2)
+        eventually(lambda: not bound_to(tmp_path) and not list(devices.iterdir()), "the device is gone")
 
 
 def test_a_client_that_shuts_its_reply_socket(
@@ -416,7 +416,7 @@ def test_a_client_that_shuts_its_reply_socket(
         ours.shutdown(socket.SHUT_RDWR)
         send(served.path, ALL, [image, directory, theirs.fileno()]).close()
         time.sleep(0.1)
-        eventually(lambda: not bound_to(tmp_path) and not list(devices.iterdir()), "the device is gone", 2)
+        eventually(lambda: not bound_to(tmp_path) and not list(devices.iterdir()), "the device is gone")
 
 
 def test_clients_that_are_gone(served: Daemon, image: int, directory: int, devices: Path, tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def test_clients_that_are_gone(served: Daemon, image: int, directory: int, devic
             client()
         os.waitpid(child, 0)
     honest(served)  # the queue is in order: what was sent before has been taken
-    eventually(lambda: not bound_to(tmp_path) and not list(devices.iterdir()), "the devices are gone", 2)
+    eventually(lambda: not bound_to(tmp_path) and not list(devices.iterdir()), "the devices are gone")
 
 
 # The window -------------------------------------------------------------------------------------------------------
@@ -610,7 +610,7 @@ def test_a_directory_that_is_deleted_later(
     reply = served.attach(image, opened(closing, path, os.O_RDONLY))
     shutil.rmtree(path)
     reply.close()
-    eventually(lambda: not bound_to(tmp_path), "the file is free", 2)
+    eventually(lambda: not bound_to(tmp_path), "the file is free")
 
 
 SWAPS: dict[str, Callable[[Path, Path], None]] = {
@@ -669,7 +669,7 @@ def test_names_swapped_while_attach_is_under_way(
     assert not nodes
     assert set(replies) <= {None, "undeliverable"}
     assert victim.read_text() == "mine"
-    eventually(lambda: not bound_to(tmp_path), "the file is free", 5)
+    eventually(lambda: not bound_to(tmp_path), "the file is free")
 
 
 # Credentials ------------------------------------------------------------------------------------------------------
@@ -827,4 +827,4 @@ def test_many_at_once(served: Daemon, image: int, directory: int, tmp_path: Path
     assert len(set(names)) == len(names) == 8
     for ours, _ in asked:
         ours.close()
-    eventually(lambda: not bound_to(tmp_path), "the file is free", 5)
+    eventually(lambda: not bound_to(tmp_path), "the file is free")

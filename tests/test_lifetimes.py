@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Daemon, Reply, ask, bound_to, eventually, exists, require
+from conftest import ROOT, Daemon, Reply, ask, bound_to, eventually, exists, prompt, require
 from processes import Child, become, injected, stays
 
 from loopd import wire
 
-SOON = 1.0
-"""Seconds within which a client's death is noticed and its device and node are gone."""
+SOON = 10.0
+"""Seconds within which that is noticed on a machine however busy; how prompt it is, `prompt` shows."""
 
 
 def seqpacket() -> tuple[socket.socket, socket.socket]:
@@ -96,7 +96,7 @@ KEEPERS = {"reply": by_reply, "pidfd": by_pidfd, "socket": by_socket, "stream": 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "open"])
 @pytest.mark.parametrize("kind", KEEPERS)
-def test_a_killed_clients_device_goes_within_a_second(
+def test_a_killed_clients_device_goes(
     daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path, kind: str, busy: bool
 ) -> None:
     def body(tell: Callable[[Any], None]) -> None:
@@ -118,6 +118,27 @@ def test_a_killed_clients_device_goes_within_a_second(
         gone(devices, tmp_path)
     assert expired(daemon, name)["LOOPD_LEASE"] == {"stream": "socket"}.get(kind, kind)
     assert daemon.ask(wire.Leases(0), []).fields["leases"] == []
+
+
+@pytest.mark.parametrize("kind", KEEPERS)
+def test_it_goes_within_a_second(
+    daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path, kind: str
+) -> None:
+    def body(tell: Callable[[Any], None]) -> None:
+        held = KEEPERS[kind](daemon.path, image, directory)
+        tell("attached")
+        signal.pause()
+        del held
+
+    def turn() -> float:
+        with Child(body, keep=[image, directory]) as client:
+            client.hear()
+            began = time.monotonic()
+            client.kill()
+            gone(devices, tmp_path)
+            return time.monotonic() - began
+
+    prompt(turn)
 
 
 def test_the_end_of_pid_1_ends_the_containers_lease(daemon: Daemon, image: int, devices: Path, tmp_path: Path) -> None:
@@ -275,14 +296,17 @@ def test_an_end_queued_in_the_other_does_not_keep_the_lease(
 def test_an_end_queued_in_itself_does_not_keep_the_lease(
     daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:
-    """Nobody can reach that end any more; the kernel collects it as garbage, and loopd hears a hang-up."""
+    """Nobody can reach that end any more; the kernel collects it as garbage, and loopd hears a hang-up.
+
+    The kernel looks for garbage when some socket is closed, at the latest one of loopd's, every five seconds.
+    """
     ours, theirs = seqpacket()
     with theirs:
         _send_fd(theirs, ours.fileno())
         daemon.ask(wire.Attach(0, 1, 3, 2), [image, directory, theirs.fileno()])
         assert bound_to(tmp_path)
     ours.close()
-    gone(devices, tmp_path, 5)
+    gone(devices, tmp_path, 20)
 
 
 def test_an_end_queued_in_another_lease_does_not_keep_the_first(

@@ -23,7 +23,7 @@ import pytest
 from conftest import Daemon, ask, bound_to, eventually, exists, require
 from kept import Kept, next_block, start_at, start_kept_fixture  # noqa: F401
 from processes import NOBODY, Activated, Child, become
-from untouched import children, helpers
+from untouched import cgroup, children, helpers
 
 from loopd import numbers, wire
 from loopd.accounts import Account
@@ -213,7 +213,8 @@ class Client:
     `cycle(n)` has it attach and detach n times. What it reads that is not its own is `leaks`.
     """
 
-    def __init__(self, daemon: Daemon, uid: int, place: Path) -> None:
+    def __init__(self, daemon: Daemon, uid: int, place: Path, enter: Callable[[], None] = lambda: None) -> None:
+        """`enter` is called in the process before it becomes `uid`."""
         place.mkdir()
         (place / "dev").mkdir()
         (place / "kept").mkdir()
@@ -230,7 +231,12 @@ class Client:
             os.open(daemon.path, os.O_PATH | os.O_CLOEXEC),
             orders.fileno(),
         ]
-        self._child = Child(lambda tell: _keep_all(tell, uid, *fds), fds)
+
+        def be_client(tell: Callable[[Any], None]) -> None:
+            enter()
+            _keep_all(tell, uid, *fds)
+
+        self._child = Child(be_client, fds)
         for fd in fds[:-1]:
             os.close(fd)
         orders.close()
@@ -288,7 +294,8 @@ def _keep_all(  # noqa: C901  # a process of its own, with what it keeps
     def check(fd: int, what: str) -> None:
         with contextlib.suppress(OSError):
             found = os.pread(fd, MARK, 0)
-            if found not in (b"", own):
+            # Zeros are nobody's: a device that is open cannot be removed, and is bound to them until it can be.
+            if found not in (b"", own, bytes(MARK)):
                 leaks.append(f"{what} {os.fstat(fd).st_rdev:#x}: {found!r}")
 
     def once() -> str | None:
@@ -422,11 +429,17 @@ def test_the_administrator_is_told_of_such_a_kernel(start_kept: Callable[..., Ke
         assert not told()
 
 
+@pytest.mark.parametrize("uid", [NOBODY, 0], ids=["another user", "another account"])
 def test_a_kept_node_never_reads_anothers_bytes(
-    start_kept: Callable[..., Kept], tmp_path: Path, remakes: bool
+    start_kept: Callable[..., Kept], tmp_path: Path, remakes: bool, uid: int
 ) -> None:
     daemon = start_kept()
-    with Client(daemon, NOBODY, tmp_path / "client") as client, Victim(daemon, tmp_path / "victim") as victim:
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context(cgroup(f"loopd-test-{os.getpid()}")) if uid == 0 else lambda: None
+        require(enter, "needs a cgroup hierarchy to make a second account in")
+        assert enter is not None
+        client = stack.enter_context(Client(daemon, uid, tmp_path / "client", enter))
+        victim = stack.enter_context(Victim(daemon, tmp_path / "victim"))
         burnt: set[int] = set()
         others: set[int] = set()
 

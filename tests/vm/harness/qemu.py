@@ -46,7 +46,7 @@ class Plan:
     install: Sequence[str] = INSTALL
     test_deadline: int = 120
     boot_deadline: float = 300
-    silence_deadline: float = 300
+    silence_deadline: float = 660
 
 
 @dataclass(frozen=True)
