@@ -87,6 +87,9 @@ rm -rf root/usr/sbin/policy-rc.d root/var/cache/apt/* root/var/lib/apt/lists/* c
     container/var/lib/apt/lists/* container/usr/share/{doc,man,locale}/*
 mkdir -p root/srv
 mv container root/srv/container
+# What fai-diskimage fills an image with: the same small system, and a kernel.
+inside tar --zstd -cf /srv/base.tar.zst --exclude='./usr/lib/python3*' -C /srv/container . \
+    -C / "boot/vmlinuz-${versions[default]}" "boot/initrd.img-${versions[default]}"
 
 # An initrd that does nothing but mount the root disk: a distribution's own takes half of the boot under software emulation.
 initrd() { # VERSION

@@ -20,7 +20,8 @@ CONTAINERS = "podman crun uidmap passt slirp4netns fuse-overlayfs bubblewrap doc
 BUILDERS = "fai-server fai-setup-storage debootstrap".split()
 
 # What is in /srv/container, the small root directory (no systemd, no kernel) that the tests' containers start from.
-CONTAINER = "python3 util-linux mount fdisk gdisk parted e2fsprogs dosfstools mtools".split()
+# With a kernel it is /srv/base.tar.zst, what fai-diskimage fills an image with.
+CONTAINER = "python3 util-linux mount fdisk gdisk parted e2fsprogs dosfstools mtools grub2-common grub-pc-bin".split()
 
 
 @dataclass(frozen=True)
