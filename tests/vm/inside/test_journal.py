@@ -64,6 +64,17 @@ def test_a_refusal_is_recorded(disk: Path, journal: Journal) -> None:
     assert record["PRIORITY"] == "5"
 
 
+def test_a_path_cannot_forge_a_field(folder: Path, journal: Journal) -> None:
+    """The journal's protocol has a field a line; a path may have lines of its own."""
+    disk = folder / "x\nLOOPD_UNIT=forged\nLOOPD_UID=4711\n"
+    disk.write_bytes(bytes(1 << 20))
+    loopctl("detach", attach(disk))
+    (record,) = journal.records(f"MESSAGE_ID={ATTACHED}")
+    assert record["LOOPD_BACKING_FILE"] == str(disk)
+    assert (record["LOOPD_UID"], record["LOOPD_UNIT"] == "forged") == ("0", False)
+    assert journal.records("LOOPD_UNIT=forged") == journal.records("LOOPD_UID=4711") == []
+
+
 def test_catalog_explains_each_record(disk: Path, journal: Journal) -> None:
     with_device(disk, "true")
     plain, explained = (journal.text("-u", SERVICE, f"MESSAGE_ID={ATTACHED}", *more) for more in ((), ("-x",)))
