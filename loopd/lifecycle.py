@@ -277,7 +277,9 @@ class Lifecycle:
         complete: bool = False, rescan: bool = False, changed: bool = False,
     ) -> None:  # fmt: skip
         def arranged(message: messages.Arranged | None) -> None:
-            if message is not None and message.nodes is not None:
+            if message is None:
+                lease.nodes = None  # the helper may have made some before it ended or hung
+            elif message.nodes is not None:
                 lease.nodes, lease.table = message.nodes, message.table
                 if message.watch is not None and lease.state is State.BOUND:
                     if lease.watch not in (None, message.watch):
@@ -316,6 +318,12 @@ class Lifecycle:
             text = "has a helper process that hangs in its directory or file, and was written off"
             self.record(Event.STUCK, lease, text, code=Code.TIMEOUT.value)
 
+        def again() -> None:
+            unsure = job
+            if isinstance(job, messages.Arrange | messages.Release):
+                unsure = job._replace(nodes=None)  # the first one may have made or removed some
+            self._submit(lease, unsure, done, after, ended, tries - 1)
+
         def landed() -> None:
             ended()
             account.jobs -= 1
@@ -325,8 +333,8 @@ class Lifecycle:
         def start() -> None:
             account.jobs += 1
             fds = [fd for fd in (lease.device, lease.directory) if fd is not None]
-            again = (lambda: self._submit(lease, job, done, after, ended, tries - 1)) if tries > 1 else None
-            self._pool.submit(LeaseTask(done, again, stuck, after, landed), job, fds, self.policy.request_timeout)
+            task = LeaseTask(done, again if tries > 1 else None, stuck, after, landed)
+            self._pool.submit(task, job, fds, self.policy.request_timeout)
 
         if account.jobs < self.MOST_JOBS:
             start()

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import ask, bound_to, eventually, exists
-from kept import KINDS, Holding, Kept, Record, hold, kept_fixture, start_kept_fixture  # noqa: F401
+from kept import KINDS, Holding, Kept, Record, hold, kept_fixture, start_kept_fixture, traced  # noqa: F401
 from processes import NOBODY, Child, become, stays
 from untouched import children, helpers, pair, reply_of, state
 
@@ -239,6 +239,21 @@ def test_partition_nodes_of_a_grant_are_those_of_now(
             device.delete_partition(2)
         eventually(lambda: not list((grants / "0-build").iterdir()), "nothing is left")
         kept.end()
+
+
+def test_nodes_of_a_helper_that_ended_before_it_named_them(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path
+) -> None:
+    with hold(kept, "reply", image, directory, partscan=True) as lease:
+        before = set(helpers(kept))
+        with Loop(int(lease.name[4:])) as device:
+            with traced(sorted(before), "-o/dev/null", "-etrace=sendmsg", "-einject=sendmsg:signal=KILL:when=1"):
+                device.add_partition(1, 65536, 65536)
+                eventually((devices / f"{lease.name}p1").exists, "the node is there")
+                eventually(lambda: before - set(helpers(kept)), "a helper has ended")
+        assert kept.ask(wire.Detach(lease.name, 0, wait=5), []).fields == {"state": "released"}
+    gone(devices, tmp_path)
+    kept.end()
 
 
 # An attach that was under way: the record is there, and its client still waits -------------------------------------
