@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,6 +161,22 @@ def test_upgrade_with_leases_held(next_version: Path, disk: Path, folder: Path) 
         loopctl("--socket", INSTANCE_SOCKET, "detach", second)
     assert bound() == {}
     loopctl("directory", "--remove", "team")
+
+
+@pytest.mark.deadline(290)
+def test_installer_of_the_cluster(package: Path) -> None:
+    """docs/kubernetes/installer.yaml: its command, in a privileged container with the host's process ids."""
+    manifest = (PROJECT / "docs/kubernetes/installer.yaml").read_text()
+    (block,) = re.findall(r"(?s)            - -ec\n            - \|\n(.*?)\n      containers:", manifest)
+    container = ["podman", "run", "--rm", "--privileged", "--pid=host", "--network=none"]
+    container += [f"--volume={package}:/loopd_0_all.deb:ro", "--rootfs", "/srv/container:O"]
+    run("dpkg", "--purge", "loopd")
+    for _ in range(2):  # the second time there is nothing to do but to enable
+        run(*container, "/bin/sh", "-ec", textwrap.dedent(block), timeout=250)
+    assert run("systemctl", "is-enabled", SOCKET, "loopd@builds.socket").split() == ["enabled", "enabled"]
+    assert version(Path("/run/loopd-builds/sock/loopd.sock")) == run("dpkg-deb", "--field", package, "Version").strip()
+    run("systemctl", "disable", "--now", "loopd@builds.socket")
+    run("systemctl", "stop", "loopd@builds.service")
 
 
 @pytest.mark.deadline(290)
