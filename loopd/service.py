@@ -504,7 +504,8 @@ class Service:
             "devices": exchange.terms.limits.devices,
             "requests": exchange.terms.limits.requests,
         }
-        self.answer(exchange, wire.Greeting(__version__, wire.VERSION, tuple(wire.OPERATIONS), limits))
+        own = (name for name, kind in wire.OPERATIONS.items() if kind is not wire.Metrics or self._admin(exchange))
+        self.answer(exchange, wire.Greeting(__version__, wire.VERSION, tuple(own), limits))
 
     def _list(self, exchange: Exchange, request: Leases) -> None:
         admin = self._admin(exchange)

@@ -204,6 +204,8 @@ def test_only_the_administrator_is_told(served: Served) -> None:
     assert client.Client(served.admin).metrics().endswith("# EOF\n")
     with pytest.raises(client.NotPermitted):
         client.Client(served.path).metrics()
+    offered = [client.Client(path).hello().operations for path in (served.admin, served.path)]
+    assert offered == [tuple(wire.OPERATIONS), tuple(name for name in wire.OPERATIONS if name != "metrics")]
 
 
 # Over the end of the daemon -------------------------------------------------------------------------------------------
