@@ -18,6 +18,9 @@ from conftest import ROOT, bound_to, eventually, require
 
 from loopd import policy
 
+sys.path.insert(0, str(ROOT / "tests/vm/inside"))
+from recipes import recipe
+
 PAGE = ROOT / "docs/kubernetes.md"
 MANIFESTS = sorted((ROOT / "docs/kubernetes").glob("*.yaml"))
 SOCKET_DIRECTORY = "/run/loopd-builds/sock"
@@ -31,10 +34,6 @@ def objects(name: str) -> dict[str, dict[str, Any]]:
 def pod(name: str, kind: str) -> dict[str, Any]:
     found: dict[str, Any] = objects(name)[kind]["spec"]["template"]["spec"]
     return found
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", PAGE.read_text())
 
 
 @pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])
@@ -79,7 +78,7 @@ def test_the_socket_gets_from_the_unit_into_the_pod() -> None:
 
 def test_the_runtimes_handler(tmp_path: Path) -> None:
     """The page's command adds a rule to a specification, and its configuration names the file for the handler."""
-    (command,) = blocks("sh")
+    command = recipe("The device cgroup", page="kubernetes.md")
     (ctr := tmp_path / "ctr").write_text(
         '#!/bin/sh\n[ "$*" = "oci spec" ] && echo \'{"linux": {"resources": {"devices": []}}}\'\n'
     )
@@ -90,11 +89,15 @@ def test_the_runtimes_handler(tmp_path: Path) -> None:
     specification = yaml.safe_load((tmp_path / "loopd.json").read_text())
     assert specification["linux"]["resources"]["devices"] == [{"allow": True, "type": "b", "major": 7, "access": "rw"}]
     handler = objects("runtimeclass.yaml")["RuntimeClass"]["handler"]
-    runtimes = tomllib.loads(blocks("toml")[0])["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]
+    settings = recipe("The device cgroup", "toml", page="kubernetes.md")
+    runtimes = tomllib.loads(settings)["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]
     assert runtimes[handler]["base_runtime_spec"] == "/etc/containerd/loopd.json"
 
 
-@pytest.mark.parametrize("text", [blocks("toml")[1], objects("daemonset.yaml")["ConfigMap"]["data"]["loopd.toml"]])
+@pytest.mark.parametrize(
+    "text",
+    [recipe("Limits", "toml", page="kubernetes.md"), objects("daemonset.yaml")["ConfigMap"]["data"]["loopd.toml"]],
+)
 def test_limits_are_loopds(text: str, tmp_path: Path) -> None:
     (tmp_path / "loopd.toml").write_text(text)
     account = "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod0.slice/cri-containerd-0.scope"

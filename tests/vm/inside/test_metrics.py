@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from host import prop, run, with_device
+from recipes import recipe
 
-PAGE = Path(__file__).parents[3] / "docs/metrics.md"
 SERVICE, TIMER = "loopd-metrics.service", "loopd-metrics.timer"
 
 
@@ -46,7 +46,7 @@ def test_service(disk: Path, textfiles: Path) -> None:
 
 def test_timer(textfiles: Path) -> None:
     assert run("systemctl", "is-enabled", TIMER, check=False).strip() == "disabled"
-    run("systemctl", "enable", "--now", TIMER)
+    run("sh", "-euc", recipe("node_exporter", page="metrics.md"))
     try:
         assert prop(TIMER, "ActiveState") == "active"
         assert prop(TIMER, "Unit") == SERVICE
@@ -56,6 +56,7 @@ def test_timer(textfiles: Path) -> None:
 
 
 def test_line_for_cron(textfiles: Path) -> None:
-    (command,) = re.findall(r"(?m)^    (?:\* ){5}root (.*)$", PAGE.read_text())
+    when, command = recipe("node_exporter", "text", page="metrics.md").split("root ", 1)
+    assert when.split() == ["*"] * 5
     run("sh", "-euc", command)
     assert sample(textfiles / "loopd.prom", "loopd_build_info") == 1

@@ -25,6 +25,7 @@ from host import (
     run,
     wait_for,
 )
+from recipes import recipe
 
 PROJECT = Path(__file__).parents[3]
 INSTANCE = "loopd@team.service"
@@ -76,9 +77,11 @@ def make_install() -> None:
 
 @pytest.fixture(scope="module")
 def package(before: set[str]) -> Path:
-    """The package, installed."""
+    """The package, installed as docs/packages.md has it (but built on another machine)."""
     (built,) = (PROJECT / "build").glob("*.deb")
-    install(built)
+    build, *rest = recipe("On Debian", page="packages.md").splitlines()
+    assert build == "make deb"
+    run("sh", "-euc", "\n".join(rest), cwd=PROJECT, timeout=250)
     return built
 
 

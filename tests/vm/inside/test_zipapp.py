@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 from host import run
+from recipes import recipe
 
 PROJECT = Path(__file__).parents[3]
 
 
 def test_in_a_container() -> None:
     run("make", "-s", "-C", PROJECT, "zipapp")
-    page = (PROJECT / "docs/packages.md").read_text()
-    (command,) = re.findall(r"(?ms)^```sh\n(podman .*?)^```", page)
-    said = run("sh", "-euc", command.replace("IMAGE", "--rootfs /srv/container:O"), cwd=PROJECT)
+    command = recipe("The client in a container", page="packages.md", IMAGE="--rootfs /srv/container:O")
+    said = run("sh", "-euc", command, cwd=PROJECT)
     assert re.match(r"loopd \S+, protocol 1\n", said)
