@@ -70,7 +70,7 @@ def before() -> Iterator[set[str]]:
 def make_install() -> None:
     if Path("/usr/local/sbin/loopd").exists():
         return
-    run("dpkg", "--purge", "loopd", check=False)
+    run("dpkg", "--purge", "loopd", check=False, timeout=250)
     make("install")
     run("systemctl", "enable", "--now", SOCKET)
 
@@ -173,7 +173,7 @@ def test_installer_of_the_cluster(package: Path) -> None:
     (block,) = re.findall(r"(?s)            - -ec\n            - \|\n(.*?)\n      containers:", manifest)
     container = ["podman", "run", "--rm", "--privileged", "--pid=host", "--network=none"]
     container += [f"--volume={package}:/loopd_0_all.deb:ro", "--rootfs", "/srv/container:O"]
-    run("dpkg", "--purge", "loopd")
+    run("dpkg", "--purge", "loopd", timeout=250)
     for _ in range(2):  # the second time there is nothing to do but to enable
         run(*container, "/bin/sh", "-ec", textwrap.dedent(block), timeout=250)
     assert run("systemctl", "is-enabled", SOCKET, "loopd@builds.socket").split() == ["enabled", "enabled"]
@@ -196,7 +196,7 @@ def test_removal_and_purge(before: set[str], disk: Path, folder: Path) -> None:
     mount.mkdir()
     run("mount", mounted, mount)
     try:
-        run("dpkg", "--remove", "loopd")
+        run("dpkg", "--remove", "loopd", timeout=250)
         # Given up, nodes included; what is in use works until its last close.
         assert list((disk.parent / "dev").iterdir()) == []
         assert set(bound()) == {name(mounted)}
@@ -211,6 +211,6 @@ def test_removal_and_purge(before: set[str], disk: Path, folder: Path) -> None:
     assert run("find", "/run", "-maxdepth", "1", "-name", "loopd*", "!", "-name", "loopd-test*") == ""
     assert [path.exists() for path in (CONFIGURATION, STATE)] == [True, True]
 
-    run("dpkg", "--purge", "loopd")
+    run("dpkg", "--purge", "loopd", timeout=250)
     shutil.rmtree(disk.parent / "dev")
     assert traces() == before
