@@ -23,12 +23,13 @@ from conftest import ROOT, eventually, require
 from prometheus_client import Metric
 from prometheus_client import parser as older
 from prometheus_client.openmetrics import parser as newer
+from test_activation import numbers_of
 from test_deliveries import Served
 from test_install import install
 
 from loopd import client, wire
 from loopd.loop import Loop
-from loopd.numbers import AHEAD, FIRST
+from loopd.numbers import AHEAD
 from loopd.wire import Code
 
 ALERTS = ROOT / "docs/alerts.yml"
@@ -170,23 +171,18 @@ def test_numbers_lost_to_somebody_else(
 ) -> None:
     """The host binds what was made ahead of need: another is taken, and each that was lost is counted."""
 
-    def made() -> set[int]:
-        numbers = (int(path.name[4:]) for path in Path("/sys/block").glob("loop*"))
-        return {number for number in numbers if number >= FIRST}
-
-    before = made()
-    served.hello()
-    ahead = eventually(lambda: len(new := made() - before) >= AHEAD and new, "numbers were made ahead")
+    name = served.attach(image, directory).fields["devname"]
+    ahead = eventually(lambda: len(new := {*numbers_of(name)} - {name}) >= AHEAD and new, "numbers were made ahead")
     other = make_image(name="other")
     with contextlib.ExitStack() as stack:
-        for number in ahead:
+        for devname in ahead:
             with contextlib.suppress(OSError):  # the daemon's probe, which comes and goes
-                loop = Loop(number)
+                loop = Loop(int(devname.removeprefix("loop")))
                 stack.callback(loop.close)
                 loop.configure(other, autoclear=True)
-        reply = served.attach(image, directory)
+        reply = served.attach(make_image(name="second"), directory)
         assert reply.code is None
-        assert reply.fields["devname"] not in {f"loop{number}" for number in ahead}
+        assert reply.fields["devname"] not in ahead
         assert AHEAD - 1 <= counts(served)["loopd_number_retries_total"] <= len(ahead)
 
 
