@@ -27,7 +27,9 @@ STAND_INS = $(foreach pair,losetup:losetup mountloop:mount,$(if $(wildcard loopd
 # Beware of the backslash: these words are for the shell.
 SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/systemd/catalog/loopd.catalog \
 	loopd-admin.socket:lib/systemd/system/loopd-admin.socket \
-	loopd-admin@.socket:lib/systemd/system/loopd-admin@.socket loopd.service:lib/systemd/system/loopd.service \
+	loopd-admin@.socket:lib/systemd/system/loopd-admin@.socket \
+	loopd-metrics.service:lib/systemd/system/loopd-metrics.service \
+	loopd-metrics.timer:lib/systemd/system/loopd-metrics.timer loopd.service:lib/systemd/system/loopd.service \
 	loopd.service:lib/systemd/system/loopd@.service loopd.socket:lib/systemd/system/loopd.socket \
 	loopd@.socket:lib/systemd/system/loopd@.socket run-loopd-dev.mount:lib/systemd/system/run-loopd\\x2ddev.mount \
 	modprobe.conf:lib/modprobe.d/loopd.conf no-sys-admin.conf:share/doc/loopd/no-sys-admin.conf \
@@ -120,7 +122,8 @@ ifneq ($(MANUAL),)
 	    for pair in $(PAGES); do install -D -m 644 $${pair%:*} $(DESTDIR)$(PREFIX)/$${pair#*:} || exit; done
 endif
 	for pair in $(SYSTEM); do install -D -m 644 systemd/"$${pair%:*}" $(DESTDIR)$(PREFIX)/"$${pair#*:}" || exit; done
-	sed -i 's|@PREFIX@|$(PREFIX)|' $(LIB)/systemd/system/loopd.service $(LIB)/systemd/system/loopd@.service
+	sed -i 's|@PREFIX@|$(PREFIX)|' $(LIB)/systemd/system/loopd.service $(LIB)/systemd/system/loopd@.service \
+	    $(LIB)/systemd/system/loopd-metrics.service
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
 	    systemd-sysusers loopd.conf && systemd-tmpfiles --create loopd.conf && journalctl --update-catalog && \
@@ -132,7 +135,7 @@ endif
 uninstall:
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
-	    systemctl disable --now loopd.socket loopd-admin.socket; systemctl disable loopd@.socket loopd-admin@.socket; \
+	    systemctl disable --now loopd.socket loopd-admin.socket loopd-metrics.timer; systemctl disable loopd@.socket loopd-admin@.socket; \
 	    systemctl stop 'loopd@*.socket' 'loopd-admin@*.socket' loopd.service 'loopd@*.service' 'run-loopd\x2ddev.mount'; \
 	    systemctl clean --what=fdstore loopd.service 'loopd@*.service' 2>/dev/null || :; \
 	fi

@@ -355,6 +355,12 @@ def _hello(args: argparse.Namespace) -> int:
     return 0
 
 
+def _metrics(args: argparse.Namespace) -> int:
+    # Nobody but the administrator is answered, so that there is no other socket to choose.
+    _print(client.Client(args.socket or client.ADMIN_SOCKET, args.timeout).metrics().rstrip("\n"))
+    return 0
+
+
 # The command line -------------------------------------------------------------------------------------------
 
 
@@ -488,6 +494,7 @@ VERBS: dict[str, Verb] = {
     "resize": Verb("have a device take over the size of its image, and print it", _resize, _device_option),
     "doctor": Verb("look for what keeps devices from here, and say what helps", _doctor, _no_option),
     "hello": Verb("show what the daemon is and offers", _hello, _json_option),
+    "metrics": Verb("on the host: print what the daemon counts, as OpenMetrics text", _metrics, _no_option),
 }
 
 

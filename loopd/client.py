@@ -25,7 +25,7 @@ from typing import Any, Iterator, Literal, NamedTuple, Sequence, TypeVar, Union
 
 from loopd import layers, wire
 from loopd.layers import Obstacle
-from loopd.wire import Attached, Code, Detached, Granted, Greeting, LeaseInfo, Rescanned, Resized
+from loopd.wire import Attached, Code, Detached, Granted, Greeting, LeaseInfo, Measured, Rescanned, Resized
 
 SOCKET = "/run/loopd/loopd.sock"
 """Where loopd listens; the environment variable LOOPD_SOCKET says otherwise."""
@@ -304,7 +304,7 @@ def _receive(channel: _socket.socket, stack: ExitStack, deadline: float) -> tupl
     return data, fds, pid
 
 
-_Record = TypeVar("_Record", Attached, Detached, LeaseInfo, Granted, Rescanned, Resized, Greeting)
+_Record = TypeVar("_Record", Attached, Detached, LeaseInfo, Granted, Rescanned, Resized, Greeting, Measured)
 
 
 def _record(kind: type[_Record], fields: dict[str, Any]) -> _Record:
@@ -809,6 +809,11 @@ class Client:
         """The daemon's version, and what this socket offers."""
         with ExitStack() as stack:
             return _parsed(Greeting, self._ask(stack, wire.Hello()).fields)
+
+    def metrics(self) -> str:
+        """What the daemon counts, as OpenMetrics text; on the admin socket."""
+        with ExitStack() as stack:
+            return _parsed(Measured, self._ask(stack, wire.Metrics()).fields).openmetrics
 
     def daemon_pid(self) -> int:
         """The process id of the daemon, as the kernel attests it; 0 where it is of another PID namespace."""

@@ -25,6 +25,7 @@ from .helper import Tools
 from .inotify import Inotify
 from .lifecycle import Lifecycle
 from .loop import LoopControl
+from .metrics import Metrics
 from .numbers import Counter, Numbers
 from .poller import ONCE, Poller
 from .pool import Pool
@@ -172,6 +173,10 @@ class Daemon:
         self._numbers = Numbers(
             _counter(options.state_directory, options.instance, self._control, self._audit), self._fork_numbers()
         )
+        # Instances share the state directory. One that is started by hand may have any name.
+        service = f"loopd@{options.instance}" if options.instance else "loopd"
+        saved = os.path.join(options.state_directory, f"metrics.{service.replace('/', '-')}")
+        self._metrics = Metrics(service, saved)
         slots = leases.Slots(self._notifier, sd.fd_store_size())
         watches = Inotify()
         grants = Grants(options.grant_directory, options.instance)
@@ -182,7 +187,7 @@ class Daemon:
         )
         self._service = Service(
             self._poller, listeners, self._pool, self._lifecycle, self._numbers, slots, grants, self._audit,
-            self._policy, options.instance,
+            self._metrics, self._policy, options.instance,
         )  # fmt: skip
         for name, fd in passed:
             if name == SLOT:
@@ -356,6 +361,7 @@ class Daemon:
         self._poller.later(self.STOP_TIMEOUT, lambda: None)
         while self._service.ending and time.monotonic() < deadline:
             self._turn()
+        self._metrics.save()
         self._audit.drain(1.0)
 
 

@@ -42,6 +42,8 @@ class Poller:
     """
 
     PATIENCE = 0.05
+    LONGEST = 3600.0
+    """Seconds of one wait: epoll takes no more than 24 days, and a timer may be for later."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -105,7 +107,7 @@ class Poller:
     def _timeout(self) -> float | None:
         while self._timers and self._timers[0][2].callback is None:
             heapq.heappop(self._timers)
-        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+        return min(self.LONGEST, max(0.0, self._timers[0][0] - time.monotonic())) if self._timers else None
 
     def close(self) -> None:
         self._epoll.close()

@@ -24,6 +24,7 @@ from .devices import Number
 from .grants import Grants
 from .leases import Holder, Lease, Slots, State
 from .lifecycle import Lifecycle, attached
+from .metrics import Gauges, Metrics
 from .numbers import Exhausted, Numbers
 from .policy import Allow, Policy, Terms
 from .poller import ONCE, Poller
@@ -156,7 +157,7 @@ class Service:
 
     def __init__(
         self, poller: Poller, listeners: list[Listener], pool: Pool, lifecycle: Lifecycle, numbers: Numbers,
-        slots: Slots, grants: Grants, audit: Audit, policy: Policy, instance: str,
+        slots: Slots, grants: Grants, audit: Audit, metrics: Metrics, policy: Policy, instance: str,
     ) -> None:  # fmt: skip
         self._poller = poller
         self._listeners = listeners
@@ -167,6 +168,7 @@ class Service:
         self._slots = slots
         self._grants = grants
         self._audit = audit
+        self._metrics = metrics
         self._instance = instance
         self.policy = policy
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -252,12 +254,14 @@ class Service:
         if cgroup is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
             transport.drop(self._listeners[index].socket)
+            self._metrics.dropped += 1
             self._shed(account, member, sender, "dropped, their senders had ended or are unknown")
             return
         terms = self.policy.terms(self._instance, member.account, sender.uid, sender.gid)
         hanging = account.stuck >= terms.limits.stuck or account.slow >= self.MOST_SLOW
         if hanging or len(account.flights) >= terms.limits.requests:
             transport.drop(self._listeners[index].socket)
+            self._metrics.dropped += 1
             self._shed(account, member, sender, "dropped, too many of its requests are under way or hang")
             return
         exchange = Exchange(self, index, sender, member, account, terms, envelope, request)
@@ -368,6 +372,7 @@ class Service:
         if exchange.number is not None:
             exchange.number = None
             exchange.account.unspend()
+            self._metrics.retries += 1
         try:
             number = self._number(exchange)
         except Refusal as refusal:
@@ -432,8 +437,11 @@ class Service:
                 raise Refusal(Code.QUOTA, f"the devices of this account would have more than {limit} bytes together")
             delivered = self.answer(exchange, attached(lease, message.warnings), tuple(client))
         if delivered:
-            duration = int((time.monotonic() - exchange.started) * 1e6)
-            self._lifecycle.record(Event.ATTACHED, lease, "was attached", operation="attach", duration_usec=duration)
+            duration = time.monotonic() - exchange.started
+            self._metrics.attached(duration)
+            self._lifecycle.record(
+                Event.ATTACHED, lease, "was attached", operation="attach", duration_usec=int(duration * 1e6)
+            )
         else:
             self._lifecycle.release(lease, "undeliverable")
         self._numbers.refill()
@@ -467,6 +475,7 @@ class Service:
         self._release_head(exchange)
         exchange.account.stuck += 1
         exchange.stuck = True
+        self._metrics.stuck += 1
         text = "A helper process hangs in a request and was written off; its account is charged"
         self._record(Event.STUCK, exchange, text, Code.TIMEOUT)
         if not exchange.finished:
@@ -503,7 +512,8 @@ class Service:
             "devices": exchange.terms.limits.devices,
             "requests": exchange.terms.limits.requests,
         }
-        self.answer(exchange, wire.Greeting(__version__, wire.VERSION, tuple(wire.OPERATIONS), limits))
+        own = (name for name, kind in wire.OPERATIONS.items() if kind is not wire.Metrics or self._admin(exchange))
+        self.answer(exchange, wire.Greeting(__version__, wire.VERSION, tuple(own), limits))
 
     def _list(self, exchange: Exchange, request: Leases) -> None:
         admin = self._admin(exchange)
@@ -552,6 +562,14 @@ class Service:
 
         self._lifecycle.resize(self._bound(exchange, request.devname), exchange.terms.limits.bytes, done)
 
+    def _count(self, exchange: Exchange, request: wire.Metrics) -> None:
+        if not self._admin(exchange):
+            raise Refusal(Code.NOT_PERMITTED, "metrics: for the administrator, on the admin socket")
+        states = dict.fromkeys((state.value for state in State if state is not State.RELEASED), 0)
+        for lease in self._leases:
+            states[lease.state.value] += 1
+        self.answer(exchange, wire.Measured(self._metrics.text(Gauges(states, self._pool.lost))))
+
     _OPERATIONS: dict[type[Any], Callable[[Service, Exchange, Any], None]] = {  # noqa: RUF012  # never changed
         Hello: _hello,
         Leases: _list,
@@ -559,6 +577,7 @@ class Service:
         Directory: _directory,
         Rescan: _rescan,
         Resize: _resize,
+        wire.Metrics: _count,
     }
 
     def _admin(self, exchange: Exchange) -> bool:
@@ -611,11 +630,13 @@ class Service:
             if not exchange.stuck:
                 self._give_up(exchange)
         if isinstance(reply, Refusal):
+            self._metrics.refused(reply.code)
             if exchange.account.refused(self.MOST_REFUSALS):
                 self._record(Event.REFUSED, exchange, f"Refused: {reply}", reply.code)
             else:
                 self._shed(exchange.account, exchange.member, exchange.sender, "refused, more than are recorded singly")
         if not delivered:
+            self._metrics.refused(Code.UNDELIVERABLE)
             self._record(Event.REFUSED, exchange, "The reply could not be delivered", Code.UNDELIVERABLE)
         return delivered
 

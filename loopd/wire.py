@@ -149,7 +149,14 @@ class Hello(NamedTuple):
     id: str | None = None
 
 
-Request = Union[Attach, Detach, Leases, Directory, Rescan, Resize, Hello]
+class Metrics(NamedTuple):
+    """What the daemon counts, for the host's monitoring; on the admin socket."""
+
+    reply_fd: int | None = None
+    id: str | None = None
+
+
+Request = Union[Attach, Detach, Leases, Directory, Rescan, Resize, Hello, Metrics]
 
 OPERATIONS: dict[str, type[Request]] = {
     "attach": Attach,
@@ -159,6 +166,7 @@ OPERATIONS: dict[str, type[Request]] = {
     "rescan": Rescan,
     "resize": Resize,
     "hello": Hello,
+    "metrics": Metrics,
 }
 
 
@@ -443,7 +451,13 @@ class Greeting(NamedTuple):
     limits: dict[str, int]
 
 
-Reply = Union[Attached, Detached, LeaseList, Granted, Rescanned, Resized, Greeting]
+class Measured(NamedTuple):
+    """Reply to ``metrics``: OpenMetrics text."""
+
+    openmetrics: str
+
+
+Reply = Union[Attached, Detached, LeaseList, Granted, Rescanned, Resized, Greeting, Measured]
 
 
 def _jsonable(value: Any) -> Any:

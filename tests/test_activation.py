@@ -81,6 +81,11 @@ def test_idle_exit_and_the_next_datagram(
     assert daemon.wait() == 0
 
 
+def test_patience_of_years(start_daemon: Callable[..., Daemon]) -> None:
+    """More milliseconds than epoll can wait for."""
+    assert start_daemon("--idle-timeout", "1e9").hello().code is None
+
+
 def test_requests_end_the_idleness(activated: Callable[..., Activated]) -> None:
     daemon = activated("--idle-timeout", "1")
     daemon.start()

@@ -34,7 +34,6 @@ RUN_BY = {
         "tests/test_docs.py::test_ci_calls_the_readmes_test_command",
     ),
     ("docs/HACKING.md", "Tests"): ("tests/test_docs.py::test_hacking_one_test", "tests/vm/test_vm.py::test_inside"),
-    ("docs/packages.md", "Packages"): ("tests/vm/inside/test_package.py::test_installation",),
     ("docs/packages.md", "The client in a container"): ("tests/test_packages.py::test_one_file_client_in_a_container",),
     ("docs/man/loopd.8.rst", "JOURNAL"): ("tests/vm/inside/test_containers.py::test_podman",),
     ("docs/man/loopd.8.rst", "EXAMPLES"): (

@@ -214,6 +214,7 @@ REPLIES: dict[str, Any] = {
     "rescan": wire.Rescanned,
     "resize": wire.Resized,
     "hello": wire.Greeting,
+    "metrics": wire.Measured,
 }
 
 

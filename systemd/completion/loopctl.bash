@@ -14,6 +14,7 @@ _loopctl() {
         [resize]=''
         [doctor]=''
         [hello]='--json'
+        [metrics]=''
     )
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}
     # "=" is a word of its own to bash.

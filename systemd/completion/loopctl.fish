@@ -1,6 +1,6 @@
 # Completion of loopctl(1) for fish; tests/test_completion.py holds it against loopctl's options.
 
-set -l verbs attach run detach list directory rescan resize doctor hello
+set -l verbs attach run detach list directory rescan resize doctor hello metrics
 complete -c loopctl -f
 complete -c loopctl -l socket -r -F -d 'where loopd listens'
 complete -c loopctl -l admin -d 'ask as the administrator of the host'
@@ -17,6 +17,7 @@ complete -c loopctl -n "not __fish_seen_subcommand_from $verbs" -a rescan -d 'ha
 complete -c loopctl -n "not __fish_seen_subcommand_from $verbs" -a resize -d 'take over the size of the image'
 complete -c loopctl -n "not __fish_seen_subcommand_from $verbs" -a doctor -d 'look for what keeps devices from here'
 complete -c loopctl -n "not __fish_seen_subcommand_from $verbs" -a hello -d 'show what the daemon is and offers'
+complete -c loopctl -n "not __fish_seen_subcommand_from $verbs" -a metrics -d 'print what the daemon counts'
 
 for verb in attach run
     complete -c loopctl -n "__fish_seen_subcommand_from $verb" -F

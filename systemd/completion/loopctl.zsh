@@ -39,6 +39,7 @@ _loopctl() {
         'resize:have a device take over the size of its image'
         'doctor:look for what keeps devices from here'
         'hello:show what the daemon is and offers'
+        'metrics:print what the daemon counts, as OpenMetrics text'
     )
     _arguments -C $common '(-)--version[print the version]' '1:verb:->verb' '*::argument:->argument' && return
     case $state in
@@ -56,7 +57,7 @@ _loopctl() {
                 list|hello) _arguments $common '--json[print JSON]' ;;
                 directory) _arguments $common '--remove[remove it]' '1:name:' ;;
                 rescan|resize) _arguments $common '1:device:_loopctl_devices' ;;
-                doctor) _arguments $common ;;
+                doctor|metrics) _arguments $common ;;
             esac ;;
     esac
 }

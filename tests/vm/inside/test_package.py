@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from host import (
     run,
     wait_for,
 )
+from recipes import recipe
 
 PROJECT = Path(__file__).parents[3]
 INSTANCE = "loopd@team.service"
@@ -67,16 +70,18 @@ def before() -> Iterator[set[str]]:
 def make_install() -> None:
     if Path("/usr/local/sbin/loopd").exists():
         return
-    run("dpkg", "--purge", "loopd", check=False)
+    run("dpkg", "--purge", "loopd", check=False, timeout=250)
     make("install")
     run("systemctl", "enable", "--now", SOCKET)
 
 
 @pytest.fixture(scope="module")
 def package(before: set[str]) -> Path:
-    """The package, installed."""
+    """The package, installed as docs/packages.md has it (but built on another machine)."""
     (built,) = (PROJECT / "build").glob("*.deb")
-    install(built)
+    build, *rest = recipe("On Debian", page="packages.md").splitlines()
+    assert build == "make deb"
+    run("sh", "-euc", "\n".join(rest), cwd=PROJECT, timeout=250)
     return built
 
 
@@ -102,7 +107,7 @@ def next_version(package: Path, folder: Path) -> Path:
 def test_installation(package: Path) -> None:
     assert run("systemctl", "is-enabled", SOCKET, ADMIN).split() == ["enabled", "enabled"]
     assert [prop(unit, "ActiveState") for unit in (SOCKET, ADMIN, SERVICE)] == ["active", "active", "inactive"]
-    assert prop(SERVICE, "FragmentPath") == "/usr/lib/systemd/system/loopd.service"
+    assert prop(SERVICE, "FragmentPath").removeprefix("/usr") == "/lib/systemd/system/loopd.service"
     assert version() == run("dpkg-deb", "--field", package, "Version").strip()
     assert list(Path("/usr/lib/loopd/loopd/__pycache__").glob("daemon.*.pyc"))
 
@@ -149,8 +154,8 @@ def test_upgrade_with_leases_held(next_version: Path, disk: Path, folder: Path) 
         assert len(held[0]) == held[1] == 1
         (mount / "file").write_text("after the upgrade\n")
         run("sync", "--file-system", mount)
-        with open(second, "r+b") as file:
-            file.write(b"after the upgrade\n")
+        with open(second, "r+b", buffering=0) as file:
+            file.write(b"after the upgrade\n".ljust(512))
             os.fsync(file.fileno())
         assert other.read_bytes().startswith(b"after the upgrade\n")
     finally:
@@ -159,6 +164,22 @@ def test_upgrade_with_leases_held(next_version: Path, disk: Path, folder: Path) 
         loopctl("--socket", INSTANCE_SOCKET, "detach", second)
     assert bound() == {}
     loopctl("directory", "--remove", "team")
+
+
+@pytest.mark.deadline(290)
+def test_installer_of_the_cluster(package: Path) -> None:
+    """docs/kubernetes/installer.yaml: its command, in a privileged container with the host's process ids."""
+    manifest = (PROJECT / "docs/kubernetes/installer.yaml").read_text()
+    (block,) = re.findall(r"(?s)            - -ec\n            - \|\n(.*?)\n      containers:", manifest)
+    container = ["podman", "run", "--rm", "--privileged", "--pid=host", "--network=none"]
+    container += [f"--volume={package}:/loopd_0_all.deb:ro", "--rootfs", "/srv/container:O"]
+    run("dpkg", "--purge", "loopd", timeout=250)
+    for _ in range(2):  # the second time there is nothing to do but to enable
+        run(*container, "/bin/sh", "-ec", textwrap.dedent(block), timeout=250)
+    assert run("systemctl", "is-enabled", SOCKET, "loopd@builds.socket").split() == ["enabled", "enabled"]
+    assert version(Path("/run/loopd-builds/sock/loopd.sock")) == run("dpkg-deb", "--field", package, "Version").strip()
+    run("systemctl", "disable", "--now", "loopd@builds.socket")
+    run("systemctl", "stop", "loopd@builds.service")
 
 
 @pytest.mark.deadline(290)
@@ -175,7 +196,7 @@ def test_removal_and_purge(before: set[str], disk: Path, folder: Path) -> None:
     mount.mkdir()
     run("mount", mounted, mount)
     try:
-        run("dpkg", "--remove", "loopd")
+        run("dpkg", "--remove", "loopd", timeout=250)
         # Given up, nodes included; what is in use works until its last close.
         assert list((disk.parent / "dev").iterdir()) == []
         assert set(bound()) == {name(mounted)}
@@ -190,6 +211,6 @@ def test_removal_and_purge(before: set[str], disk: Path, folder: Path) -> None:
     assert run("find", "/run", "-maxdepth", "1", "-name", "loopd*", "!", "-name", "loopd-test*") == ""
     assert [path.exists() for path in (CONFIGURATION, STATE)] == [True, True]
 
-    run("dpkg", "--purge", "loopd")
+    run("dpkg", "--purge", "loopd", timeout=250)
     shutil.rmtree(disk.parent / "dev")
     assert traces() == before

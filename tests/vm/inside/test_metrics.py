@@ -1,0 +1,62 @@
+"""loopd-metrics.timer and its service, as an administrator enables them, and the line for cron."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from host import prop, run, with_device
+from recipes import recipe
+
+SERVICE, TIMER = "loopd-metrics.service", "loopd-metrics.timer"
+
+
+@pytest.fixture
+def textfiles() -> Iterator[Path]:
+    """Where the unit writes: node_exporter, which would make it, is not here."""
+    (path,) = (Path(value) for value in re.findall(r"TEXTFILES=(\S+)", prop(SERVICE, "Environment")))
+    path.mkdir(parents=True)
+    yield path
+    shutil.rmtree(path)
+
+
+def sample(file: Path, name: str) -> float:
+    (value,) = re.findall(rf"(?m)^{name}\{{[^}}]*\}} (\S+)$", file.read_text())
+    return float(value)
+
+
+def test_service(disk: Path, textfiles: Path) -> None:
+    run("systemctl", "start", SERVICE)
+    before = sample(textfiles / "loopd-admin.prom", "loopd_attaches_total")
+    with_device(disk, "true")
+    run("systemctl", "start", "loopd@team.socket")
+    try:
+        run("systemctl", "start", SERVICE)
+        assert sorted(path.name for path in textfiles.iterdir()) == ["loopd-admin.prom", "loopd-team.prom"]
+        assert sample(textfiles / "loopd-admin.prom", "loopd_attaches_total") == before + 1
+        assert 'service="loopd@team"' in (textfiles / "loopd-team.prom").read_text()
+        assert (textfiles / "loopd-team.prom").stat().st_mode & 0o777 == 0o644
+    finally:
+        run("systemctl", "stop", "loopd@team.socket", "loopd@team.service", "loopd-admin@team.socket")
+    shutil.rmtree("/run/loopd-team")
+
+
+def test_timer(textfiles: Path) -> None:
+    assert run("systemctl", "is-enabled", TIMER, check=False).strip() == "disabled"
+    run("sh", "-euc", recipe("node_exporter", page="metrics.md"))
+    try:
+        assert prop(TIMER, "ActiveState") == "active"
+        assert prop(TIMER, "Unit") == SERVICE
+        assert "OnCalendar=*-*-* *:*:00" in prop(TIMER, "TimersCalendar")
+    finally:
+        run("systemctl", "disable", "--now", TIMER)
+
+
+def test_line_for_cron(textfiles: Path) -> None:
+    when, command = recipe("node_exporter", "text", page="metrics.md").split("root ", 1)
+    assert when.split() == ["*"] * 5
+    run("sh", "-euc", command)
+    assert sample(textfiles / "loopd.prom", "loopd_build_info") == 1
