@@ -41,6 +41,8 @@ def test_service(disk: Path, textfiles: Path) -> None:
         assert (textfiles / "loopd-team.prom").stat().st_mode & 0o777 == 0o644
     finally:
         run("systemctl", "stop", "loopd@team.socket", "loopd@team.service", "loopd-admin@team.socket")
+    run("systemctl", "start", SERVICE)
+    assert [path.name for path in textfiles.iterdir()] == ["loopd-admin.prom"], "the instance's is there no more"
     shutil.rmtree("/run/loopd-team")
 
 
