@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -29,8 +30,9 @@ def numbers(device: str) -> dict[str, tuple[int, int]]:
     """The partitions that the kernel has for a device, with their numbers."""
     found = {}
     for path in Path(f"/sys/block/{name(device)}").glob(f"{name(device)}p*"):
-        major, minor = (path / "dev").read_text().split(":")
-        found[path.name] = (int(major), int(minor))
+        with contextlib.suppress(FileNotFoundError):  # it goes while it is looked at
+            major, minor = (path / "dev").read_text().split(":")
+            found[path.name] = (int(major), int(minor))
     return found
 
 
@@ -38,9 +40,10 @@ def nodes(device: str) -> dict[str, tuple[int, int]]:
     """The nodes of partitions beside the node of a device, with their numbers."""
     found = {}
     for path in Path(device).parent.glob(f"{name(device)}p*"):
-        status = path.stat()
-        assert stat.S_ISBLK(status.st_mode)
-        found[path.name] = (os.major(status.st_rdev), os.minor(status.st_rdev))
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            assert stat.S_ISBLK(status.st_mode)
+            found[path.name] = (os.major(status.st_rdev), os.minor(status.st_rdev))
     return found
 
 
