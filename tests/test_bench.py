@@ -30,3 +30,13 @@ def test_every_section_measures_something(tmp_path: Path) -> None:
         assert (row["ratio"] is None) == (row["reference"] is None)
         assert row["ratio"] is None or row["low"] <= row["ratio"] <= row["high"]
         assert (row["reached"] is None) == (row["reach"] is None)
+
+
+def test_the_page_shows_what_was_saved() -> None:
+    page = (ROOT / "docs/performance.md").read_text()
+    shown = page.partition("```text\n")[2].partition("```")[0]
+    saved = json.loads((ROOT / "docs/performance.json").read_text())
+    assert saved["machine"]["mode"] == "full"
+    assert {row["section"] for row in saved["rows"]} == set(SECTIONS)
+    for row in saved["rows"]:
+        assert f"{row['what']} " in shown

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -96,6 +97,12 @@ def load(path: Path) -> list[Row]:
     """The rows of a JSON file that `save` wrote."""
     rows = json.loads(path.read_text())["rows"]
     return [Row(**{name: value for name, value in row.items() if name in Row._fields}) for row in rows]
+
+
+def write_into(page: Path, rows: Sequence[Row]) -> None:
+    """Put the table into a page that has a place for it."""
+    if page.exists():
+        page.write_text(re.sub(r"(?s)(?<=```text\n).*?(?=```)", lambda _: table(rows) + "\n", page.read_text()))
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
