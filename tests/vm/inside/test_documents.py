@@ -34,7 +34,7 @@ def test_install_as_the_readme_has_it() -> None:
     shell(recipe("Install", page="../README.md"), cwd=DOCS.parent)
     assert prop("loopd.socket", "ActiveState") == "active"
     assert prop("loopd.socket", "ActiveEnterTimestampMonotonic") == before, "the socket was started again"
-    assert loopctl("hello").startswith("loopd ")
+    assert loopctl("--timeout", "90", "hello").startswith("loopd ")
     pages = [path.name for path in Path("/usr/local/share/man").rglob("loop*.*")]
     assert sorted(pages) == sorted(path.stem for path in (DOCS / "man").iterdir())
 
