@@ -28,6 +28,7 @@ def sample(file: Path, name: str) -> float:
     return float(value)
 
 
+@pytest.mark.deadline(290)
 def test_service(disk: Path, textfiles: Path) -> None:
     run("systemctl", "start", SERVICE)
     before = sample(textfiles / "loopd-admin.prom", "loopd_attaches_total")
