@@ -56,6 +56,7 @@ def test_timer(textfiles: Path) -> None:
         assert "OnCalendar=*-*-* *:*:00" in prop(TIMER, "TimersCalendar")
     finally:
         run("systemctl", "disable", "--now", TIMER)
+        run("systemctl", "stop", SERVICE)  # at the full minute it was started
 
 
 def test_line_for_cron(textfiles: Path) -> None:
