@@ -174,8 +174,8 @@ def attach(bench: Bench) -> list[Row]:
             "losetup, a process": with_losetup,
         })  # fmt: skip
     pause = 100_000  # the kernel takes half of that to remove a number
-    with bench.daemon(new_numbers=4) as daemon, bench.floor() as floor:
-        bench.attaches(daemon.path, 5, pause)
+    with bench.daemon(new_numbers=16) as daemon, bench.floor() as floor:
+        bench.attaches(daemon.path, 20, pause)
         used = in_turns(bench.size(5, 2), {
             FLOOR: lambda: bench.attaches(floor, count // 2, pause),
             "loopd": lambda: bench.attaches(daemon.path, count // 2, pause),
