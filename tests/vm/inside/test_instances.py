@@ -287,8 +287,7 @@ def test_services_run_hardened(instance: None) -> None:
 @pytest.fixture
 def without_sys_admin() -> Iterator[None]:
     """The drop-in, by its own commands."""
-    commands = [line.removeprefix("#").strip() for line in NO_SYS_ADMIN.read_text().splitlines() if " -" in line]
-    install = [line for line in commands if line.startswith(("install ", "systemctl "))]
+    install = [line[1:].strip() for line in NO_SYS_ADMIN.read_text().splitlines() if line.startswith("#     ")]
     assert len(install) == 3
     try:
         run("sh", "-ec", f"cd {NO_SYS_ADMIN.parent}\n" + "\n".join(install))
@@ -356,7 +355,7 @@ def unset() -> Iterator[None]:
 
 
 def _load_loop(*options: str) -> None:
-    run("systemctl", "stop", SOCKET, ADMIN, SERVICE)
+    run("systemctl", "stop", SOCKET, ADMIN, SERVICE, "loopd@*.service")
     if systemd_version() >= 254:
         run("systemctl", "clean", "--what=fdstore", SERVICE, check=False)
     wait_for("nothing is bound", lambda: not bound())
