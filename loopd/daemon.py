@@ -289,6 +289,7 @@ class Daemon:
     def _ping(self) -> None:
         assert self._watchdog is not None
         self._notifier.send("WATCHDOG=1")
+        self._collect_garbage()
         self._poller.later(self._watchdog / 2, self._ping)
 
     STATUS_PAUSE = 1.0
@@ -308,7 +309,7 @@ class Daemon:
         if self._watchdog is not None:
             self._ping()
         # What started it waits in a queue; it is served before idleness is thought of.
-        self._poller.later(min(self._policy.idle_timeout, self.GARBAGE_PAUSE), self._idle_check)
+        self._poller.later(self._policy.idle_timeout, self._idle_check)
         while not self._stopping:
             self._turn()
         self._stop()
@@ -335,14 +336,17 @@ class Daemon:
         self._flushing = False
         self._audit.flush()
 
-    GARBAGE_PAUSE = 5.0
-    """Seconds after which the kernel's garbage is looked for, at the latest."""
+    def _collect_garbage(self) -> None:
+        """Have the kernel look for AF_UNIX sockets that nobody can reach, whenever the process is awake anyway.
 
-    def _idle_check(self) -> None:
-        # The end of a lease socket that a client has queued in itself goes with the kernel's garbage, which is looked
-        # for whenever a socket is closed: here, where nobody else closes one.
+        The end of a lease socket that a client has queued in itself is one. The kernel looks whenever one is closed,
+        which on most hosts happens all the time.
+        """
         with contextlib.suppress(OSError):
             socket.socket(socket.AF_UNIX).close()
+
+    def _idle_check(self) -> None:
+        self._collect_garbage()
         idle = time.monotonic() - self._service.last_activity
         timeout = self._policy.idle_timeout
         if not self._service.busy and idle >= timeout:
@@ -350,8 +354,7 @@ class Daemon:
             return
         if idle >= timeout:
             self._pool.shrink()
-        pause = timeout - idle if idle < timeout else timeout
-        self._poller.later(max(0.05, min(pause, self.GARBAGE_PAUSE)), self._idle_check)
+        self._poller.later(max(0.05, timeout - idle if idle < timeout else timeout), self._idle_check)
 
     def _stop(self) -> None:
         """Finish what is under way; take away what nothing will keep; leave the rest to the fd store."""

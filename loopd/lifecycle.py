@@ -363,6 +363,12 @@ class Lifecycle:
 
         self._job(lease, start)
 
+    def refuse(self, lease: Lease) -> None:
+        """Release a lease that is larger than its account may have: a smaller one need not wait for its end."""
+        lease.account.bytes -= lease.binding.size
+        lease.binding = lease.binding._replace(size=0)
+        self.release(lease, "refused")
+
     def _close(self, lease: Lease) -> None:
         """Nodes and partitions are gone; loopd's own fds go now. The last one is the helper's."""
         after = self._slots.take() if lease.slot is not None else None

@@ -289,6 +289,11 @@ class Numbers:
         return bool(self._removing or (self._stopping and self._making))
 
     @property
+    def making(self) -> bool:
+        """Whether numbers that were taken before are about to come."""
+        return bool(self._making)
+
+    @property
     def lingering(self) -> bool:
         """Whether numbers could not be removed because somebody has them open."""
         return bool(self._lingering)

@@ -350,19 +350,21 @@ class Service:
         One that the owner had costs no other's stock, but it has to be made now, half a millisecond's work.
         """
         limits = exchange.terms.limits
-        number, none = None, None
+        number, none, coming = None, None, False
         if exchange.account.spend(limits.new_numbers, limits.new_numbers_per_minute):
             try:
                 number = self._numbers.fresh()
                 self._warned.discard("numbers")
             except (Exhausted, OSError) as error:
                 exchange.account.unspend()
-                self._warn("numbers", f"There is no new device number: {error}", code=Code.NO_DEVICE.value)
-                none = Refusal(Code.NO_DEVICE, "no device number is free; the journal of the host says more")
+                coming = self._numbers.making
+                if not coming:
+                    self._warn("numbers", f"There is no new device number: {error}", code=Code.NO_DEVICE.value)
+                    none = Refusal(Code.NO_DEVICE, "no device number is free; the journal of the host says more")
         number = number or self._numbers.again(exchange.person)
         if number is not None:
             exchange.number = number.number
-        elif not self._numbers.expects(exchange.person):
+        elif not (coming or self._numbers.expects(exchange.person)):
             limit = f"{limits.new_numbers} and {limits.new_numbers_per_minute:g} a minute"
             raise none or Refusal(Code.QUOTA, f"this account has used up its new device numbers ({limit}); detach some")
         return number
@@ -433,7 +435,7 @@ class Service:
             lease = self._book(exchange, message, own)
             limit = exchange.terms.limits.bytes
             if limit and exchange.account.bytes > limit:
-                self._lifecycle.release(lease, "refused")
+                self._lifecycle.refuse(lease)
                 raise Refusal(Code.QUOTA, f"the devices of this account would have more than {limit} bytes together")
             delivered = self.answer(exchange, attached(lease, message.warnings), tuple(client))
         if delivered:

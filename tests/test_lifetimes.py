@@ -294,12 +294,14 @@ def test_an_end_queued_in_the_other_does_not_keep_the_lease(
 
 
 def test_an_end_queued_in_itself_does_not_keep_the_lease(
-    daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path
+    start_daemon: Callable[..., Daemon], image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:
     """Nobody can reach that end any more; the kernel collects it as garbage, and loopd hears a hang-up.
 
-    The kernel looks for garbage when some socket is closed, at the latest one of loopd's, every five seconds.
+    The kernel looks for garbage when some socket is closed, at the latest one of loopd's: with each sign of life for
+    the watchdog, and each look whether it is idle.
     """
+    daemon = start_daemon("--idle-timeout=3")
     ours, theirs = seqpacket()
     with theirs:
         _send_fd(theirs, ours.fileno())
