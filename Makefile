@@ -87,7 +87,7 @@ demo: for-demo
 check: venv for-check
 	.venv/bin/ruff check
 	.venv/bin/mypy
-	.venv/bin/pytest $(if $(K),-k "$(K)")
+	.venv/bin/pytest $(if $(K),-k "$(K)") $(AGAIN)
 
 fuzz: venv for-check
 	LOOPD_FUZZ_DATAGRAMS=$(FUZZ) .venv/bin/pytest tests/fuzz.py

@@ -180,5 +180,5 @@ def test_loopctl_commands_exist(page: Path, capsys: pytest.CaptureFixture[str]) 
 def test_ci_calls_the_readmes_test_command() -> None:
     assert "make check " in recipe("Try it", page="../README.md")
     script = (ROOT / ".ci/run").read_text()
-    assert re.search(r"(?m)^make check$", script)
+    assert re.search(r"(?m)^twice make check$", script)
     assert "LOOPD_TEST_REQUIRE_ALL=1" in script

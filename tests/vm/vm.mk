@@ -6,7 +6,7 @@ VM_PYTEST = LOOPD_TEST_REQUIRE_ALL=$${LOOPD_TEST_REQUIRE_ALL-1} $(VM_PYTHON) -m 
 .PHONY: check-vm check-kernels vm-shell vm-image
 
 check-vm:
-	$(VM_PYTEST) tests/vm --vm-machines=$(MACHINE)
+	$(VM_PYTEST) tests/vm --vm-machines=$(MACHINE) $(AGAIN)
 
 check-kernels:
 	$(VM_PYTEST) tests/vm/test_vm.py --vm-machines=oldstable,5.10,stable,newest $(if $(K),,--vm-table=docs/kernels.md)
