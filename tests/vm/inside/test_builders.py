@@ -233,8 +233,8 @@ def pair(folder: Path) -> Pair:
 
 
 def row(device: str) -> dict[str, Any]:
-    """What the real one says of a device, but for what is each one's own."""
-    (found,) = json.loads(run(REAL, "-l", "-J", "--output-all", device))["loopdevices"]
+    """What the real one says of a device, by the kernel's node, but for what is each one's own."""
+    (found,) = json.loads(run(REAL, "-l", "-J", "--output-all", f"/dev/{Path(device).name}"))["loopdevices"]
     return {column: value for column, value in found.items() if column not in OWN}
 
 
@@ -244,7 +244,7 @@ def test_setting_up_beside_the_real_one(pair: Pair) -> None:
         ours, theirs = (pair.attach(program, *options.split()) for program in (OURS, REAL))
         assert row(ours) == row(theirs), options
         for form in SHOW.split("|"):
-            assert pair.both(*form.split(), ours)[0] == 0
+            assert pair.both(*form.split(), f"/dev/{Path(ours).name}")[0] == 0
         for form in ("-j", "-O OFFSET -j"):
             assert pair.both(*form.split(), pair.images[OURS])[1] != ""
         assert pair.both("-j", pair.images[OURS], "-o", "512") == (0, "", "")
@@ -260,7 +260,7 @@ def test_all_else_beside_the_real_one(pair: Pair) -> None:
             assert pair.one(OURS, *change.split(), device) == (0, "", "")
         assert run("blockdev", "--getsize64", device) == f"{16 << 20}\n"
         assert (row(device)["log-sec"], row(device)["dio"]) == (4096, True)
-        for form in ("-a", "-l", "", "-J", "-n --raw"):
+        for form in ("-a", "-l", "", "-J", "-l -n --raw"):
             assert Path(device).name in pair.both(*form.split())[1]
         assert pair.one(OURS, "--remove", device)[0] == 1
     finally:
