@@ -57,6 +57,6 @@ def test_a_mounted_file_system_is_not_pulled_away(disk: Path) -> None:
 
 def test_a_refused_attach_leaves_nothing(disk: Path) -> None:
     """The node's name is taken in the host's own /dev; the file was bound by then."""
-    told = run("sh", "-c", f"loopctl attach --directory /dev {disk} 2>&1; echo $?")
+    told = run("sh", "-c", f"loopctl attach --deliver node --directory /dev {disk} 2>&1; echo $?")
     assert told.strip().endswith("1"), told
     wait_for("nothing is bound", lambda: not bound(), 10)
