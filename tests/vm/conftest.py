@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from harness import qemu, table  # noqa: E402 - the folder has to be on the path first
+from harness.machines import MACHINES  # noqa: E402
 
 RUNS = pytest.StashKey[dict[str, qemu.Run]]()
 
@@ -62,10 +63,15 @@ def inside_tests(folder: str) -> list[str]:
     return tests
 
 
+def concerns(machine: str, test: str) -> bool:
+    file = test.partition("::")[0].removeprefix("test_").removesuffix(".py")
+    return file not in MACHINES[machine].leave_out
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"machine", "test"} <= set(metafunc.fixturenames):
         tests = inside_tests(metafunc.config.getoption("--vm-folder"))
-        pairs = [(machine, test) for machine in machines(metafunc.config) for test in tests]
+        pairs = [(name, test) for name in machines(metafunc.config) for test in tests if concerns(name, test)]
         metafunc.parametrize(
             "machine, test", pairs, ids=[f"{machine}-{test}" for machine, test in pairs], scope="session"
         )
@@ -87,4 +93,5 @@ def vm(machine: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path, runs = session.config.getoption("--vm-table", ""), session.config.stash.get(RUNS, {})
     if path and runs:
-        Path(path).write_text(table.table(runs))
+        page = Path(path)
+        page.write_text(table.table(runs, page.read_text() if page.exists() else ""))
