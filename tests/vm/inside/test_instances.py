@@ -360,7 +360,8 @@ def _load_loop(*options: str) -> None:
         run("systemctl", "clean", "--what=fdstore", SERVICE, check=False)
     wait_for("nothing is bound", lambda: not bound())
     run("udevadm", "settle")
-    run("modprobe", "-r", "loop")
+    # A helper has the control device open for a moment longer than the main process lives.
+    wait_for("the module is out", lambda: run("sh", "-c", "modprobe -r loop || echo in use") == "")
     run("modprobe", *options, "loop")
     run("systemctl", "start", SOCKET)
 
