@@ -470,7 +470,8 @@ def test_a_kernel_that_makes_devices_again(journal: Journal) -> None:
     def reload(*command: str) -> None:
         run("systemctl", "stop", SERVICE)
         run("udevadm", "settle")
-        run("modprobe", "--remove", "loop")
+        # A helper has the control device open for a moment longer than the main process lives.
+        wait_for("the module is out", lambda: run("sh", "-c", "modprobe --remove loop || echo in use") == "")
         run(*command)
 
     reload("insmod", run("modinfo", "--filename", "loop").strip())

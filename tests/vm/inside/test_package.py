@@ -79,9 +79,9 @@ def make_install() -> None:
 def package(before: set[str]) -> Path:
     """The package, installed as docs/packages.md has it (but built on another machine)."""
     (built,) = (PROJECT / "build").glob("*.deb")
-    build, *rest = recipe("On Debian", page="packages.md").splitlines()
+    build, install, _ = recipe("On Debian", page="packages.md").splitlines()
     assert build == "make deb"
-    run("sh", "-euc", "\n".join(rest), cwd=PROJECT, timeout=250)
+    run("sh", "-euc", install, cwd=PROJECT, timeout=250)
     return built
 
 
@@ -107,6 +107,9 @@ def next_version(package: Path, folder: Path) -> Path:
 def test_installation(package: Path) -> None:
     assert run("systemctl", "is-enabled", SOCKET, ADMIN).split() == ["enabled", "enabled"]
     assert [prop(unit, "ActiveState") for unit in (SOCKET, ADMIN, SERVICE)] == ["active", "active", "inactive"]
+    *_, first_request = recipe("On Debian", page="packages.md").splitlines()
+    assert run("sh", "-euc", first_request).startswith("loopd ")
+    assert prop(SERVICE, "ActiveState") == "active"
     assert prop(SERVICE, "FragmentPath").removeprefix("/usr") == "/lib/systemd/system/loopd.service"
     assert version() == run("dpkg-deb", "--field", package, "Version").strip()
     assert list(Path("/usr/lib/loopd/loopd/__pycache__").glob("daemon.*.pyc"))
