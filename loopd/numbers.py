@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from . import transport
 from .accounts import Owner
 from .devices import Access, Number
-from .loop import Loop, LoopControl, UnexpectedDevice
+from .loop import Loop, LoopControl, UnexpectedDevice, backing_file
 
 FIRST = 4096
 LAST = 2**20 - 1
@@ -224,9 +224,28 @@ def _remove(control: LoopControl, number: int) -> None:
     try:
         control.remove(number)
     except OSError as error:
-        if error.errno == errno.EBUSY:
+        if error.errno == errno.EBUSY and backing_file(number) is None:
             _park(number)
         raise
+
+
+def _remove_last(control: LoopControl, number: int) -> None:
+    """Remove it at the end of the daemon, after which nobody would try again: udev may have it open for a moment."""
+    for _ in range(LAST_TRIES):
+        try:
+            _remove(control, number)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            time.sleep(LAST_PAUSE)
+        else:
+            return
+    raise OSError(errno.EBUSY, "somebody has it open")
+
+
+LAST_TRIES = 20
+LAST_PAUSE = 0.05
+"""Seconds."""
 
 
 def _park(number: int) -> None:
@@ -243,6 +262,7 @@ def _park(number: int) -> None:
 _OPERATIONS: dict[str, Callable[[LoopControl, int], object]] = {
     "add": LoopControl.add,
     "remove": _remove,
+    "remove last": _remove_last,
     "low": _keep_low_free,
     "probe": _probe,
 }
@@ -354,7 +374,10 @@ class Numbers:
 
     def _remove(self, number: int, owner: Owner | None) -> None:
         self._removing[number] = owner
-        self._send("remove", number)
+        self._send_remove(number)
+
+    def _send_remove(self, number: int) -> None:
+        self._send("remove last" if self._stopping else "remove", number)
 
     def _send(self, operation: str, number: int) -> None:
         # When the process has ended its channel says so, and `restart` repeats what was lost.
@@ -380,12 +403,17 @@ class Numbers:
                 self._remove(number, None)
             elif error == 0:
                 self._made.append(number)
-        elif operation == "remove" and number in self._removing:
-            owner = self._removing.pop(number)
-            if error == errno.EBUSY:
-                self._lingering[number] = owner
-            elif owner is not None:
-                self._keep(number, owner)
+        elif number in self._removing:
+            self._removed(number, busy=error == errno.EBUSY, last=operation == "remove last")
+
+    def _removed(self, number: int, *, busy: bool, last: bool) -> None:
+        owner = self._removing.pop(number)
+        if busy and self._stopping and not last:
+            self._remove(number, owner)
+        elif busy:
+            self._lingering[number] = owner
+        elif owner is not None:
+            self._keep(number, owner)
 
     def _keep(self, number: int, owner: Owner) -> None:
         if owner not in self._used and len(self._used) >= self.KEPT:
@@ -397,7 +425,7 @@ class Numbers:
         self._channel.close()
         self._channel = channel
         for number in self._removing:
-            self._send("remove", number)
+            self._send_remove(number)
         for number in self._making:  # made or not: nobody had them
             self._remove(number, None)
         self._making.clear()
@@ -409,13 +437,13 @@ class Numbers:
             self._remove(number, owner)
 
     def sweep(self, known: set[int]) -> None:
-        """Remove idle devices of the range that a daemon which died had made; a bound or open one stays as it is."""
+        """Remove devices of the range that a daemon which died had made; one that is bound or open lingers."""
         used = functools.cache(lambda block: self.used(FIRST + block * BLOCK))
         for name in os.listdir("/sys/block"):
             if name.startswith("loop") and ours(name):
                 number = int(name[4:])
                 if number not in known and used((number - FIRST) // BLOCK):
-                    self._send("remove", number)
+                    self._remove(number, None)
 
     def probe(self) -> None:
         """Find out whether a kept node brings its removed number back; `remade` says so when it is known."""
@@ -442,8 +470,9 @@ class Numbers:
         self._fresh.clear()
 
     def remove_unused(self) -> None:
-        """Remove what was made ahead of need, before the daemon ends."""
+        """Remove what was made ahead of need, before the daemon ends, and try the rest once more."""
         self._stopping = True
         self._give_back()
+        self.retry()
         while self._made:
             self._remove(self._made.popleft(), None)

@@ -14,6 +14,7 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +28,9 @@ from untouched import cgroup, children, helpers
 
 from loopd import numbers, wire
 from loopd.accounts import Account
+from loopd.devices import Access
 from loopd.loop import Loop, LoopControl, backing_file
-from loopd.numbers import BLOCK, BLOCKS, FIRST, LAST, QUARANTINE, Counter, Exhausted
+from loopd.numbers import AHEAD, BLOCK, BLOCKS, FIRST, LAST, QUARANTINE, Counter, Exhausted
 from loopd.policy import Policy
 
 SIZE = numbers._HEADER.size + BLOCKS * numbers._ENTRY.size
@@ -182,9 +184,7 @@ def test_a_full_disk_stops_no_attach(open_counter: Callable[[str], Counter], sma
     counter.touch(FIRST)
 
 
-def test_a_disk_that_is_full_at_first(
-    small_disk: Path, open_counter: Callable[[str], Counter], tmp_path: Path
-) -> None:
+def test_a_disk_that_is_full_at_first(small_disk: Path, open_counter: Callable[[str], Counter], tmp_path: Path) -> None:
     """No number is given out that is not written down; said in words, and mended by room alone."""
     fill(small_disk)
     daemon = Activated(tmp_path, [], [], {})
@@ -492,9 +492,7 @@ def burst(secret: bytes) -> Iterator[list[int]]:
         yield bound
 
 
-def test_an_idle_device_that_a_client_holds_is_not_the_hosts(
-    start_kept: Callable[..., Kept], tmp_path: Path
-) -> None:
+def test_an_idle_device_that_a_client_holds_is_not_the_hosts(start_kept: Callable[..., Kept], tmp_path: Path) -> None:
     """It opens its kept node before the removal, and the host binds devices faster than loopd makes low ones."""
     daemon = start_kept()
     daemon.block = 1  # the lowest are found first
@@ -580,6 +578,43 @@ def test_a_held_device_across_a_crash_stays_burnt(start_kept: Callable[..., Kept
         for fd in (image, directory, path):
             os.close(fd)
     daemon.end()
+
+
+def test_what_another_has_open_for_a_moment_goes_too(
+    start_kept: Callable[..., Kept], image: int, directory: int
+) -> None:
+    """As udev has, when a daemon tidies up after one that was killed, and when one ends."""
+    daemon = start_kept()
+
+    def made() -> list[int]:
+        used = range(FIRST + daemon.block * BLOCK, FIRST + next_block(daemon.counter) * BLOCK)
+        return [number for number in used if exists(f"loop{number}")]
+
+    def opened(number: int) -> int:
+        with Access().stale_node(number) as path:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def detached() -> None:
+        name = daemon.attach(image, directory).fields["devname"]
+        assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
+        eventually(lambda: not exists(name) and len(made()) > AHEAD // 2, "numbers are made ahead")
+
+    detached()
+    with daemon.outage():
+        left = made()
+        caught = opened(left[0])
+    try:
+        eventually(lambda: daemon.ready and set(made()) & set(left) == {left[0]}, "the others are removed")
+    finally:
+        os.close(caught)
+    eventually(lambda: not exists(f"loop{left[0]}"), "it goes at its last close", 8)
+    detached()
+    caught = opened(made()[-1])
+    timer = threading.Timer(0.3, os.close, [caught])
+    timer.start()
+    daemon.kill(signal.SIGTERM)
+    timer.join()
+    assert made() == []
 
 
 # How many ----------------------------------------------------------------------------------------------------------
