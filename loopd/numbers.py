@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from . import transport
 from .accounts import Owner
 from .devices import Access, Number
-from .loop import Loop, LoopControl, UnexpectedDevice, backing_file
+from .loop import Loop, LoopControl, UnexpectedDevice
 
 FIRST = 4096
 LAST = 2**20 - 1
@@ -196,13 +196,13 @@ def _keep_low_free(control: LoopControl, number: int) -> None:
 def _probe(control: LoopControl, number: int) -> None:
     """Whether opening a node makes its removed device again: raises OSError(EEXIST) if so."""
     control.add(number)
-    control.remove(number)
+    _remove_patiently(control, number)
     with Access().stale_node(number) as path:
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError:
             return
-    control.remove(number)
+    _remove_patiently(control, number)
     raise FileExistsError(errno.EEXIST, "made again")
 
 
@@ -224,27 +224,27 @@ def _remove(control: LoopControl, number: int) -> None:
     try:
         control.remove(number)
     except OSError as error:
-        if error.errno == errno.EBUSY and backing_file(number) is None:
+        if error.errno == errno.EBUSY:
             _park(number)
         raise
 
 
-def _remove_last(control: LoopControl, number: int) -> None:
-    """Remove it at the end of the daemon, after which nobody would try again: udev may have it open for a moment."""
-    for _ in range(LAST_TRIES):
+def _remove_patiently(control: LoopControl, number: int) -> None:
+    """Remove it although udev may have it open for a moment."""
+    for _ in range(PATIENCE_TRIES):
         try:
             _remove(control, number)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            time.sleep(LAST_PAUSE)
+            time.sleep(PATIENCE_PAUSE)
         else:
             return
     raise OSError(errno.EBUSY, "somebody has it open")
 
 
-LAST_TRIES = 20
-LAST_PAUSE = 0.05
+PATIENCE_TRIES = 20
+PATIENCE_PAUSE = 0.05
 """Seconds."""
 
 
@@ -262,7 +262,7 @@ def _park(number: int) -> None:
 _OPERATIONS: dict[str, Callable[[LoopControl, int], object]] = {
     "add": LoopControl.add,
     "remove": _remove,
-    "remove last": _remove_last,
+    "remove last": _remove_patiently,
     "low": _keep_low_free,
     "probe": _probe,
 }
@@ -395,8 +395,11 @@ class Numbers:
         operation, number, error = marshal.loads(payload)  # noqa: S302  # of our own process
         if operation == "probe":
             self._making.discard(number)
-            self.remade = error == errno.EEXIST
-            self._fresh.append(number)  # no client ever saw it
+            if error in (0, errno.EEXIST):
+                self.remade = error == errno.EEXIST
+                self._fresh.append(number)  # no client ever saw it
+            else:
+                self._remove(number, None)
         elif operation == "add":
             self._making.discard(number)
             if error == 0 and self._stopping:
