@@ -91,7 +91,7 @@ class Account:
 
     __slots__ = (
         "attaching", "bytes", "devices", "ended", "flights", "helpers", "jobs", "name", "queue", "refusals",
-        "refused_at", "shed", "spent", "spent_at", "stuck",
+        "refused_at", "seen", "shed", "spent", "spent_at", "stuck",
     )  # fmt: skip
 
     SLOW = 1.0
@@ -111,6 +111,7 @@ class Account:
         self.queue: deque[Callable[[], None]] = deque()
         self.refusals = 0
         self.refused_at = 0.0
+        self.seen: deque[float] = deque()
         self.stuck = 0
         self.shed = 0
 
@@ -125,6 +126,16 @@ class Account:
     def unspend(self) -> None:
         """Give the charge of one number back that the client did not get."""
         self.spent = max(0.0, self.spent - 1)
+
+    def floods(self, arrived: float, most: int) -> bool:
+        """Count one datagram that comes off the queue; whether `most` others of this account, or more, were in the
+        queue before it: so many have come off since it `arrived` (seconds since 1970, 0 if not known).
+        """
+        while len(self.seen) > most:
+            self.seen.popleft()
+        flood = len(self.seen) == most and 0 < arrived < self.seen[0]
+        self.seen.append(time.time())
+        return flood
 
     @property
     def slow(self) -> int:

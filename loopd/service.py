@@ -246,7 +246,7 @@ class Service:
         for index in waiting:
             self._serve(index)
 
-    def _admit(self, index: int, payload: bytes, sender: Sender) -> None:
+    def _admit(self, index: int, payload: bytes, sender: Sender, arrived: float) -> None:
         envelope, request = wire.decode(payload)
         cgroup = accounts.cgroup_of(sender.pid)
         member = Membership("", "") if cgroup is None else accounts.membership(cgroup)
@@ -259,10 +259,11 @@ class Service:
             return
         terms = self.policy.terms(self._instance, member.account, sender.uid, sender.gid)
         hanging = account.stuck >= terms.limits.stuck or account.slow >= self.MOST_SLOW
-        if hanging or len(account.flights) >= terms.limits.requests:
+        floods = account.floods(arrived, terms.limits.requests)
+        if hanging or floods or len(account.flights) >= terms.limits.requests:
             transport.drop(self._listeners[index].socket)
             self._metrics.dropped += 1
-            self._shed(account, member, sender, "dropped, too many of its requests are under way or hang")
+            self._shed(account, member, sender, "dropped, too many of its requests are waiting, under way or hang")
             return
         exchange = Exchange(self, index, sender, member, account, terms, envelope, request)
         if envelope.reply_fd is None:

@@ -129,6 +129,7 @@ class Daemon:
         self._options = options
         self._wrapper = wrapper
         self._environment = environment
+        self.launcher: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._replies: list[Reply] = []
 
@@ -137,7 +138,7 @@ class Daemon:
         activate = shutil.which("systemd-socket-activate")
         require(activate, "systemd-socket-activate (package systemd) is missing")
         Path(self.path).unlink(missing_ok=True)
-        command = [str(activate), "--datagram", "-l", self.path, "--fdname=loopd"]
+        command = [*self.launcher, str(activate), "--datagram", "-l", self.path, "--fdname=loopd"]
         for name in ("PYTHONPATH", *self._environment):
             command += ["-E", name]
         command += [*self._wrapper, sys.executable, "-m", "loopd", "--state-directory", str(self.state), *self._options]
@@ -247,11 +248,13 @@ def start_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
     started: list[Daemon] = []
 
     def start(
-        *options: str, name: str = "loopd", wrapper: list[str] | None = None, environment: dict[str, str] | None = None
-    ) -> Daemon:
+        *options: str, name: str = "loopd", wrapper: list[str] | None = None, environment: dict[str, str] | None = None,
+        launcher: tuple[str, ...] = (),
+    ) -> Daemon:  # fmt: skip
         directory = tmp_path / name
         directory.mkdir(exist_ok=True)
         daemon = Daemon(directory, list(options), wrapper or [], environment or {})
+        daemon.launcher = list(launcher)
         daemon.start()
         started.append(daemon)
         return daemon

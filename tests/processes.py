@@ -8,6 +8,7 @@ import fcntl
 import functools
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -102,6 +103,10 @@ class Child:
         kind, value = json.loads(line)
         assert kind == "told", f"in the child:\n{value}"
         return value
+
+    def heard(self) -> bool:
+        """Whether it has told something since, or has ended."""
+        return bool(select.select([self._lines], [], [], 0)[0])
 
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""

@@ -91,29 +91,57 @@ def attacker(enter: Callable[[], None], act: Callable[[Callable[[Any], None]], N
         yield child
 
 
-def test_a_flood(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
-    """10,000 datagrams by the same socket, with all sorts of requests in them."""
-    enter, account = other
-    quiet = honest(daemon)
+LONG_QUEUE = ("unshare", "--net", "sh", "-c", 'echo 512 >/proc/sys/net/unix/max_dgram_qlen && exec "$@"', "sh")
+"""In a network namespace of its own a socket's queue has the length that it has where systemd booted."""
 
-    def flood(tell: Callable[[Any], None]) -> None:
+
+def flood(path: str) -> Callable[[Callable[[Any], None]], None]:
+    """Datagrams as fast as they are taken, with all sorts of requests in them."""
+
+    def act(tell: Callable[[Any], None]) -> None:
         payloads = [b'{"op": "hello", "reply_fd": 0}', b'{"op": "list", "reply_fd": 0}', b"nonsense"]
         ours, theirs = pair()
         ours.setblocking(False)
         with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.connect(daemon.path)
+            sender.connect(path)
             for number in range(FLOOD):
                 socket.send_fds(sender, [payloads[number % len(payloads)]], [theirs.fileno()])
                 with contextlib.suppress(BlockingIOError):
                     ours.recv(65536)
         tell(FLOOD)
 
-    with attacker(enter, flood) as child:
+    return act
+
+
+@pytest.mark.parametrize("launcher", [(), LONG_QUEUE], ids=["short queue", "long queue"])
+def test_a_flood(
+    start_daemon: Callable[..., Daemon], other: tuple[Callable[[], None], str], launcher: tuple[str, ...]
+) -> None:
+    """10,000 datagrams by the same socket."""
+    enter, account = other
+    daemon = start_daemon(launcher=launcher)
+    quiet = honest(daemon)
+    with attacker(enter, flood(daemon.path)) as child:
         busy = honest(daemon)
         assert child.hear() == FLOOD
     told("in a flood", quiet, busy)
     recorded(daemon, 2 * ROUNDS)
     assert all(record["LOOPD_ACCOUNT"] == account for record in daemon.records("refused"))
+    if launcher:
+        eventually(lambda: daemon.records("shed"), "what waits behind too many of its own is dropped, and told")
+        assert {record["LOOPD_ACCOUNT"] for record in daemon.records("shed")} == {account}
+
+
+def test_who_waits_for_room_gets_it(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
+    """The queue is full all the time: another sender is not kept from it until the flood is over."""
+    enter, _ = other
+    with attacker(enter, flood(daemon.path)) as child:
+        answered = 0
+        while not child.heard():
+            assert daemon.hello().code is None
+            answered += 1
+        assert child.hear() == FLOOD
+    assert answered > 20
 
 
 def test_one_that_never_reads(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:

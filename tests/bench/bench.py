@@ -42,7 +42,7 @@ request_timeout = 2
 idle_timeout = {idle_timeout}
 [limits]
 devices = 10000
-requests = 1000
+requests = {requests}
 new_numbers = {new_numbers}
 """
 """The one account of the measurements has what in real operation a hundred have."""
@@ -77,7 +77,8 @@ class Bench:
         home = self.directory / f"daemon{self._count}"
         home.mkdir()
         configuration = home / "loopd.toml"
-        configuration.write_text(CONFIGURATION.format_map({"idle_timeout": 30, "new_numbers": 100_000} | options))
+        usual = {"idle_timeout": 30, "new_numbers": 100_000, "requests": 1000}
+        configuration.write_text(CONFIGURATION.format_map(usual | options))
         daemon = kind(home, [f"--config={configuration}"], [], {})
         daemon.start()
         try:
@@ -574,7 +575,11 @@ def flood(bench: Bench) -> list[Row]:
     many = bench.size(10_000, 50)
     count = bench.size(100, 3)
     found: dict[str, list[list[float]]] = {"quiet": [], "same": [], "own": []}
-    with bench.daemon(Daemon, idle_timeout=600) as flooded, bench.daemon(Daemon, idle_timeout=600) as own:
+    # As many requests at once as an account has by default.
+    with (
+        bench.daemon(Daemon, idle_timeout=600, requests=32) as flooded,
+        bench.daemon(Daemon, idle_timeout=600, requests=32) as own,
+    ):
         for _ in range(bench.size(3, 1)):
             found["quiet"].append(bench.attaches(own.path, count))
             for name, daemon in (("same", flooded), ("own", own)):
