@@ -29,8 +29,8 @@ INSIDE = "tests/vm/inside"
 # In one thread, which is no slower here: before QEMU 8.1 (deba78709a there) a CPU could run what another one had half
 # patched, and the kernel panicked at an int3.
 ACCEL = os.environ.get("LOOPD_VM_ACCEL", "tcg,thread=single")
-# What an administrator does to install loopd, from the project's folder. A module that was loaded before takes the option
-# of the file for modprobe.d when it is loaded again.
+# What an administrator does to install loopd, from the project's folder. A module that was loaded before takes the
+# option of the file for modprobe.d when it is loaded again.
 INSTALL = (
     "make install",
     "! [ -d /sys/module/loop ] || modprobe --remove loop",
