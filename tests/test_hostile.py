@@ -20,7 +20,19 @@ from typing import Any
 
 import pytest
 from conftest import Daemon, Reply, bound_to, eventually, require
-from untouched import Untouched, ask_at_address, become, elsewhere, helpers, honest, leases, pair, reply_of, send
+from untouched import (
+    Untouched,
+    ask_at_address,
+    become,
+    concurrently,
+    elsewhere,
+    helpers,
+    honest,
+    leases,
+    pair,
+    reply_of,
+    send,
+)
 
 from loopd import wire
 
@@ -380,10 +392,18 @@ def test_reply_sockets(
 def test_a_reply_socket_of_another_uid(served: Daemon, image: int, directory: int, devices: Path) -> None:
     """Made by root, sent by nobody: a reply would be for whoever has root's other end."""
     ours, theirs = pair()
-    with ours, theirs:
+    seen, see = pair()
+    with ours, theirs, seen, see:
         fds = [image, directory, theirs.fileno()]
-        elsewhere(lambda: send(served.path, ALL, fds).close(), become(NOBODY))
-        eventually(lambda: _refused(served, "not-permitted", NOBODY), "it is in the journal")
+
+        def client() -> None:
+            send(served.path, ALL, fds).close()
+            seen.recv(1)  # what comes from one that is gone is dropped
+
+        with concurrently(client, become(NOBODY)) as ended:
+            eventually(lambda: _refused(served, "not-permitted", NOBODY), "it is in the journal")
+            see.send(b".")
+            ended()
         with pytest.raises(BlockingIOError):
             ours.recv(1, socket.MSG_DONTWAIT)
     assert not list(devices.iterdir())
