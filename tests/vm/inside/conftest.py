@@ -69,6 +69,8 @@ def nothing_left() -> Iterator[None]:
     left = host.leases() if host.bound() else []
     for lease in left:
         host.run("loopctl", "--admin", "detach", "--force", lease["devname"], check=False)
+    for instance in Path("/run").glob("loopd-*/admin.sock") if host.bound() else ():
+        host.run("loopctl", "--socket", instance, "detach", "--all", "--force", check=False)
     try:
         host.wait_for("no device is bound", lambda: not host.bound(), 15)
         failed = host.run("systemctl", "--failed", "--plain", "--no-legend")
@@ -78,6 +80,7 @@ def nothing_left() -> Iterator[None]:
         # A test's deadline may have come in the middle of its own cleaning up: the next one gets the real service.
         if host.prop(host.SERVICE, "NeedDaemonReload") == "yes":
             host.run("systemctl", "daemon-reload")
-            host.run("systemctl", "stop", host.SERVICE)
+            # A request that waits may start it again meanwhile, and so cancel this.
+            host.run("systemctl", "stop", host.SERVICE, check=False)
         host.run("systemctl", "reset-failed")
         host.run("systemctl", "start", host.SOCKET)

@@ -8,6 +8,7 @@ import re
 import signal
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,17 +78,23 @@ def end() -> None:
     run("sh", "-ec", commands)
 
 
+def reload(*services: str) -> None:
+    run("systemctl", "try-reload-or-restart", *services)
+    if systemd_version() < 253:  # no Type=notify-reload: systemctl does not wait for the daemon
+        time.sleep(2)
+
+
 @contextmanager
 def policy(text: str, *services: str) -> Iterator[None]:
     """Have the running services read this policy, and none afterwards."""
     POLICY.parent.mkdir(exist_ok=True)
     POLICY.write_text(text)
     try:
-        run("systemctl", "try-reload-or-restart", *services)
+        reload(*services)
         yield
     finally:
         POLICY.unlink()
-        run("systemctl", "try-reload-or-restart", *services)
+        reload(*services)
 
 
 def nodes_of(disk: Path) -> Path:
@@ -139,7 +146,7 @@ def test_policy(instance: None, disk: Path) -> None:
         loopctl("detach", attach(disk))
         before = Journal()
         POLICY.write_text("limits.surprise = 1\n")
-        run("systemctl", "reload", INSTANCE)
+        reload(INSTANCE)
         (record,) = before.records("LOOPD_INSTANCE=build", "LOOPD_EVENT=warned")
         assert f"The old policy stays in force: {POLICY}: limits.surprise: there is no such key" in record["MESSAGE"]
         assert READ_ONLY in refused(*asked)
