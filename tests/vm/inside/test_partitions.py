@@ -350,14 +350,14 @@ def mounted(folder: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
         layers = [folder / part for part in ("lower", "upper", "work")]
         for layer in layers:
             layer.mkdir()
-        options = "lowerdir={},upperdir={},workdir={}".format(*layers)
-        run("mount", "-t", "overlay", "-o", options, "test", point)
+        run("mount", "-t", "overlay", "-o", "lowerdir={},upperdir={},workdir={}".format(*layers), "test", point)
     else:
         with (folder / "fs.img").open("wb") as file:
             file.truncate(512 * MIB)
-        # What the oldest kernel can mount.
-        old = ("-c", "options=/usr/share/xfsprogs/mkfs/lts_5.10.conf") if kind == "xfs" else ()
-        run(f"mkfs.{kind}", "-q", *old, folder / "fs.img")
+        # What the oldest kernel can mount, under its newer userland.
+        old = kind == "xfs" and os.uname().release.startswith("5.10.")
+        options = ("-c", "options=/usr/share/xfsprogs/mkfs/lts_5.10.conf") if old else ()
+        run(f"mkfs.{kind}", "-q", *options, folder / "fs.img")
         run("mount", "-o", "loop", folder / "fs.img", point)
     yield point
     run("umount", point)
