@@ -131,10 +131,13 @@ class Account:
         """Count one datagram that comes off the queue; whether `most` others of this account, or more, were in the
         queue before it: so many have come off since it `arrived` (seconds since 1970, 0 if not known).
         """
+        now = time.time()
+        if self.seen and self.seen[-1] > now:  # the clock was set back
+            self.seen.clear()
         while len(self.seen) > most:
             self.seen.popleft()
         flood = len(self.seen) == most and 0 < arrived < self.seen[0]
-        self.seen.append(time.time())
+        self.seen.append(now)
         return flood
 
     @property

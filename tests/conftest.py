@@ -26,6 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 from loopd import wire  # noqa: E402  # the tree's own, installed or not
 
+# Both are ignored in the background of a script, and would be by what the tests run.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
 REQUIRE_ALL = os.environ.get("LOOPD_TEST_REQUIRE_ALL") == "1"
 
 
