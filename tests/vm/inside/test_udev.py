@@ -77,10 +77,13 @@ def test_lvm_is_not_activated(disk: Path) -> None:
     try:
         run("vgcreate", "--quiet", "evil", device)
         run("lvcreate", "--quiet", "--yes", "--size=4M", "--name=disk", "evil")
+        settle()
         run("vgchange", "--quiet", "--activate=n", "evil")
     finally:
+        settle()
         run("losetup", "--detach", device)
     wait_for("losetup's device is gone", lambda: "evil" not in run("dmsetup", "ls"))
+    run("systemctl", "reset-failed")  # the host's own activation may have come too late
     with attached(disk):
         settle()
         time.sleep(3)  # vgchange runs in a transient unit of its own
