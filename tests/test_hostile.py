@@ -707,7 +707,9 @@ def _into_a_user_namespace(first: int, count: int) -> Callable[[], None]:
         child = os.getpid()
         # Outside, root writes the maps, as newuidmap does for a rootless container.
         if not (writer := os.fork()):
-            os.read(asked[0], 1)
+            os.close(asked[1])
+            if not os.read(asked[0], 1):  # it has failed
+                os._exit(1)
             for name in ("uid_map", "gid_map"):
                 Path(f"/proc/{child}/{name}").write_text(f"0 {first} {count}")
             os.write(mapped[1], b"x")

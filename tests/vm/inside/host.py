@@ -58,13 +58,16 @@ def leases() -> list[dict[str, Any]]:
 
 
 def bound() -> dict[str, str]:
-    """Devices of loopd's range that are bound, with their backing files: what the kernel says, not what loopd does."""
+    """Devices of loopd's range that are bound, with their backing files: what the kernel says, not what loopd does.
+
+    Without those that are bound to nothing until somebody, udev most likely, has closed them.
+    """
     found = {}
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):
         name = path.parts[3]
         if int(name[4:]) >= FIRST_NUMBER:
             found[name] = path.read_text().strip()
-    return found
+    return {name: file for name, file in found.items() if not file.startswith("/memfd:loopd-parked")}
 
 
 def disk_links() -> dict[str, str]:

@@ -413,12 +413,14 @@ def test_an_upgrade_and_a_downgrade(disk: Path, folder: Path, journal: Journal) 
         with open(device, "rb") as node:
             assert node.read(14) == b"still the same"
         # The newer one carries it on: as its user would, by an upgrade.
-        program = f"import sys; sys.path.insert(0, '{newer}'); from loopd.daemon import main; sys.exit(main())"
-        with drop_in(f'[Service]\nExecStart=\nExecStart=/usr/bin/python3 -IS -c "{program}"\n'):
+        try:
+            install(newer, "99.0")
             assert loopctl("hello").startswith("loopd 99.0,")
             assert len(leases()) == len(found) + 1
             loopctl("detach", device)
             assert not Path(device).exists()
+        finally:
+            install(PROJECT, version)
     nothing_leaks()
 
 
