@@ -24,6 +24,8 @@ MAX_REPLY = 65536
 """Bytes of one reply datagram; a longer list is continued (see `List.after`)."""
 MAX_FDS = 8
 """File descriptors in one request."""
+MAX_DEPTH = 16
+"""Levels of objects and arrays in a request."""
 MAX_OFFSET = 2**63 - 1
 """Largest offset and sizelimit in bytes: the kernel keeps both as a signed 64-bit number (else EOVERFLOW)."""
 MAX_ID = 64
@@ -305,7 +307,20 @@ def _object(payload: bytes) -> dict[str, Any]:
         raise Refusal(Code.MALFORMED, f"the request is no JSON object: {error}") from None
     if type(value) is not dict:
         raise Refusal(Code.MALFORMED, "the request is no JSON object")
+    if _deep(value):
+        raise Refusal(Code.MALFORMED, f"the request is nested more than {MAX_DEPTH} levels deep")
     return value
+
+
+def _deep(value: Any) -> bool:
+    """Whether it is nested deeper than `MAX_DEPTH`: how much Python itself bears differs by its version."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nested = [item for item in level if isinstance(item, (dict, list))]
+        if not nested:
+            return False
+        level = [inner for item in nested for inner in (item.values() if isinstance(item, dict) else item)]
+    return True
 
 
 def _check(name: str, value: Any) -> Any:

@@ -112,6 +112,7 @@ BYTES: dict[str, tuple[bytes, str]] = {
     "5,000 open arrays": (b"[" * 5000, "malformed"),
     "4,000 nested arrays": (b"[" * 4000 + b"]" * 4000, "malformed"),
     "1,000 nested objects": (b'{"a":' * 1000 + b"1" + b"}" * 1000, "malformed"),
+    "17 nested objects": (b'{"a":' * 17 + b"1" + b"}" * 17, "malformed"),
     "an array": (b"[0, 1, 2]", "malformed"),
     "a number": (b"1", "malformed"),
     "null": (b"null", "malformed"),
