@@ -60,6 +60,7 @@ ERRNOS: dict[str, tuple[str, ...]] = {
     "mknodat": ("EEXIST", "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOMEM", "EIO", "ENOENT", "EINTR"),
     "mkdirat": ("EEXIST", "EACCES", "ENOSPC"),
     "newfstatat": ("ENOENT", "EACCES", "ENOMEM"),
+    "fstat": ("ENOENT", "EACCES", "ENOMEM"),
     "open": (*NO_ROOM, "ENOENT", "EACCES", "EPERM", "ENXIO", "EBUSY", "EINTR"),
     "openat": (*NO_ROOM, "ENOENT", "EACCES", "EPERM", "ENXIO", "EBUSY", "EINTR"),
     "pidfd_open": (*NO_ROOM, "ESRCH"),
