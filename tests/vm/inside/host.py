@@ -80,8 +80,9 @@ def drop_in(text: str) -> Iterator[None]:
     """A drop-in for loopd.service; the service is stopped before and after, its socket is not."""
 
     def apply() -> None:
-        run("systemctl", "stop", SERVICE)
         run("systemctl", "daemon-reload")
+        # A request that waits may start it meanwhile, which cancels the first stop (systemd 252).
+        run("sh", "-c", f"systemctl stop {SERVICE} || systemctl stop {SERVICE}")
 
     DROP_IN.parent.mkdir(parents=True, exist_ok=True)
     DROP_IN.write_text(text)
