@@ -465,7 +465,10 @@ class Lifecycle:
     def on_number(self) -> None:
         """The process that makes and removes numbers has answered; EOFError when it has ended instead."""
         known = self._numbers.remade
-        self._numbers.receive()
+        left = self._numbers.receive()
+        if left is not None:
+            # Perhaps a client was faster, and its event came while the lease was there.
+            self._look_at_foreign_later(f"loop{left}")
         if self._numbers.remade and not known:
             self._audit.record(
                 Event.WARNED,

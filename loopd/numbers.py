@@ -384,8 +384,10 @@ class Numbers:
         with contextlib.suppress(OSError):
             transport.send(self._channel, marshal.dumps((operation, number)))
 
-    def receive(self) -> None:
-        """Take one answer of the process; EOFError when it has ended."""
+    def receive(self) -> int | None:
+        """Take one answer of the process: the number that somebody has open or bound, if it is that. EOFError when the
+        process has ended.
+        """
         try:
             payload = self._channel.recv(64)
         except ConnectionResetError:  # it ended with jobs unread
@@ -408,6 +410,7 @@ class Numbers:
                 self._made.append(number)
         elif number in self._removing:
             self._removed(number, busy=error == errno.EBUSY, last=operation == "remove last")
+        return number if number in self._lingering else None
 
     def _removed(self, number: int, *, busy: bool, last: bool) -> None:
         owner = self._removing.pop(number)
