@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from conftest import Daemon, ask, bound_to, eventually, require
 from fuse_never import Never
 from processes import Child
 from test_policy import hanging
-from untouched import cgroup, pair, reply_of, send
+from untouched import cgroup, flood, pair, reply_of, send
 
 from loopd import wire
 
@@ -95,19 +94,11 @@ LONG_QUEUE = ("unshare", "--net", "sh", "-c", 'echo 512 >/proc/sys/net/unix/max_
 """In a network namespace of its own a socket's queue has the length that it has where systemd booted."""
 
 
-def flood(path: str) -> Callable[[Callable[[Any], None]], None]:
-    """Datagrams as fast as they are taken, with all sorts of requests in them."""
+def flooding(path: str) -> Callable[[Callable[[Any], None]], None]:
+    """For `attacker`: a flood, whose end it tells."""
 
     def act(tell: Callable[[Any], None]) -> None:
-        payloads = [b'{"op": "hello", "reply_fd": 0}', b'{"op": "list", "reply_fd": 0}', b"nonsense"]
-        ours, theirs = pair()
-        ours.setblocking(False)
-        with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.connect(path)
-            for number in range(FLOOD):
-                socket.send_fds(sender, [payloads[number % len(payloads)]], [theirs.fileno()])
-                with contextlib.suppress(BlockingIOError):
-                    ours.recv(65536)
+        flood(path, FLOOD)
         tell(FLOOD)
 
     return act
@@ -121,7 +112,7 @@ def test_a_flood(
     enter, account = other
     daemon = start_daemon(launcher=launcher)
     quiet = honest(daemon)
-    with attacker(enter, flood(daemon.path)) as child:
+    with attacker(enter, flooding(daemon.path)) as child:
         busy = honest(daemon)
         assert child.hear() == FLOOD
     told("in a flood", quiet, busy)
@@ -135,7 +126,7 @@ def test_a_flood(
 def test_who_waits_for_room_gets_it(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
     """The queue is full all the time: another sender is not kept from it until the flood is over."""
     enter, _ = other
-    with attacker(enter, flood(daemon.path)) as child:
+    with attacker(enter, flooding(daemon.path)) as child:
         answered = 0
         while not child.heard():
             assert daemon.hello().code is None

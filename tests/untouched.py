@@ -241,6 +241,19 @@ def concurrently(act: Callable[[], object], prepare: Callable[[], object]) -> It
             os.waitpid(child, 0)
 
 
+def flood(path: str, count: int) -> None:
+    """Send datagrams as fast as they are taken, with all sorts of requests in them."""
+    payloads = [b'{"op": "hello", "reply_fd": 0}', b'{"op": "list", "reply_fd": 0}', b"nonsense"]
+    ours, theirs = pair()
+    ours.setblocking(False)
+    with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.connect(path)
+        for number in range(count):
+            socket.send_fds(sender, [payloads[number % len(payloads)]], [theirs.fileno()])
+            with contextlib.suppress(BlockingIOError):
+                ours.recv(65536)
+
+
 def elsewhere(act: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> Any:
     """What `act` returns in a process of its own: `concurrently`, and waited for."""
     with concurrently(act, prepare) as result:

@@ -15,7 +15,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import untouched
 from conftest import ROOT, Daemon, ask, bound_to, eventually  # the path is set above
 from fuse_never import Never
 from kept import Kept
@@ -555,16 +555,8 @@ def _other(act: Callable[[Callable[[Any], None]], None]) -> Iterator[Child]:
 
 def _flood(path: str, count: int) -> Callable[[Callable[[Any], None]], None]:
     def act(tell: Callable[[Any], None]) -> None:
-        payloads = [b'{"op": "hello", "reply_fd": 0}', b'{"op": "list", "reply_fd": 0}', b"nonsense"]
-        ours, theirs = pair()
-        ours.setblocking(False)
-        with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.connect(path)
-            tell("ready")
-            for number in range(count):
-                socket.send_fds(sender, [payloads[number % len(payloads)]], [theirs.fileno()])
-                with contextlib.suppress(BlockingIOError):
-                    ours.recv(65536)
+        tell("ready")
+        untouched.flood(path, count)
         tell("sent")
 
     return act

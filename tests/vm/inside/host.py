@@ -64,10 +64,10 @@ def bound() -> dict[str, str]:
     """
     found = {}
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):
-        name = path.parts[3]
-        if int(name[4:]) >= FIRST_NUMBER:
-            found[name] = path.read_text().strip()
-    return {name: file for name, file in found.items() if not file.startswith("/memfd:loopd-parked")}
+        name, file = path.parts[3], path.read_text().strip()
+        if int(name[4:]) >= FIRST_NUMBER and not file.startswith("/memfd:loopd-parked"):
+            found[name] = file
+    return found
 
 
 def disk_links() -> dict[str, str]:
