@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -216,6 +217,8 @@ def main() -> int:
     if os.geteuid() != 0:
         say("The demo binds a real loop device, which needs root: sudo make demo")
         return 1
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     base = Path(tempfile.mkdtemp(prefix="loopd-demo-", dir="/tmp"))  # $TMPDIR may be closed to nobody
     base.chmod(0o755)
     demo, device = Demo(base), ""
