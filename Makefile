@@ -97,7 +97,7 @@ bench: venv for-bench
 	    .venv/bin/pip --quiet --disable-pip-version-check install --editable '.[bench]'
 	.venv/bin/python tests/bench/bench.py --output docs --plot $(BENCH)
 
-check-vm check-kernels: venv deb
+check-vm check-kernels: venv deb rpm
 -include tests/vm/vm.mk systemd/packaging/packages.mk
 
 # The man pages come along where docutils is there or, without DESTDIR, can be had; MANUAL= leaves them out.

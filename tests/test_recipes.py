@@ -1,6 +1,6 @@
-"""Recipes that no test can run, of what has to be fetched first: they give the container what those give that are run.
+"""Recipes for one and the same container give it the same, in whatever form they are written.
 
-The others are run in a VM: tests/vm/inside/test_containers.py.
+They are run in a VM: tests/vm/inside/test_containers.py.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DOCKER = run("Docker")
 
 
 def test_docker() -> None:
-    """What the others are compared with, and is run in the VM, is itself what the document says of it."""
+    """What the others are compared with is itself what the document says of it."""
     assert DOCKER.dropped == {"MKNOD"}
     assert DOCKER.rules == {"b 7:* rw"}
     assert {"/run/loopd:/run/loopd", "/run/loopd-dev/0-build:/dev/loopd:ro"} < DOCKER.volumes
@@ -66,7 +66,6 @@ def test_compose() -> None:
 
 
 def test_quadlet() -> None:
-    """It is run, too; here the keys that systemd does not know are held against the options of podman."""
     keys: dict[str, list[str]] = {}
     for name, value in re.findall(r"(?m)^(\w+)=(.*)$", recipe("Quadlet", "ini")):
         keys.setdefault(name, []).append(value)

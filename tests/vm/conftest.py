@@ -8,6 +8,7 @@ own tests do not need QEMU).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ sys.path.insert(0, str(HERE))
 from harness import qemu, table  # noqa: E402 - the folder has to be on the path first
 from harness.machines import MACHINES  # noqa: E402
 
-RUNS = pytest.StashKey[dict[str, qemu.Run]]()
+RUNS = pytest.StashKey[dict[str, qemu.Together]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,9 +64,12 @@ def inside_tests(folder: str) -> list[str]:
     return tests
 
 
+def file_of(test: str) -> str:
+    return test.partition("::")[0].removeprefix("test_").removesuffix(".py")
+
+
 def concerns(machine: str, test: str) -> bool:
-    file = test.partition("::")[0].removeprefix("test_").removesuffix(".py")
-    return file not in MACHINES[machine].leave_out
+    return file_of(test) not in MACHINES[machine].leave_out
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -78,16 +82,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def vm(machine: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[qemu.Run]:
+def vm(machine: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[qemu.Together]:
     """The machine, running those of its tests that are selected on the host."""
     calls = [getattr(item, "callspec", None) for item in request.session.items]
     tests = [call.params["test"] for call in calls if call and call.params.get("machine") == machine]
+    shares = [[test for test in tests if (file_of(test) in MACHINES[machine].aside) == aside] for aside in (False, True)]
     folder = request.config.getoption("--vm-folder")
-    plan = qemu.Plan(tests, folder, qemu.INSTALL if folder == qemu.INSIDE else ())
-    with qemu.run(machine, tmp_path_factory.mktemp(f"vm-{machine}"), plan) as run:
-        request.config.stash.setdefault(RUNS, {})[machine] = run
-        yield run
-        run.finish()
+    install = qemu.INSTALL if folder == qemu.INSIDE else ()
+    with contextlib.ExitStack() as stack:
+        runs = [
+            stack.enter_context(qemu.run(machine, tmp_path_factory.mktemp(f"vm-{machine}"), qemu.Plan(share, folder, install)))
+            for share in shares
+            if share
+        ]
+        together = qemu.Together(runs)
+        request.config.stash.setdefault(RUNS, {})[machine] = together
+        yield together
+        together.finish()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

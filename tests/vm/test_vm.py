@@ -8,7 +8,7 @@ import pytest
 from harness import qemu
 
 
-def test_inside(vm: qemu.Run, machine: str, test: str, request: pytest.FixtureRequest) -> None:
+def test_inside(vm: qemu.Together, machine: str, test: str, request: pytest.FixtureRequest) -> None:
     try:
         result = vm.result(test)
     except qemu.RunFailed as failure:

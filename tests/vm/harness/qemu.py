@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,9 @@ def tracked_files() -> list[str]:
 
 
 def packages() -> list[str]:
-    """What `make deb` has built: ignored by git, and installed by a test."""
-    return [str(path.relative_to(PROJECT)) for path in PROJECT.glob("build/*.deb")]
+    """What `make deb rpm venv` has built or brought: ignored by git, and used by a test."""
+    found = (path for name in ("build/*.deb", "build/*.rpm", ".venv/bin/act") for path in PROJECT.glob(name))
+    return [str(path.relative_to(PROJECT)) for path in found]
 
 
 def payload(target: Path, plan: Plan) -> None:
@@ -275,6 +276,33 @@ class Run:
 
 def last_lines(text: str, count: int) -> str:
     return "\n".join(text.splitlines()[-count:])
+
+
+class Together:
+    """What runs of one machine, each with a share of the tests, say as if they were one."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._runs = runs
+        self._of = {test: run for run in runs for test in run.plan.tests}
+
+    @property
+    def hello(self) -> dict[str, Any]:
+        return self._runs[0].hello
+
+    @property
+    def tests(self) -> Iterable[str]:
+        return self._of
+
+    @property
+    def results(self) -> dict[str, Result]:
+        return {test: result for run in self._runs for test, result in run.results.items()}
+
+    def result(self, test: str) -> Result:
+        return self._of[test].result(test)
+
+    def finish(self) -> None:
+        for run in self._runs:
+            run.finish()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from .machines import MACHINES
-from .qemu import Run
+from .qemu import Together
 
 HEAD = """\
 # Kernels that loopd was tested on
@@ -19,7 +19,7 @@ tests of `tests/vm/inside`: the newest stable all of them, the others those that
 """
 
 
-def table(runs: Mapping[str, Run], before: str) -> str:
+def table(runs: Mapping[str, Together], before: str) -> str:
     """The page, with what `before`, the page as it was, says of machines that did not run now."""
     others = tuple(f"{mark}{name} " for name in MACHINES if name not in runs for mark in ("| ", "- "))
     kept = [line for line in before.splitlines() if line.startswith(others)]
@@ -28,7 +28,7 @@ def table(runs: Mapping[str, Run], before: str) -> str:
     for name, run in runs.items():
         kernel, systemd, python = (run.hello.get(key, "?") for key in ("kernel", "systemd", "python"))
         count = Counter(result.outcome for result in run.results.values())
-        lost = len(set(run.plan.tests) - set(run.results))
+        lost = len(set(run.tests) - set(run.results))
         cells = (name, kernel, systemd, python, count["passed"], count["failed"], count["skipped"], lost)
         rows.append(f"| {' | '.join(map(str, cells))} |")
         notes += [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from host import Journal, bound, leases, loopctl, run, wait_for
 from recipes import recipe
 
 EXPIRED = "6f627446202b41ccba539dbefc35b92a"
+PROJECT = Path(__file__).parents[3]
 ROOT = Path("/srv/container")
 # What podman takes in place of an image: a root directory, whose changes are thrown away.
 ROOTFS = f"--rootfs {ROOT}:O"
@@ -78,20 +80,64 @@ def test_a_container_finds_a_socket_that_was_made_anew(work: Path) -> None:
         run("podman", "kill", "waits")
 
 
-@pytest.fixture
+USR = f"{ROOT}/usr:/usr"
+
+
+@pytest.fixture(scope="module")
 def docker_image() -> Iterator[str]:
-    """An image that has all but /usr, which takes minutes to import, and is bind-mounted instead."""
+    """An image that has all but /usr, which takes minutes to import; it is USR that is bind-mounted instead."""
     run("systemctl", "start", "docker.service", timeout=120)
     run("sh", "-c", f"tar -C {ROOT} --exclude=./usr --exclude=./var -c . | docker import - builder", timeout=200)
-    yield f"--volume={ROOT}/usr:/usr builder"
+    yield "builder"
     run("docker", "image", "rm", "--force", "builder")
     run("systemctl", "stop", "docker.service", "docker.socket", "containerd.service")
 
 
+def recorded_for_docker(journal: Journal, work: Path) -> None:
+    build.recorded(journal, build.unit_of(journal, rf"docker-{container_of(work)}\.scope"))
+
+
 @pytest.mark.deadline(480)
 def test_docker(work: Path, docker_image: str, journal: Journal) -> None:
-    perform(recipe("Docker", IMAGE=docker_image), work)
-    build.recorded(journal, build.unit_of(journal, rf"docker-{container_of(work)}\.scope"))
+    perform(recipe("Docker", IMAGE=f"--volume={USR} {docker_image}"), work)
+    recorded_for_docker(journal, work)
+
+
+@pytest.mark.deadline(480)
+def test_compose(work: Path, docker_image: str, journal: Journal) -> None:
+    text = recipe("Compose", "yaml", IMAGE=docker_image)
+    (work / "compose.yaml").write_text(text.replace("volumes:\n", f"volumes:\n      - {USR}\n"))
+    perform(recipe("Compose"), work)
+    recorded_for_docker(journal, work)
+
+
+@pytest.mark.deadline(480)
+def test_gitlab_runner(work: Path, docker_image: str, journal: Journal) -> None:
+    """As the runner does, for want of it: its docker executor gives Docker these settings and a folder of its own."""
+    (runner,) = tomllib.loads(recipe("GitLab runner", "toml"))["runners"]
+    settings = runner["docker"]
+    options = [f"--cap-drop={name}" for name in settings["cap_drop"]]
+    options += [f"--device-cgroup-rule={rule}" for rule in settings["device_cgroup_rules"]]
+    options += [f"--volume={volume}" for volume in (*settings["volumes"], USR, f"{work}:/work")]
+    loopctl("directory", "build")
+    run("docker", "run", "--rm", "--network=none", *options, "--workdir=/work", docker_image, "./build.sh", timeout=200)
+    build.check(work)
+    recorded_for_docker(journal, work)
+
+
+@pytest.mark.deadline(480)
+def test_github_runner(work: Path, docker_image: str, journal: Journal) -> None:
+    """By act, which runs a workflow without GitHub."""
+    text = recipe("GitHub runner", "yaml", IMAGE=docker_image)
+    (work / "workflow.yaml").write_text("on: push\n" + text.replace("volumes:\n", f"volumes:\n        - {USR}\n"))
+    (work / ".actrc").touch()  # without it asks which image to take where the workflow names none
+    loopctl("directory", "build")
+    options = ["--bind", "--pull=false", "--no-cache-server", "--container-daemon-socket=-"]
+    options += ["--platform=self-hosted=none", "--workflows=workflow.yaml"]
+    run("env", f"HOME={work}", PROJECT / ".venv/bin/act", "push", *options, cwd=work, timeout=300)
+    build.check(work)
+    # It has the host's network, and so the host's name.
+    build.recorded(journal, build.unit_of(journal, r"docker-[0-9a-f]{64}\.scope"))
 
 
 @pytest.mark.deadline(240)

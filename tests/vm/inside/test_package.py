@@ -1,4 +1,7 @@
-"""The Debian package (`make deb`) through its life: installed, upgraded with leases held, removed, purged."""
+"""The packages (`make deb`, `make rpm`) through their lives: installed, upgraded with leases held, removed, purged.
+
+The RPM by rpm itself, on Debian, where no other package is in its database.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from host import (
@@ -40,10 +44,6 @@ def traces() -> set[str]:
     return {path for path in found if not path.startswith(("/var/lib/dpkg", "/run/loopd-test", "/run/systemd"))}
 
 
-def install(package: Path) -> None:
-    run("sh", "-ec", 'dpkg --install "$1" 2>&1', "sh", package, timeout=250)
-
-
 def version(socket: Path = SOCKET_PATH) -> str:
     return loopctl("--socket", socket, "hello").split()[1].rstrip(",")
 
@@ -52,16 +52,49 @@ def make(target: str) -> None:
     run("make", "-s", "-C", PROJECT, target, timeout=250)
 
 
-@pytest.fixture(scope="module")
-def before() -> Iterator[set[str]]:
-    """The traces of loopd when it is not there; what `make install` brought comes back afterwards."""
+class Package(NamedTuple):
+    """A package, and the traces of loopd when it is not there."""
+
+    kind: str
+    path: Path
+    before: set[str]
+
+    def install(self, path: Path) -> None:
+        """Install or upgrade."""
+        command = {"deb": "dpkg --install", "rpm": "rpm --nodeps --upgrade"}[self.kind]
+        run("sh", "-ec", f'{command} "$1" 2>&1', "sh", path, timeout=250)
+
+    def remove(self) -> None:
+        run(*{"deb": ("dpkg", "--remove"), "rpm": ("rpm", "--erase")}[self.kind], "loopd", timeout=250)
+
+    def purge(self) -> None:
+        """Take away what `remove` leaves: with an RPM that is the administrator's to do (docs/packages.md)."""
+        if self.kind == "deb":
+            run("dpkg", "--purge", "loopd", timeout=250)
+        else:
+            shutil.rmtree(CONFIGURATION.parent)
+            shutil.rmtree(STATE.parent)
+
+
+@pytest.fixture(scope="module", params=["deb", "rpm"])
+def package(request: pytest.FixtureRequest) -> Iterator[Package]:
+    """The package, installed in place of what `make install` brought, which comes back afterwards."""
     options = DROP_IN.with_name("options.conf")
     kept = options.read_text()
     options.unlink()
     make("uninstall")
     shutil.rmtree(STATE.parent, ignore_errors=True)
+    (built,) = (PROJECT / "build").glob(f"*.{request.param}")
+    package = Package(request.param, built, traces())
     try:
-        yield traces()
+        build, install, _ = recipe(SECTION[package.kind], page="packages.md").splitlines()
+        assert build == f"make {package.kind}"
+        if package.kind == "deb":
+            run("sh", "-euc", install, cwd=PROJECT, timeout=250)
+        else:
+            assert install.startswith("dnf install ./build/loopd-")
+            package.install(built)
+        yield package
     finally:
         options.write_text(kept)
         make_install()
@@ -70,19 +103,9 @@ def before() -> Iterator[set[str]]:
 def make_install() -> None:
     if Path("/usr/local/sbin/loopd").exists():
         return
-    run("dpkg", "--purge", "loopd", check=False, timeout=250)
+    run("sh", "-c", "dpkg --purge loopd; rpm --erase loopd", check=False, timeout=250)
     make("install")
     run("systemctl", "enable", "--now", SOCKET)
-
-
-@pytest.fixture(scope="module")
-def package(before: set[str]) -> Path:
-    """The package, installed as docs/packages.md has it (but built on another machine)."""
-    (built,) = (PROJECT / "build").glob("*.deb")
-    build, install, _ = recipe("On Debian", page="packages.md").splitlines()
-    assert build == "make deb"
-    run("sh", "-euc", install, cwd=PROJECT, timeout=250)
-    return built
 
 
 @pytest.fixture
@@ -91,33 +114,43 @@ def afterwards_installed() -> Iterator[None]:
     make_install()
 
 
+SECTION = {"deb": "On Debian", "rpm": "On Fedora"}
+
+
 @pytest.fixture
-def next_version(package: Path, folder: Path) -> Path:
+def next_version(package: Package, folder: Path) -> Path:
     """The same package as a later version, which says so itself."""
     tree = folder / "next"
-    run("dpkg-deb", "--raw-extract", package, tree)
-    run("sed", "-i", "/^Version: /s/$/+next/", tree / "DEBIAN/control")
-    run("sed", "-i", r'/^__version__ = /s/"$/+next"/', tree / "usr/lib/loopd/loopd/__init__.py")
-    run("dpkg-deb", "--root-owner-group", "--build", tree, folder)
-    (built,) = folder.glob("loopd_*+next_all.deb")
+    later = ("sed", "-i", r'/^__version__ = /s/"$/+next"/')
+    if package.kind == "deb":
+        run("dpkg-deb", "--raw-extract", package.path, tree)
+        run("sed", "-i", "/^Version: /s/$/+next/", tree / "DEBIAN/control")
+        run(*later, tree / "usr/lib/loopd/loopd/__init__.py")
+        run("dpkg-deb", "--root-owner-group", "--build", tree, folder)
+    else:
+        shutil.copytree(PROJECT, tree, ignore=shutil.ignore_patterns("build", ".venv", "tests"))
+        (tree / "tests/vm").mkdir(parents=True)
+        run(*later, tree / "loopd/__init__.py")
+        run("make", "-s", "-C", tree, "rpm", timeout=250)
+        run("mv", *(tree / "build").glob("*.rpm"), folder)
+    (built,) = folder.glob(f"loopd*+next*.{package.kind}")
     return built
 
 
 @pytest.mark.deadline(290)
-def test_installation(package: Path) -> None:
+def test_installation(package: Package) -> None:
     assert run("systemctl", "is-enabled", SOCKET, ADMIN).split() == ["enabled", "enabled"]
     assert [prop(unit, "ActiveState") for unit in (SOCKET, ADMIN, SERVICE)] == ["active", "active", "inactive"]
-    *_, first_request = recipe("On Debian", page="packages.md").splitlines()
+    *_, first_request = recipe(SECTION[package.kind], page="packages.md").splitlines()
     assert run("sh", "-euc", first_request).startswith("loopd ")
     assert prop(SERVICE, "ActiveState") == "active"
     assert prop(SERVICE, "FragmentPath").removeprefix("/usr") == "/lib/systemd/system/loopd.service"
-    assert version() == run("dpkg-deb", "--field", package, "Version").strip()
+    assert package.path.name.startswith((f"loopd_{version()}_", f"loopd-{version()}-"))
     assert list(Path("/usr/lib/loopd/loopd/__pycache__").glob("daemon.*.pyc"))
 
 
 @pytest.mark.deadline(290)
-@pytest.mark.usefixtures("package")
-def test_upgrade_with_leases_held(next_version: Path, disk: Path, folder: Path) -> None:
+def test_upgrade_with_leases_held(package: Package, next_version: Path, disk: Path, folder: Path) -> None:
     old = version()
     run("systemctl", "start", "loopd@team.socket")
 
@@ -140,7 +173,7 @@ def test_upgrade_with_leases_held(next_version: Path, disk: Path, folder: Path) 
         listening = [(prop(unit, "ActiveState"), prop(unit, "ActiveEnterTimestampMonotonic")) for unit in sockets]
         inodes = [path.stat().st_ino for path in (SOCKET_PATH, INSTANCE_SOCKET)]
 
-        install(next_version)
+        package.install(next_version)
 
         assert bound() == before
         assert [version(), version(INSTANCE_SOCKET)] == [f"{old}+next"] * 2
@@ -170,24 +203,25 @@ def test_upgrade_with_leases_held(next_version: Path, disk: Path, folder: Path) 
 
 
 @pytest.mark.deadline(290)
-def test_installer_of_the_cluster(package: Path) -> None:
+@pytest.mark.parametrize("package", ["deb"], indirect=True)
+def test_installer_of_the_cluster(package: Package) -> None:
     """docs/kubernetes/installer.yaml: its command, in a privileged container with the host's process ids."""
     manifest = (PROJECT / "docs/kubernetes/installer.yaml").read_text()
     (block,) = re.findall(r"(?s)            - -ec\n            - \|\n(.*?)\n      containers:", manifest)
     container = ["podman", "run", "--rm", "--privileged", "--pid=host", "--network=none"]
-    container += [f"--volume={package}:/loopd_0_all.deb:ro", "--rootfs", "/srv/container:O"]
+    container += [f"--volume={package.path}:/loopd_0_all.deb:ro", "--rootfs", "/srv/container:O"]
     run("dpkg", "--purge", "loopd", timeout=250)
     for _ in range(2):  # the second time there is nothing to do but to enable
         run(*container, "/bin/sh", "-ec", textwrap.dedent(block), timeout=250)
     assert run("systemctl", "is-enabled", SOCKET, "loopd@builds.socket").split() == ["enabled", "enabled"]
-    assert version(Path("/run/loopd-builds/sock/loopd.sock")) == run("dpkg-deb", "--field", package, "Version").strip()
+    assert package.path.name == f"loopd_{version(Path('/run/loopd-builds/sock/loopd.sock'))}_all.deb"
     run("systemctl", "disable", "--now", "loopd@builds.socket")
     run("systemctl", "stop", "loopd@builds.service")
 
 
 @pytest.mark.deadline(290)
-@pytest.mark.usefixtures("package", "afterwards_installed")
-def test_removal_and_purge(before: set[str], disk: Path, folder: Path) -> None:
+@pytest.mark.usefixtures("afterwards_installed")
+def test_removal_and_purge(package: Package, disk: Path, folder: Path) -> None:
     CONFIGURATION.write_text("limits.devices = 7\n")
     run("systemctl", "start", "loopd@team.socket")
     idle = attach(disk)
@@ -199,7 +233,7 @@ def test_removal_and_purge(before: set[str], disk: Path, folder: Path) -> None:
     mount.mkdir()
     run("mount", mounted, mount)
     try:
-        run("dpkg", "--remove", "loopd", timeout=250)
+        package.remove()
         # Given up, nodes included; what is in use works until its last close.
         assert list((disk.parent / "dev").iterdir()) == []
         assert set(bound()) == {name(mounted)}
@@ -214,6 +248,6 @@ def test_removal_and_purge(before: set[str], disk: Path, folder: Path) -> None:
     assert run("find", "/run", "-maxdepth", "1", "-name", "loopd*", "!", "-name", "loopd-test*") == ""
     assert [path.exists() for path in (CONFIGURATION, STATE)] == [True, True]
 
-    run("dpkg", "--purge", "loopd", timeout=250)
+    package.purge()
     shutil.rmtree(disk.parent / "dev")
-    assert traces() == before
+    assert traces() == package.before
