@@ -82,16 +82,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def vm(machine: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[qemu.Together]:
+def vm(
+    machine: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[qemu.Together]:
     """The machine, running those of its tests that are selected on the host."""
     calls = [getattr(item, "callspec", None) for item in request.session.items]
     tests = [call.params["test"] for call in calls if call and call.params.get("machine") == machine]
-    shares = [[test for test in tests if (file_of(test) in MACHINES[machine].aside) == aside] for aside in (False, True)]
+    shares = [
+        [test for test in tests if (file_of(test) in MACHINES[machine].aside) == aside] for aside in (False, True)
+    ]
     folder = request.config.getoption("--vm-folder")
     install = qemu.INSTALL if folder == qemu.INSIDE else ()
     with contextlib.ExitStack() as stack:
         runs = [
-            stack.enter_context(qemu.run(machine, tmp_path_factory.mktemp(f"vm-{machine}"), qemu.Plan(share, folder, install)))
+            stack.enter_context(
+                qemu.run(machine, tmp_path_factory.mktemp(f"vm-{machine}"), qemu.Plan(share, folder, install))
+            )
             for share in shares
             if share
         ]
