@@ -86,12 +86,36 @@ class Owner(NamedTuple):
     uid: int
 
 
+class Bucket:
+    """What may be used up: so much at once, and more as time passes."""
+
+    __slots__ = ("_at", "_spent")
+
+    def __init__(self) -> None:
+        self._spent = 0.0
+        self._at = 0.0
+
+    def spend(self, burst: float, per_second: float) -> bool:
+        """Charge one: `burst` of them at once, and then `per_second`; False when they are used up."""
+        now = time.monotonic()
+        self._spent = max(0.0, self._spent - (now - self._at) * per_second)
+        self._at = now
+        if self._spent + 1 > burst:
+            return False
+        self._spent += 1
+        return True
+
+    def unspend(self) -> None:
+        """Give the charge of one back."""
+        self._spent = max(0.0, self._spent - 1)
+
+
 class Account:
     """What one account has in use. Changed by the main process alone."""
 
     __slots__ = (
-        "attaching", "bytes", "devices", "ended", "flights", "helpers", "jobs", "name", "queue", "refusals",
-        "refused_at", "seen", "shed", "spent", "spent_at", "stuck",
+        "attaching", "bytes", "devices", "ended", "flights", "helpers", "jobs", "name", "numbers", "queue", "refusals",
+        "refused_at", "requests", "shed", "stuck",
     )  # fmt: skip
 
     SLOW = 1.0
@@ -102,8 +126,6 @@ class Account:
         self.ended = False
         self.attaching = 0
         self.bytes = 0
-        self.spent = 0.0
-        self.spent_at = 0.0
         self.devices = 0
         self.flights: set[object] = set()
         self.helpers: dict[object, float] = {}
@@ -111,34 +133,10 @@ class Account:
         self.queue: deque[Callable[[], None]] = deque()
         self.refusals = 0
         self.refused_at = 0.0
-        self.seen: deque[float] = deque()
         self.stuck = 0
         self.shed = 0
-
-    def spend(self, burst: int, per_minute: float) -> bool:
-        """Charge one new device number: `burst` of them at once, and then `per_minute`; False when they are used up."""
-        self._recover(per_minute)
-        if self.spent + 1 > burst:
-            return False
-        self.spent += 1
-        return True
-
-    def unspend(self) -> None:
-        """Give the charge of one number back that the client did not get."""
-        self.spent = max(0.0, self.spent - 1)
-
-    def floods(self, arrived: float, most: int) -> bool:
-        """Count one datagram that comes off the queue; whether `most` others of this account, or more, were in the
-        queue before it: so many have come off since it `arrived` (seconds since 1970, 0 if not known).
-        """
-        now = time.time()
-        if self.seen and self.seen[-1] > now:  # the clock was set back
-            self.seen.clear()
-        while len(self.seen) > most:
-            self.seen.popleft()
-        flood = len(self.seen) == most and 0 < arrived < self.seen[0]
-        self.seen.append(now)
-        return flood
+        self.numbers = Bucket()
+        self.requests = Bucket()
 
     @property
     def slow(self) -> int:
@@ -158,11 +156,6 @@ class Account:
     def in_use(self) -> bool:
         """Whether anything is charged to it now."""
         return bool(self.devices or self.flights or self.stuck or self.shed or self.jobs)
-
-    def _recover(self, per_minute: float) -> None:
-        now = time.monotonic()
-        self.spent = max(0.0, self.spent - (now - self.spent_at) * per_minute / 60)
-        self.spent_at = now
 
 
 class Accounts:

@@ -46,6 +46,18 @@ class Listener(NamedTuple):
     admin: bool
 
 
+class Flood(NamedTuple):
+    """The process that sent too much last, until when its datagrams are dropped unread (monotonic clock), and what is
+    told of them.
+    """
+
+    pid: int
+    until: float
+    account: Account
+    member: Membership
+    why: str
+
+
 class Exchange:
     """One request on its way through the stages. A `pool.Task`: it is told how its helper gets on."""
 
@@ -152,8 +164,13 @@ class Service:
     MOST_REFUSALS = 20
     """Refusals of one account in a second that are recorded one by one; the others are counted."""
 
-    BURST = 64
+    BURST = 16
     """Datagrams of one queue that are looked at before other events get their turn."""
+
+    FLOOD_PAUSE = 0.01
+    """Seconds for which what a process sends is dropped unread after its account has sent too much: who waits for room
+    in the queue gets it only where a flood is taken out faster than it comes in.
+    """
 
     def __init__(
         self, poller: Poller, listeners: list[Listener], pool: Pool, lifecycle: Lifecycle, numbers: Numbers,
@@ -177,6 +194,7 @@ class Service:
         self._waiting: set[int] = set()
         self._taking: set[int] = set()
         self._exchanges = 0
+        self._flood = Flood(0, 0.0, Account(""), Membership("", ""), "")
         self._stopping = False
         self.last_activity = time.monotonic()
 
@@ -228,7 +246,10 @@ class Service:
             if peeked is None:
                 break
             self.last_activity = time.monotonic()
-            self._admit(index, *peeked)
+            if peeked.sender.pid == self._flood.pid and self.last_activity < self._flood.until:
+                self._drop(index, self._flood.account, self._flood.member, peeked.sender, self._flood.why)
+            else:
+                self._admit(index, *peeked)
         if index not in self._taking:
             try:
                 self._poller.rearm(listener.socket.fileno())
@@ -246,24 +267,26 @@ class Service:
         for index in waiting:
             self._serve(index)
 
-    def _admit(self, index: int, payload: bytes, sender: Sender, arrived: float) -> None:
+    def _admit(self, index: int, payload: bytes, sender: Sender) -> None:
         envelope, request = wire.decode(payload)
         cgroup = accounts.cgroup_of(sender.pid)
         member = Membership("", "") if cgroup is None else accounts.membership(cgroup)
         account = self._lifecycle.accounts.get(member.account)
         if cgroup is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
-            transport.drop(self._listeners[index].socket)
-            self._metrics.dropped += 1
-            self._shed(account, member, sender, "dropped, their senders had ended or are unknown")
+            self._drop(index, account, member, sender, "their senders had ended or are unknown")
             return
         terms = self.policy.terms(self._instance, member.account, sender.uid, sender.gid)
-        hanging = account.stuck >= terms.limits.stuck or account.slow >= self.MOST_SLOW
-        floods = account.floods(arrived, terms.limits.requests)
-        if hanging or floods or len(account.flights) >= terms.limits.requests:
-            transport.drop(self._listeners[index].socket)
-            self._metrics.dropped += 1
-            self._shed(account, member, sender, "dropped, too many of its requests are waiting, under way or hang")
+        limits = terms.limits
+        hanging = account.stuck >= limits.stuck or account.slow >= self.MOST_SLOW
+        if hanging or len(account.flights) >= limits.requests:
+            self._drop(index, account, member, sender, "too many of its requests are under way or hang")
+            return
+        rate = limits.requests_per_second
+        if not account.requests.spend(max(limits.requests, rate / 10), rate):
+            why = f"it sends more than {rate:g} a second"
+            self._flood = Flood(sender.pid, self.last_activity + self.FLOOD_PAUSE, account, member, why)
+            self._drop(index, account, member, sender, why)
             return
         exchange = Exchange(self, index, sender, member, account, terms, envelope, request)
         if envelope.reply_fd is None:
@@ -352,12 +375,12 @@ class Service:
         """
         limits = exchange.terms.limits
         number, none, coming = None, None, False
-        if exchange.account.spend(limits.new_numbers, limits.new_numbers_per_minute):
+        if exchange.account.numbers.spend(limits.new_numbers, limits.new_numbers_per_minute / 60):
             try:
                 number = self._numbers.fresh()
                 self._warned.discard("numbers")
             except (Exhausted, OSError) as error:
-                exchange.account.unspend()
+                exchange.account.numbers.unspend()
                 coming = self._numbers.making
                 if not coming:
                     self._warn("numbers", f"There is no new device number: {error}", code=Code.NO_DEVICE.value)
@@ -374,7 +397,7 @@ class Service:
         """A helper lost the number it was given to somebody else, or was given none because there was none yet."""
         if exchange.number is not None:
             exchange.number = None
-            exchange.account.unspend()
+            exchange.account.numbers.unspend()
             self._metrics.retries += 1
         try:
             number = self._number(exchange)
@@ -387,6 +410,12 @@ class Service:
             self._poller.later(0.01, lambda: self.on_number_please(exchange, worker))
         else:
             worker.send(messages.UseNumber(None, Refusal(Code.TIMEOUT, "no device number came free in time")))
+
+    def _drop(self, index: int, account: Account, member: Membership, sender: Sender, why: str) -> None:
+        """Take the head of a queue away unanswered."""
+        transport.drop(self._listeners[index].socket)
+        self._metrics.dropped += 1
+        self._shed(account, member, sender, f"dropped, {why}")
 
     def _shed(self, account: Account, member: Membership, sender: Sender, why: str) -> None:
         """Count what is dropped unanswered; one record for each account and second."""

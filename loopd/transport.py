@@ -46,7 +46,7 @@ def _knows_pidfds() -> bool:
 PIDFDS = _knows_pidfds()
 """Whether the kernel passes a pidfd of the sender along; else the time of arrival tells that a pid was reused."""
 
-_NO_FDS = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(_TIMESPEC.size)
+_NO_FDS = socket.CMSG_SPACE(_UCRED.size) + (0 if PIDFDS else socket.CMSG_SPACE(_TIMESPEC.size))
 SCM_MAX_FD = 253
 """The most that the kernel lets one datagram have."""
 # What found no room the kernel would release before recvmsg(2) returns, and a release may wait (SO_LINGER): the whole
@@ -66,14 +66,10 @@ class Sender(NamedTuple):
 
 
 class Peeked(NamedTuple):
-    """The head of the queue. The payload of a datagram that is too long is cut, and longer than wire.MAX_REQUEST.
-
-    `arrived`: seconds since 1970, 0 for one that was sent before `prepare`.
-    """
+    """The head of the queue. The payload of a datagram that is too long is cut, and longer than wire.MAX_REQUEST."""
 
     payload: bytes
     sender: Sender
-    arrived: float
 
 
 class FdSet:
@@ -128,7 +124,7 @@ class Packet(NamedTuple):
     """A datagram that was taken: `fds` are its SCM_RIGHTS, which its indices count; `own` has the sender's `pidfd`,
     which is None before Linux 6.5.
 
-    `truncated` when the kernel could not install all fds. `arrived`: as of `Peeked`.
+    `truncated` when the kernel could not install all fds. `arrived`: seconds since 1970, 0 where there is a pidfd.
     """
 
     payload: bytes
@@ -141,13 +137,9 @@ class Packet(NamedTuple):
 
 
 def prepare(listener: socket.socket) -> None:
-    """Have the kernel attach credentials and the time of arrival to each datagram, and a pidfd where it can
-    (Linux 6.5).
-    """
+    """Have the kernel attach credentials to each datagram, and a pidfd where it can (Linux 6.5)."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    listener.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-    if PIDFDS:
-        listener.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
+    listener.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD if PIDFDS else SO_TIMESTAMPNS, 1)
 
 
 def _sender(control: list[tuple[int, int, bytes]], address: object) -> Sender:
@@ -170,12 +162,10 @@ def peek(listener: socket.socket) -> Peeked | None:
     try:
         if os.urandom(1)[0] & 1:
             listener.recvmsg(0, 0, MSG_PEEK | MSG_DONTWAIT)
-        payload, control, _, address = listener.recvmsg(
-            wire.MAX_REQUEST + 1, _NO_FDS, MSG_PEEK | MSG_DONTWAIT
-        )
+        payload, control, _, address = listener.recvmsg(wire.MAX_REQUEST + 1, _NO_FDS, MSG_PEEK | MSG_DONTWAIT)
     except BlockingIOError:
         return None
-    return Peeked(payload, _sender(control, address), _arrived(control))
+    return Peeked(payload, _sender(control, address))
 
 
 def drop(listener: socket.socket) -> None:
@@ -200,9 +190,7 @@ def _received(control: list[tuple[int, int, bytes]]) -> tuple[list[int], list[in
 def take(listener: socket.socket) -> Packet | None:
     """The head of the queue with all of its fds, None when the queue is empty."""
     try:
-        payload, control, flags, address = listener.recvmsg(
-            wire.MAX_REQUEST + 1, _EVERYTHING, MSG_DONTWAIT | _CLOEXEC
-        )
+        payload, control, flags, address = listener.recvmsg(wire.MAX_REQUEST + 1, _EVERYTHING, MSG_DONTWAIT | _CLOEXEC)
     except BlockingIOError:
         return None
     rights, pidfds = _received(control)

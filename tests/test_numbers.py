@@ -644,12 +644,12 @@ def test_an_account_that_burns_numbers(start_kept: Callable[..., Kept], tmp_path
 def test_the_budget_of_an_account() -> None:
     limits = Policy().limits
     account = Account("/a")
-    assert [account.spend(3, 0.0) for _ in range(5)] == [True, True, True, False, False]
+    assert [account.numbers.spend(3, 0.0) for _ in range(5)] == [True, True, True, False, False]
     slow = Account("/b")
-    assert slow.spend(1, 600.0)
-    assert not slow.spend(1, 600.0)
+    assert slow.numbers.spend(1, 10.0)
+    assert not slow.numbers.spend(1, 10.0)
     time.sleep(0.15)
-    assert slow.spend(1, 600.0), "ten a second come back"
+    assert slow.numbers.spend(1, 10.0), "ten a second come back"
     assert limits.new_numbers >= limits.devices, "who uses no number up can have all its devices"
 
 

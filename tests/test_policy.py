@@ -78,6 +78,7 @@ WRONG = {
     "limits.devices = 1.5": ("limits.devices", "a whole number"),
     "limits.devices = true": ("limits.devices", "a whole number"),
     "limits.requests = 0": ("limits.requests", "1 or more"),
+    "limits.requests_per_second = 0.5": ("limits.requests_per_second", "1 or more"),
     "limits.stuck = 0": ("limits.stuck", "1 or more"),
     "limits.new_numbers = 'all'": ("limits.new_numbers", "a whole number"),
     "limits.new_numbers_per_minute = inf": ("limits.new_numbers_per_minute", "a number"),
@@ -481,6 +482,20 @@ def test_requests_under_way(configured: Callable[..., Daemon], image: int, direc
         (record,) = eventually(lambda: daemon.records("shed"), "it is in the journal", SOON)
         assert record["LOOPD_COUNT"] == "5"
         assert daemon.hello().code is None
+
+
+def test_requests_a_second(configured: Callable[..., Daemon]) -> None:
+    """What comes faster is dropped: its reply socket hangs up. It is counted, and the next second is another."""
+    daemon = configured("limits.requests = 2\nlimits.requests_per_second = 1")
+    began = time.monotonic()
+    answered = [daemon.ask(wire.Hello(0), []).fields != {} for _ in range(8)]
+    took = time.monotonic() - began
+    assert answered[:2] == [True, True]
+    assert sum(answered) <= 2 + took
+    eventually(lambda: daemon.ask(wire.Hello(0), []).fields, "it is served again", 5)
+    records = eventually(lambda: daemon.records("shed"), "it is in the journal", SOON)
+    assert int(records[0]["LOOPD_COUNT"]) >= answered.count(False)
+    assert "more than 1 a second" in records[0]["MESSAGE"]
 
 
 def _gone(name: str) -> bool:

@@ -44,6 +44,7 @@ idle_timeout = {idle_timeout}
 devices = 10000
 requests = {requests}
 new_numbers = {new_numbers}
+requests_per_second = {requests_per_second}
 """
 """The one account of the measurements has what in real operation a hundred have."""
 MIB = 1 << 20
@@ -77,7 +78,7 @@ class Bench:
         home = self.directory / f"daemon{self._count}"
         home.mkdir()
         configuration = home / "loopd.toml"
-        usual = {"idle_timeout": 30, "new_numbers": 100_000, "requests": 1000}
+        usual = {"idle_timeout": 30, "new_numbers": 100_000, "requests": 1000, "requests_per_second": 1_000_000}
         configuration.write_text(CONFIGURATION.format_map(usual | options))
         daemon = kind(home, [f"--config={configuration}"], [], {})
         daemon.start()
@@ -567,10 +568,11 @@ def flood(bench: Bench) -> list[Row]:
     many = bench.size(10_000, 50)
     count = bench.size(100, 3)
     found: dict[str, list[list[float]]] = {"quiet": [], "same": [], "own": []}
-    # As many requests at once as an account has by default.
+    # As many requests as an account has by default.
+    usual = {"requests": 32, "requests_per_second": 1000}
     with (
-        bench.daemon(Daemon, idle_timeout=600, requests=32) as flooded,
-        bench.daemon(Daemon, idle_timeout=600, requests=32) as own,
+        bench.daemon(Daemon, idle_timeout=600, **usual) as flooded,
+        bench.daemon(Daemon, idle_timeout=600, **usual) as own,
     ):
         for _ in range(bench.size(3, 1)):
             found["quiet"].append(bench.attaches(own.path, count))
