@@ -18,7 +18,7 @@ from conftest import Daemon, ask, bound_to, eventually, require
 from fuse_never import Never
 from processes import Child
 from test_policy import hanging
-from untouched import cgroup, flood, pair, reply_of, send
+from untouched import LONG_QUEUE, cgroup, flood, pair, reply_of, send
 
 from loopd import wire
 
@@ -88,10 +88,6 @@ def attacker(enter: Callable[[], None], act: Callable[[Callable[[Any], None]], N
     with Child(body) as child:
         child.hear()
         yield child
-
-
-LONG_QUEUE = ("unshare", "--net", "sh", "-c", 'echo 512 >/proc/sys/net/unix/max_dgram_qlen && exec "$@"', "sh")
-"""In a network namespace of its own a socket's queue has the length that it has where systemd booted."""
 
 
 def flooding(path: str) -> Callable[[Callable[[Any], None]], None]:

@@ -241,6 +241,10 @@ def concurrently(act: Callable[[], object], prepare: Callable[[], object]) -> It
             os.waitpid(child, 0)
 
 
+LONG_QUEUE = ("unshare", "--net", "sh", "-c", 'echo 512 >/proc/sys/net/unix/max_dgram_qlen && exec "$@"', "sh")
+"""A daemon's launcher: in a network namespace of its own a socket's queue is as long as it is where systemd booted."""
+
+
 def flood(path: str, count: int) -> None:
     """Send datagrams as fast as they are taken, with all sorts of requests in them."""
     payloads = [b'{"op": "hello", "reply_fd": 0}', b'{"op": "list", "reply_fd": 0}', b"nonsense"]

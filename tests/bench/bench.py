@@ -31,7 +31,7 @@ from fuse_never import Never
 from kept import Kept
 from processes import Child
 from report import Row, alone, compared, load, plot, save, table, write_into
-from untouched import cgroup, pair, reply_of, send
+from untouched import LONG_QUEUE, cgroup, pair, reply_of, send
 
 import loopd
 from loopd import wire
@@ -72,7 +72,9 @@ class Bench:
         return quick if self.quick else full
 
     @contextlib.contextmanager
-    def daemon(self, kind: type[Daemon] = Kept, **options: float) -> Iterator[Daemon]:
+    def daemon(
+        self, kind: type[Daemon] = Kept, launcher: tuple[str, ...] = (), **options: float
+    ) -> Iterator[Daemon]:
         """A daemon that is ready."""
         self._count += 1
         home = self.directory / f"daemon{self._count}"
@@ -81,6 +83,7 @@ class Bench:
         usual = {"idle_timeout": 30, "new_numbers": 100_000, "requests": 1000, "requests_per_second": 1_000_000}
         configuration.write_text(CONFIGURATION.format_map(usual | options))
         daemon = kind(home, [f"--config={configuration}"], [], {})
+        daemon.launcher = list(launcher)
         daemon.start()
         try:
             assert daemon.hello().code is None
@@ -567,24 +570,26 @@ def flood(bench: Bench) -> list[Row]:
     """Honest clients while another account sends datagrams as fast as they are taken."""
     many = bench.size(10_000, 50)
     count = bench.size(100, 3)
-    found: dict[str, list[list[float]]] = {"quiet": [], "same": [], "own": []}
+    found: dict[str, list[list[float]]] = {"quiet": [], "same": [], "long": [], "own": []}
     # As many requests as an account has by default.
-    usual = {"requests": 32, "requests_per_second": 1000}
+    usual: dict[str, Any] = {"idle_timeout": 600, "requests": 32, "requests_per_second": 1000}
     with (
-        bench.daemon(Daemon, idle_timeout=600, **usual) as flooded,
-        bench.daemon(Daemon, idle_timeout=600, **usual) as own,
+        bench.daemon(Daemon, **usual) as flooded,
+        bench.daemon(Daemon, LONG_QUEUE, **usual) as long,
+        bench.daemon(Daemon, **usual) as own,
     ):
         for _ in range(bench.size(3, 1)):
             found["quiet"].append(bench.attaches(own.path, count))
-            for name, daemon in (("same", flooded), ("own", own)):
-                with _other(_flood(flooded.path, many)) as child:
+            for name, target, daemon in (("same", flooded, flooded), ("long", long, long), ("own", flooded, own)):
+                with _other(_flood(target.path, many)) as child:
                     assert child.hear() == "ready"
                     found[name].append(bench.attaches(daemon.path, count))
                     assert child.hear() == "sent"
     rows = [
-        alone("flood", "attach on the flooded socket", found["same"], percent, reach=10.0 if percent == 99 else None)
-        for percent in (50, 99)
-    ]
+        alone("flood", f"attach on the flooded socket{queue}", found[name], percent,
+              reach=10.0 if percent == 99 else None)
+        for name, queue in (("same", ""), ("long", ", a queue of 512")) for percent in (50, 99)
+    ]  # fmt: skip
     rows += [
         compared("flood", "attach at an instance of one's own", found["own"], "no flood", found["quiet"], percent,
                  reach=2.0 if percent == 99 else None)
