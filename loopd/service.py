@@ -283,7 +283,8 @@ class Service:
             self._drop(index, account, member, sender, "too many of its requests are under way or hang")
             return
         rate = limits.requests_per_second
-        if not account.requests.spend(max(limits.requests, rate / 10), rate):
+        too_fast = not account.requests.spend(limits.requests, rate)
+        if too_fast and account.flights:  # who waits for each answer cannot fill the queue, however fast it asks
             why = f"it sends more than {rate:g} a second"
             self._flood = Flood(sender.pid, self.last_activity + self.FLOOD_PAUSE, account, member, why)
             self._drop(index, account, member, sender, why)

@@ -224,6 +224,9 @@ def test_what_is_shed_is_counted(
     daemon.hello()
     flood = 2000
 
+    def counted() -> int:
+        return sum(int(record["LOOPD_COUNT"]) for record in daemon.records("shed"))
+
     def act(tell: Callable[[Any], None]) -> None:
         reply = ask(daemon.path, wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",))), [memory()])
         name = reply.fields["devname"]
@@ -235,6 +238,7 @@ def test_what_is_shed_is_counted(
             for _ in range(flood):
                 send(daemon.path, b'{"op": "hello"}', []).close()
             tell("sent")
+            eventually(lambda: counted() == flood, "all are counted, and none is in the queue", 20)
             for fd in reply.fds:
                 os.close(fd)
             tell(reply_of(ours).fields)
@@ -246,10 +250,6 @@ def test_what_is_shed_is_counted(
         seconds = time.monotonic() - began
         assert child.hear() == {"state": "released"}
 
-    def counted() -> int:
-        return sum(int(record["LOOPD_COUNT"]) for record in daemon.records("shed"))
-
-    eventually(lambda: counted() == flood, "all are counted", 20)
     records = daemon.records("shed")
     assert {record["LOOPD_ACCOUNT"] for record in records} == {account}
     assert len(records) <= seconds + 2

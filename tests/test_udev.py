@@ -77,7 +77,7 @@ def udev(tmp_path: Path) -> Iterator[Udev]:
     require(os.path.exists(UDEVD) and shutil.which("udevadm"), "needs udevd (package udev)")
     require(os.access("/sys/kernel/uevent_seqnum", os.R_OK), "needs /sys")
     # Outside of the test's directory, where udevd's rules are the same for all that run at once.
-    with locked(Path("/run/lock/loopd-test-udevd")), running():
+    with locked(Path("/run/loopd-test-udevd")), running():
         stamps, program = tmp_path / "stamps", tmp_path / "stamp"
         stamps.touch()
         program.write_text(PROGRAM.format(stamps=stamps))
