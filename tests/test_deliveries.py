@@ -657,6 +657,7 @@ printf 'label: gpt\\n,8M\\n,8M\\n' | sfdisk --quiet "$device" >&2
 echo written
 until [ -b "${device}p1" ] && [ -b "${device}p2" ]; do sleep 0.05; done
 echo found
+read -r _
 mkfs.ext4 -q -d one "${device}p1"
 mkfs.ext4 -q -d two "${device}p2"
 [ "$(loopctl list | wc -l)" = 2 ]
@@ -713,11 +714,12 @@ def test_a_user_without_privilege_makes_an_image_with_two_file_systems(world: Wo
     process = subprocess.Popen(
         [*as_user(UID), *wrapper, "sh", "-ec", BUILD],
         env={**world.environment, **env},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
     output, errors = process.stdout, process.stderr
@@ -739,6 +741,9 @@ def test_a_user_without_privilege_makes_an_image_with_two_file_systems(world: Wo
                 lambda: add(loop, parts) and select.select([output], [], [], 0)[0], "the nodes are found"
             )
         says("found")
+        # Only now: before, loopd may have had the table read once more, and the nodes were gone again.
+        process.stdin.write("\n")
+        process.stdin.flush()
         says("done")
         assert process.wait(30) == 0
     finally:
