@@ -81,8 +81,8 @@ def drop_in(text: str) -> Iterator[None]:
 
     def apply() -> None:
         run("systemctl", "daemon-reload")
-        # A request that waits may start it meanwhile, which cancels the first stop (systemd 252).
-        run("sh", "-c", f"systemctl stop {SERVICE} || systemctl stop {SERVICE}")
+        # A request that waits may start it meanwhile, which cancels the stop.
+        run("sh", "-c", f"for try in 1 2 3 4 5 6 7 8; do systemctl stop {SERVICE} && exit; done; exit 1")
 
     DROP_IN.parent.mkdir(parents=True, exist_ok=True)
     DROP_IN.write_text(text)
