@@ -193,6 +193,8 @@ def _attached(args: argparse.Namespace, lifetime: client.Lifetime) -> client.Dev
     )
     for warning in device.warnings:
         _say(f"warning: {warning}")
+    if device.read_only and not args.read_only:
+        _say(f"warning: {args.image} cannot be written here, so the device is read-only")
     return device
 
 
@@ -549,6 +551,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     rest = args.rest
     options = verb_parser(args.verb)
     if args.verb == "run":
+        if "--" not in rest and not {"-h", "--help"} & set(rest):
+            options.error("expected -- and a command behind the image")
         # Not left to argparse, which in some versions takes a second "--" out of the command.
         end = rest.index("--") if "--" in rest else len(rest)
         rest, args.command = rest[:end], rest[end + 1 :]

@@ -678,7 +678,7 @@ class Client:
                     if error.layer in ("device cgroup", "device"):
                         raise  # no way is past these
                     failures.append(error)
-            failures[0].message = "; ".join(failure.message for failure in failures)
+            failures[0].message = "; ".join(dict.fromkeys(failure.message for failure in failures))
             raise failures[0]
 
     def _attach(

@@ -107,7 +107,7 @@ def _directory(place: _Place) -> Finding:
     if place.host:
         if os.path.ismount(GRANTS):
             return Finding("OK", "directory", f"{GRANTS} is there for containers")
-        remedy = "systemctl enable --now 'run-loopd\\x2ddev.mount'"
+        remedy = "systemctl start 'run-loopd\\x2ddev.mount' && systemctl restart loopd"
         return Finding(
             "WARN", "directory", f"{GRANTS} is no mount: there is no directory for containers", remedy
         )

@@ -207,6 +207,8 @@ def check_backing(
         if not _is_shmem(fd):
             _check_file_system(fd, identity, "fd", mounts, allowed)
         size = os.fstat(fd).st_size
+    if size == 0:
+        raise Refusal(Code.INVALID, "fd: the file is empty: give it a size first, as truncate(1) does")
     if request.offset >= size:
         raise Refusal(Code.INVALID, f"offset: {request.offset} is at or past the end of the file ({size} bytes)")
     window = min(size - request.offset, request.sizelimit or size)

@@ -566,6 +566,8 @@ class Service:
         if request.force and not self._admin(exchange):
             raise Refusal(Code.NOT_PERMITTED, "force: for the administrator, on the admin socket")
         lease = self._lease(exchange, request.devname)
+        if not request.force and lease.holder.owner != exchange.owner:
+            raise Refusal(Code.NOT_PERMITTED, f"force: {request.devname} is another's")
         if request.diskseq not in (None, lease.binding.diskseq):
             raise Refusal(Code.NOT_FOUND, f"{request.devname} carries another binding by now")
         waiter = Waiter(self, exchange, lease, time.monotonic() + request.wait)

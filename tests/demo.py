@@ -106,7 +106,7 @@ class Demo:
     def host(self, command: str, expect: str = "") -> str:
         return step(
             "host#",
-            command.replace(f"{self.base}/", ""),
+            command.replace(f"={self.base}/", "=$PWD/").replace(f"{self.base}/", ""),
             ["sh", "-c", f"cd {self.base} && {command}"],
             expect,
         )

@@ -84,6 +84,12 @@ def test_window_and_sector_size(daemon: Daemon, make_image: Callable[..., int], 
     assert (devices / fields["devname"]).read_bytes()[:4097] == b"A" * 4096 + b"\0"
 
 
+def test_an_empty_file(daemon: Daemon, make_image: Callable[..., int], directory: int) -> None:
+    """It is told as what it is, not as an offset at its end."""
+    error = daemon.attach(make_image(0), directory).fields["error"]
+    assert (error["code"], "the file is empty" in error["message"]) == ("invalid", True)
+
+
 def test_read_only(daemon: Daemon, make_image: Callable[..., int], directory: int, devices: Path) -> None:
     for image, option in ((make_image(), True), (make_image(flags=os.O_RDONLY), False)):
         fields = daemon.attach(image, directory, read_only=option).fields

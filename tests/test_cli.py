@@ -222,6 +222,22 @@ def test_run_exits_as_the_command(ctl: Ctl, loop: Loop, command: list[str], code
         assert ctl("run", loop.image, "-d", ctl.dev, "--", *command).code == code
 
 
+def test_run_without_the_two_dashes(ctl: Ctl) -> None:
+    result = ctl("run", ctl.image, "mkfs.ext4", "-q", "{}")
+    assert (result.code, "expected -- and a command" in result.err) == (2, True)
+    assert ctl("run", "--help").code == 0
+
+
+def test_a_device_that_is_read_only_unasked(ctl: Ctl, loop: Loop) -> None:
+    """An image that this user may only read: what makes a file system would complain of the device."""
+    loop.reply["read_only"] = True
+    with Peer(ctl.sock, loop.deliver, released, loop.deliver, released):
+        result = ctl("run", loop.image, "-d", ctl.dev, "--", "true")
+        assert (result.code, "cannot be written here" in result.err) == (0, True)
+        (ctl.dev / loop.reply["devname"]).unlink()
+        assert ctl("run", "-r", loop.image, "-d", ctl.dev, "--", "true").err == ""
+
+
 def test_run_says_when_the_device_is_left_in_use(ctl: Ctl, loop: Loop) -> None:
     with Peer(ctl.sock, loop.deliver, busy, loop.deliver, busy):
         result = ctl("run", loop.image, "-d", ctl.dev, "--", "true")

@@ -56,7 +56,7 @@ def test_timer(textfiles: Path) -> None:
         assert "OnCalendar=*-*-* *:*:00" in prop(TIMER, "TimersCalendar")
     finally:
         run("systemctl", "disable", "--now", TIMER)
-        run("systemctl", "stop", SERVICE)  # at the full minute it was started
+        run("systemctl", "start", SERVICE)  # at the full minute the timer has: to wait for its end
 
 
 def test_line_for_cron(textfiles: Path) -> None:
