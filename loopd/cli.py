@@ -594,7 +594,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Failure as error:
         _say(str(error))
     except OSError as error:
-        _say(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        what_for = ": expected an image; --directory is for the nodes" if isinstance(error, IsADirectoryError) else ""
+        _say(said + what_for)
     except KeyboardInterrupt:
         return 130
     return 1

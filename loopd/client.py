@@ -227,6 +227,7 @@ _UNAVAILABLE = {
     "a container with --group-add, in rootless podman --group-add keep-groups",
 }
 """What helps, by the errno of connect(2)."""
+_ADMIN_UNAVAILABLE = "on the host, as root: systemctl enable --now loopd-admin.socket; no container has it"
 
 
 # One request, one reply -------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def _send(path: str, payload: bytes, fds: Sequence[int], deadline: float) -> Non
         except OSError as error:
             if error.errno == errno.EBADF:
                 raise
-            hint = _UNAVAILABLE.get(error.errno or 0, "")
+            hint = _ADMIN_UNAVAILABLE if path == ADMIN_SOCKET else _UNAVAILABLE.get(error.errno or 0, "")
             raise Unavailable(f"cannot ask loopd at {path}: {error.strerror or error}", hint) from error
 
 

@@ -19,6 +19,7 @@ import pytest
 from scripted import DEADLINE, Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_left, released
 from test_client import LEASE, REPLY, ROOT
 
+import loopd.client
 from loopd import cli, wire
 
 __all__ = ["loop", "no_directory_of_loopd", "no_fd_is_left"]  # fixtures
@@ -220,6 +221,13 @@ def test_run_puts_the_device_into_the_command(ctl: Ctl, loop: Loop) -> None:
 def test_run_exits_as_the_command(ctl: Ctl, loop: Loop, command: list[str], code: int) -> None:
     with Peer(ctl.sock, loop.deliver, released):
         assert ctl("run", loop.image, "-d", ctl.dev, "--", *command).code == code
+
+
+def test_what_helps_is_said(ctl: Ctl) -> None:
+    """Where a directory is given for an image, and where there is no administrator's socket."""
+    assert "expected an image" in ctl("attach", ctl.dev).err
+    if not os.path.exists(loopd.client.ADMIN_SOCKET):
+        assert "loopd-admin.socket" in ctl("--admin", "list").err
 
 
 def test_run_without_the_two_dashes(ctl: Ctl) -> None:

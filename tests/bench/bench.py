@@ -578,7 +578,7 @@ def flood(bench: Bench) -> list[Row]:
         bench.daemon(Daemon, LONG_QUEUE, **usual) as long,
         bench.daemon(Daemon, **usual) as own,
     ):
-        for _ in range(bench.size(3, 1)):
+        for _ in range(bench.size(7, 1)):
             found["quiet"].append(bench.attaches(own.path, count))
             for name, target, daemon in (("same", flooded, flooded), ("long", long, long), ("own", flooded, own)):
                 with _other(_flood(target.path, many)) as child:
