@@ -9,7 +9,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import proc
 
@@ -115,11 +115,14 @@ class Account:
 
     __slots__ = (
         "attaching", "bytes", "devices", "ended", "flights", "helpers", "jobs", "name", "numbers", "queue", "refusals",
-        "refused_at", "requests", "shed", "stuck",
+        "refused_at", "senders", "shed", "stuck",
     )  # fmt: skip
 
     SLOW = 1.0
     """Seconds after which a helper that still has a request may hang in it."""
+
+    MOST_SENDERS = 256
+    """Processes of one account whose requests are counted."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -127,7 +130,7 @@ class Account:
         self.attaching = 0
         self.bytes = 0
         self.devices = 0
-        self.flights: set[object] = set()
+        self.flights: set[Any] = set()
         self.helpers: dict[object, float] = {}
         self.jobs = 0
         self.queue: deque[Callable[[], None]] = deque()
@@ -136,7 +139,13 @@ class Account:
         self.stuck = 0
         self.shed = 0
         self.numbers = Bucket()
-        self.requests = Bucket()
+        self.senders: dict[int, Bucket] = {}
+
+    def too_fast(self, pid: int, burst: float, per_second: float) -> bool:
+        """Count a request of process `pid`; whether that process sends them faster than this."""
+        if len(self.senders) >= self.MOST_SENDERS and pid not in self.senders:
+            self.senders.clear()
+        return not self.senders.setdefault(pid, Bucket()).spend(burst, per_second)
 
     @property
     def slow(self) -> int:

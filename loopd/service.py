@@ -283,9 +283,10 @@ class Service:
             self._drop(index, account, member, sender, "too many of its requests are under way or hang")
             return
         rate = limits.requests_per_second
-        too_fast = not account.requests.spend(limits.requests, rate)
-        if too_fast and account.flights:  # who waits for each answer cannot fill the queue, however fast it asks
-            why = f"it sends more than {rate:g} a second"
+        too_fast = account.too_fast(sender.pid, limits.requests, rate)
+        # Who waits for each answer cannot fill the queue, however fast it asks.
+        if too_fast and any(flight.sender.pid == sender.pid for flight in account.flights):
+            why = f"one process sends more than {rate:g} a second"
             self._flood = Flood(sender.pid, self.last_activity + self.FLOOD_PAUSE, account, member, why)
             self._drop(index, account, member, sender, why)
             return
