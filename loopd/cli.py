@@ -551,14 +551,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     rest = args.rest
     options = verb_parser(args.verb)
     if args.verb == "run":
-        if "--" not in rest and not {"-h", "--help"} & set(rest):
-            options.error("expected -- and a command behind the image")
         # Not left to argparse, which in some versions takes a second "--" out of the command.
         end = rest.index("--") if "--" in rest else len(rest)
         rest, args.command = rest[:end], rest[end + 1 :]
+        if not args.command and not {"-h", "--help"} & set(rest):
+            options.error("expected -- and a command behind the image")
     options.parse_args(rest, args)  # leaves be what was given in front of the verb
-    if args.verb == "run" and not args.command:
-        options.error("expected -- and a command behind the image")
     if args.verb == "detach":
         _check_detach(args, options)
     return args

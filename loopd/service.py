@@ -168,8 +168,8 @@ class Service:
     """Datagrams of one queue that are looked at before other events get their turn."""
 
     FLOOD_PAUSE = 0.01
-    """Seconds for which what a process sends is dropped unread after its account has sent too much: who waits for room
-    in the queue gets it only where a flood is taken out faster than it comes in.
+    """Seconds for which what a process sends is dropped unread after it has sent too much: who waits for room in the
+    queue gets it only where a flood is taken out faster than it comes in.
     """
 
     def __init__(

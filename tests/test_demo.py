@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import require
 
 DEMO = Path(__file__).parent / "demo.py"
 
 
 def demo(*before: str) -> subprocess.CompletedProcess[str]:
-    if os.geteuid() != 0:
-        pytest.skip("binding a loop device and making namespaces needs root")
     command = [*before, "/usr/bin/python3", str(DEMO)]
     return subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
 
@@ -28,6 +27,7 @@ def folders() -> set[Path]:
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """That of a demo which was killed before is none of this test's."""
+    require(os.geteuid() == 0, "binding a loop device and making namespaces needs root")
     before = folders()
     yield
     assert folders() <= before
@@ -49,8 +49,6 @@ def test_demo_that_fails_says_so_and_cleans_up() -> None:
 
 def test_demo_that_is_ended_cleans_up() -> None:
     """By what ends a session, too: a terminal that is closed, a runner that gives up."""
-    if os.geteuid() != 0:
-        pytest.skip("binding a loop device and making namespaces needs root")
     process = subprocess.Popen([sys.executable, str(DEMO)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
