@@ -141,6 +141,16 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _device(text: str) -> str:
+    try:
+        wire.VALIDATORS["devname"](os.path.basename(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a device, as /dev/loop4096 or loop4096, not {text!r}: `loopctl list` shows which has which image"
+        ) from None
+    return text
+
+
 def _lifetime(text: str) -> str:
     number = text.isascii() and text.isdecimal() and int(text) < 2**31  # what pid_t holds
     if text not in ("container", "detach", "parent") and not number:
@@ -172,8 +182,16 @@ def _lease(lifetime: str) -> Iterator[client.Lifetime]:
 # The verbs --------------------------------------------------------------------------------------------------
 
 
-def _client(args: argparse.Namespace) -> client.Client:
+def _unproved(args: argparse.Namespace) -> client.Client:
     return client.Client(args.socket or (client.ADMIN_SOCKET if args.admin else None), args.timeout)
+
+
+def _client(args: argparse.Namespace) -> client.Client:
+    asked = _unproved(args)
+    # An ordinary socket would answer, about this user's own leases alone.
+    if args.admin and args.socket and "metrics" not in asked.hello().operations:
+        raise _Failure(f"--admin: {args.socket} is not an administrator's socket; an instance's is admin.sock")
+    return asked
 
 
 def _attached(args: argparse.Namespace, lifetime: client.Lifetime) -> client.Device:
@@ -287,10 +305,10 @@ def _detach_all(args: argparse.Namespace) -> int:
 def _detach(args: argparse.Namespace) -> int:
     if args.all:
         return _detach_all(args)
-    failed = False
+    asked, failed = _client(args), False
     for device in args.device:
         try:
-            if not _client(args).detach(device, wait=args.wait, force=args.force):
+            if not asked.detach(device, wait=args.wait, force=args.force):
                 raise client.Busy(f"{device} is detached, but somebody still has it open")
         except client.Error as error:
             _explain(error)
@@ -337,7 +355,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from loopd import doctor  # noqa: PLC0415  # nobody else needs it
 
     findings = []
-    for finding in doctor.examine(_client(args)):
+    for finding in doctor.examine(_unproved(args)):
         _print(_clean(str(finding)))
         findings.append(finding)
     return int(any(finding.failed for finding in findings))
@@ -441,7 +459,7 @@ def _attach_options(parser: argparse.ArgumentParser) -> None:
 
 def _detach_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("device", metavar="DEVICE", nargs="*", help="the device, as /dev/loop4096 or loop4096")
+    add("device", metavar="DEVICE", nargs="*", type=_device, help="the device, as /dev/loop4096 or loop4096")
     add(
         "-a",
         "--all",
@@ -465,7 +483,7 @@ def _directory_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("device", metavar="DEVICE", help="the device, as /dev/loop4096 or loop4096")
+    parser.add_argument("device", metavar="DEVICE", type=_device, help="the device, as /dev/loop4096 or loop4096")
 
 
 def _no_option(_: argparse.ArgumentParser) -> None:

@@ -612,6 +612,15 @@ def _opened_device(dir_fd: int, path: str, attached: Attached) -> io.FileIO:
         raise _inaccessible(f"{path} cannot be opened", found, error.errno or 0) from error
 
 
+def _concerns_the_way(error: Error) -> bool:
+    """Whether another way to hand the device over may work where this error came."""
+    if isinstance(error, DeviceInaccessible):
+        return error.layer not in ("device cgroup", "device")  # no way is past these
+    if isinstance(error, (NotPermitted, Unsupported)):
+        return error.message.startswith(("dir_fd: ", "deliver: "))
+    return isinstance(error, (Undeliverable, Exists))
+
+
 # The client -------------------------------------------------------------------------------------------------
 
 
@@ -673,11 +682,9 @@ class Client:
                     if isinstance(way, DeviceInaccessible):
                         raise way
                     return attached(way)
-                except (Undeliverable, NotPermitted, Exists, Unsupported) as error:
-                    failures.append(error)
-                except DeviceInaccessible as error:
-                    if error.layer in ("device cgroup", "device"):
-                        raise  # no way is past these
+                except Error as error:
+                    if not _concerns_the_way(error):
+                        raise
                     failures.append(error)
             failures[0].message = "; ".join(dict.fromkeys(failure.message for failure in failures))
             raise failures[0]

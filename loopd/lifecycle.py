@@ -519,8 +519,9 @@ class Lifecycle:
     def record(self, event: Event, lease: Lease, text: str, **details: object) -> None:
         """Write the audit's record of something that happened to a lease."""
         binding, holder = lease.binding, lease.holder
+        owner = holder.unit or f"account {holder.account}"  # of no unit is what runs in the root of the cgroups
         self._audit.record(
-            event, f"{binding.devname} of {holder.unit or holder.account} on {binding.backing_file} {text}",
+            event, f"{binding.devname} of {owner} on {binding.backing_file} {text}",
             device=binding.devname, number=binding.number, diskseq=binding.diskseq,
             backing_file=binding.backing_file, backing_dev=binding.backing_dev, backing_inode=binding.backing_inode,
             account=holder.account, owner=str(holder.owner.account), unit=holder.unit,

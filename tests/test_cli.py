@@ -230,6 +230,15 @@ def test_what_helps_is_said(ctl: Ctl) -> None:
         assert "loopd-admin.socket" in ctl("--admin", "list").err
 
 
+@pytest.mark.parametrize("verb", ["detach", "rescan", "resize"])
+def test_an_image_is_no_device(ctl: Ctl, verb: str) -> None:
+    """It is what one has at hand, and the list is where its device is found."""
+    result = ctl(verb, ctl.image)
+    assert result.code == 2
+    assert "expected a device, as /dev/loop4096 or loop4096" in result.err
+    assert "`loopctl list`" in result.err
+
+
 def test_run_without_the_two_dashes(ctl: Ctl) -> None:
     result = ctl("run", ctl.image, "mkfs.ext4", "-q", "{}")
     assert (result.code, "expected -- and a command" in result.err) == (2, True)

@@ -421,7 +421,9 @@ def test_another_way_is_tried_after_a_refusal(
         assert device.path == loop.path
 
 
-@pytest.mark.parametrize("code", ["quota", "invalid", "bad-fd", "busy", "no-device", "internal"])
+@pytest.mark.parametrize(
+    "code", ["quota", "invalid", "bad-fd", "busy", "no-device", "internal", "not-permitted", "unsupported"]
+)
 def test_what_has_nothing_to_do_with_the_way_is_not_asked_for_again(
     code: str, sock: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
