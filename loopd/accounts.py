@@ -97,13 +97,17 @@ class Bucket:
 
     def spend(self, burst: float, per_second: float) -> bool:
         """Charge one: `burst` of them at once, and then `per_second`; False when they are used up."""
-        now = time.monotonic()
+        now = max(time.monotonic(), self._at)
         self._spent = max(0.0, self._spent - (now - self._at) * per_second)
         self._at = now
         if self._spent + 1 > burst:
             return False
         self._spent += 1
         return True
+
+    def pause(self, until: float) -> None:
+        """Have nothing come back until then (monotonic clock)."""
+        self._at = until
 
     def unspend(self) -> None:
         """Give the charge of one back."""
@@ -141,11 +145,11 @@ class Account:
         self.numbers = Bucket()
         self.senders: dict[int, Bucket] = {}
 
-    def too_fast(self, pid: int, burst: float, per_second: float) -> bool:
-        """Count a request of process `pid`; whether that process sends them faster than this."""
+    def requests_of(self, pid: int) -> Bucket:
+        """What process `pid` may send."""
         if len(self.senders) >= self.MOST_SENDERS and pid not in self.senders:
             self.senders.clear()
-        return not self.senders.setdefault(pid, Bucket()).spend(burst, per_second)
+        return self.senders.setdefault(pid, Bucket())
 
     @property
     def slow(self) -> int:

@@ -51,7 +51,7 @@ class Flood(NamedTuple):
     told of them.
     """
 
-    pid: int
+    sender: Sender
     until: float
     account: Account
     member: Membership
@@ -168,8 +168,8 @@ class Service:
     """Datagrams of one queue that are looked at before other events get their turn."""
 
     FLOOD_PAUSE = 0.01
-    """Seconds for which what a process sends is dropped unread after it has sent too much: who waits for room in the
-    queue gets it only where a flood is taken out faster than it comes in.
+    """Seconds for which what a process sends is dropped unread after it has sent too much, and its allowance does not
+    grow: who waits for room in the queue gets it only where a flood is taken out faster than it comes in.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Service:
         self._waiting: set[int] = set()
         self._taking: set[int] = set()
         self._exchanges = 0
-        self._flood = Flood(0, 0.0, Account(""), Membership("", ""), "")
+        self._flood = Flood(Sender(0, 0, 0, b""), 0.0, Account(""), Membership("", ""), "")
         self._stopping = False
         self.last_activity = time.monotonic()
 
@@ -235,10 +235,12 @@ class Service:
         for _ in range(self.BURST):
             if index in self._taking or self._stopping:
                 return
-            if not self._pool.available():
-                self._later(index)
-                return
             try:
+                if time.monotonic() < self._flood.until and self._drop_flood(listener):
+                    continue
+                if not self._pool.available():
+                    self._later(index)
+                    return
                 peeked = transport.peek(listener.socket)
             except OSError:  # ENOMEM, ENOBUFS: the queue is as it was
                 self._later(index)
@@ -246,15 +248,21 @@ class Service:
             if peeked is None:
                 break
             self.last_activity = time.monotonic()
-            if peeked.sender.pid == self._flood.pid and self.last_activity < self._flood.until:
-                self._drop(index, self._flood.account, self._flood.member, peeked.sender, self._flood.why)
-            else:
-                self._admit(index, *peeked)
+            self._admit(index, *peeked)
         if index not in self._taking:
             try:
                 self._poller.rearm(listener.socket.fileno())
             except OSError:  # ENOMEM
                 self._later(index)
+
+    def _drop_flood(self, listener: Listener) -> int:
+        """Take away what the process that sent too much has at the head of a queue, unread; how many datagrams."""
+        flood = self._flood
+        count = transport.drop_from(listener.socket, flood.sender.pid, self.BURST)
+        if count:
+            self._metrics.dropped += count
+            self._shed(flood.account, flood.member, flood.sender, flood.why, count)
+        return count
 
     def _later(self, index: int) -> None:
         """Serve a queue again soon: nothing else will tell that it is to be."""
@@ -283,11 +291,13 @@ class Service:
             self._drop(index, account, member, sender, "too many of its requests are under way or hang")
             return
         rate = limits.requests_per_second
-        too_fast = account.too_fast(sender.pid, limits.requests, rate)
+        allowance = account.requests_of(sender.pid)
+        too_fast = not allowance.spend(limits.requests, rate)
         # Who waits for each answer cannot fill the queue, however fast it asks.
         if too_fast and any(flight.sender.pid == sender.pid for flight in account.flights):
-            why = f"one process sends more than {rate:g} a second"
-            self._flood = Flood(sender.pid, self.last_activity + self.FLOOD_PAUSE, account, member, why)
+            why, until = f"one process sends more than {rate:g} a second", self.last_activity + self.FLOOD_PAUSE
+            allowance.pause(until)
+            self._flood = Flood(sender, until, account, member, f"dropped, {why}")
             self._drop(index, account, member, sender, why)
             return
         exchange = Exchange(self, index, sender, member, account, terms, envelope, request)
@@ -419,10 +429,10 @@ class Service:
         self._metrics.dropped += 1
         self._shed(account, member, sender, f"dropped, {why}")
 
-    def _shed(self, account: Account, member: Membership, sender: Sender, why: str) -> None:
+    def _shed(self, account: Account, member: Membership, sender: Sender, why: str, count: int = 1) -> None:
         """Count what is dropped unanswered; one record for each account and second."""
-        account.shed += 1
-        if account.shed > 1:
+        account.shed += count
+        if account.shed > count:
             return
 
         def tell() -> None:

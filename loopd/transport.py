@@ -14,6 +14,7 @@ import re
 import select
 import socket
 import struct
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -176,6 +177,24 @@ def drop(listener: socket.socket) -> None:
     """
     with contextlib.suppress(BlockingIOError):
         listener.recvmsg(1, _NO_FDS, MSG_DONTWAIT)
+
+
+def drop_from(listener: socket.socket, pid: int, most: int) -> int:
+    """Discard what is at the head of the queue from process `pid`, at most so many datagrams; how many there were.
+
+    For a flood, which is only held off by what is faster than it is: nothing else is looked at.
+    """
+    dropped, payload = 0, bytearray(1)
+    look, attested = MSG_PEEK | MSG_DONTWAIT, pid.to_bytes(4, sys.byteorder)
+    with contextlib.suppress(BlockingIOError):
+        while dropped < most:
+            control = listener.recvmsg(0, _NO_FDS, look)[1]
+            # Credentials come last: behind the time of arrival, and without room for a pidfd.
+            if not control or control[-1][1] != socket.SCM_CREDENTIALS or control[-1][2][:4] != attested:
+                break
+            listener.recv_into(payload, 1, MSG_DONTWAIT)
+            dropped += 1
+    return dropped
 
 
 def _received(control: list[tuple[int, int, bytes]]) -> tuple[list[int], list[int]]:

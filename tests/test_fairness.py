@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,9 @@ from conftest import Daemon, ask, bound_to, eventually, require
 from fuse_never import Never
 from processes import Child
 from test_policy import hanging
-from untouched import LONG_QUEUE, cgroup, flood, pair, reply_of, send
+from untouched import LONG_QUEUE, cgroup, concurrently, flood, pair, reply_of, send
 
-from loopd import wire
+from loopd import transport, wire
 
 FLOOD = 10_000
 ROUNDS = 60
@@ -116,6 +117,32 @@ def test_a_flood(
     assert all(record["LOOPD_ACCOUNT"] == account for record in daemon.records("refused"))
     eventually(lambda: daemon.records("shed"), "what is too much is dropped, and told")
     assert {record["LOOPD_ACCOUNT"] for record in daemon.records("shed")} == {account}
+
+
+@pytest.mark.parametrize("option", ["SO_PASSPIDFD", "SO_TIMESTAMPNS"])
+def test_a_flood_is_taken_out_up_to_the_next_one(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what the kernel attaches since Linux 6.5 and before; and no file of it is ever opened here."""
+    if option == "SO_TIMESTAMPNS":
+        monkeypatch.setattr(transport, "_NO_FDS", socket.CMSG_SPACE(12) + socket.CMSG_SPACE(16))
+    else:
+        require(transport.PIDFDS, "needs Linux 6.5")
+    sender, listener = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with sender, listener, open(os.devnull) as file:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        listener.setsockopt(socket.SOL_SOCKET, getattr(transport, option), 1)
+        for _ in range(3):
+            socket.send_fds(sender, [b"flood"], [file.fileno()])
+        with concurrently(lambda: sender.send(b"honest"), lambda: None) as sent:
+            assert sent() == len(b"honest")
+        sender.send(b"flood")
+        before = os.listdir("/proc/self/fd")
+        assert transport.drop_from(listener, os.getpid(), 2) == 2
+        assert transport.drop_from(listener, os.getpid(), 16) == 1
+        assert transport.drop_from(listener, os.getpid(), 16) == 0
+        assert os.listdir("/proc/self/fd") == before
+        assert listener.recv(100) == b"honest"
+        assert transport.drop_from(listener, os.getpid(), 16) == 1
+        assert transport.drop_from(listener, os.getpid(), 16) == 0
 
 
 def test_who_waits_for_room_gets_it(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
