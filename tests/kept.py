@@ -89,7 +89,7 @@ class Kept(Daemon):
         """Listen on the sockets; the daemon itself starts on the first datagram."""
         start_at(self.counter, self.block)
         program = str(Path(__file__).with_name("fdstore.py"))
-        command = [sys.executable, program, self.path, *self._wrapper, sys.executable, "-m", "loopd"]
+        command = [*self.launcher, sys.executable, program, self.path, *self._wrapper, sys.executable, "-m", "loopd"]
         command += ["--state-directory", str(self.state), *self._options]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **self._environment}
         with self.log_path.open("ab") as log:

@@ -200,27 +200,30 @@ def attach(bench: Bench) -> list[Row]:
 def crowd(bench: Bench) -> list[Row]:
     """Many clients at once, each of which asks for the next device as soon as it has one."""
     rows = []
-    with bench.daemon() as daemon, bench.floor() as floor:
+    with bench.daemon() as daemon, bench.daemon(launcher=LONG_QUEUE) as long, bench.floor() as floor:
+        brokers = {FLOOR: floor, "loopd": daemon.path, "a queue of 512": long.path}
         for clients in (1, 8, 64):
             count = bench.size(50 if clients > 1 else 400, 2)
+            subjects = list(brokers) if clients == 64 else [FLOOR, "loopd"]
             for pause, name in ((0, ""), (50000, ", 50 ms apart")):
                 if pause and clients == 1:
                     continue
-                took: dict[str, list[list[float]]] = {FLOOR: [], "loopd": []}
-                rates: dict[str, list[list[float]]] = {FLOOR: [], "loopd": []}
+                took: dict[str, list[list[float]]] = {subject: [] for subject in subjects}
+                rates: dict[str, list[list[float]]] = {subject: [] for subject in subjects}
                 for _ in range(bench.size(3, 1)):
-                    for subject, path in ((FLOOR, floor), ("loopd", daemon.path)):
+                    for subject in subjects:
                         start = time.perf_counter()
-                        took[subject].append(bench.attaches(path, count, pause, clients))
+                        took[subject].append(bench.attaches(brokers[subject], count, pause, clients))
                         rates[subject].append([len(took[subject][-1]) / (time.perf_counter() - start)])
                         eventually(lambda: not bound_to(bench.image), "everything is released", 60)
                 what = f"{clients} clients{name}" if clients > 1 else "1 client"
-                reach = 20.0 if clients == 64 else None
                 if not pause:
                     rows.append(compared("crowd", f"{what}, attaches in a second", rates["loopd"], FLOOR, rates[FLOOR],
                                          unit="/s")._replace(what=f"{what}, attaches in a second"))  # fmt: skip
-                rows.append(alone("crowd", f"{what}", took["loopd"], 50))
-                rows.append(alone("crowd", f"{what}", took["loopd"], 99, reach=reach))
+                for subject in subjects[1:]:
+                    which = what if subject == "loopd" else f"{what}, {subject}"
+                    rows.append(alone("crowd", which, took[subject], 50))
+                    rows.append(alone("crowd", which, took[subject], 99, reach=20.0 if clients == 64 else None))
                 rows.append(alone("crowd", f"{what}, {FLOOR}", took[FLOOR], 99))
     return rows
 
