@@ -252,15 +252,21 @@ class Daemon:
     """Seconds in which uevents are gathered: every attach makes some, and hardly one has to be acted on."""
 
     def _on_uevent(self) -> None:
-        self._poller.later(self.UEVENT_PAUSE, lambda: self._poller.rearm(self._uevents.fileno()))
-        changes = uevents.receive(self._uevents)
-        if changes is None:
-            self._lifecycle.look_again()
-            return
-        for devname in changes.disks:
-            self._lifecycle.on_disk(devname)
-        for devname in changes.partitioned:
-            self._lifecycle.on_partitions(devname)
+        began = time.monotonic()
+        try:
+            changes = uevents.receive(self._uevents)
+            if changes is None:
+                self._lifecycle.look_again()
+                self._lifecycle.look_at_partitions()
+                return
+            for devname in changes.disks:
+                self._lifecycle.on_disk(devname)
+            for devname in changes.partitioned:
+                self._lifecycle.on_partitions(devname)
+        finally:
+            # Whoever has a device can have the kernel tell of it without end: that gets a tenth of the time at most.
+            pause = max(self.UEVENT_PAUSE, 9 * (time.monotonic() - began))
+            self._poller.later(pause, lambda: self._poller.rearm(self._uevents.fileno()))
 
     def _catch_signals(self) -> None:
         read, write = socket.socketpair()

@@ -185,6 +185,13 @@ class Backing(NamedTuple):
     path: str
 
 
+def _path(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError as error:  # ENAMETOOLONG: more than 4096 bytes
+        raise Refusal(Code.BAD_FD, f"fd: the path of the file cannot be told: {error.strerror}") from error
+
+
 def check_backing(
     fd: int, request: Attach, mounts: Mounts, allowed: frozenset[str], *, block_devices: bool = False
 ) -> Backing:
@@ -214,7 +221,7 @@ def check_backing(
     window = min(size - request.offset, request.sizelimit or size)
     if window < request.sector_size:
         raise Refusal(Code.INVALID, f"fd: {window} bytes are less than one sector of {request.sector_size}")
-    path = os.readlink(f"/proc/self/fd/{fd}")
+    path = _path(fd)
     read_only = request.read_only or flags & os.O_ACCMODE == os.O_RDONLY
     return Backing(read_only, size, f"{identity.dev[0]}:{identity.dev[1]}", identity.inode, path)
 

@@ -13,6 +13,9 @@ IN_IGNORED = 0x8000
 IN_DONT_FOLLOW = 0x02000000
 IN_NONBLOCK, IN_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC
 
+OVERFLOW = -1
+"""The watch of an event that says that others were lost: fs.inotify.max_queued_events."""
+
 _EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name: struct inotify_event
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from . import cgroups, devices, leases, messages, records, transport, wire
+from . import cgroups, devices, inotify, leases, messages, records, transport, wire
 from .accounts import Account, Accounts, Owner
 from .audit import Audit, Event
 from .devices import Binding
@@ -253,8 +253,21 @@ class Lifecycle:
             # Without a pause: the number of one that is gone is another's after some milliseconds (RCU).
             self._arrange_after(0, lease, changed=False)
 
+    def look_at_partitions(self) -> None:
+        """Events were lost: look at the nodes of every lease whose partitions are not those that it had."""
+        for lease in self.leases:
+            if lease.binding.partscan and lease.state is State.BOUND:
+                known = None if lease.nodes is None else {node.name: (node.major, node.minor) for node in lease.nodes}
+                if known is not None:
+                    known.pop(lease.binding.devname, None)
+                if known != devices.partitions(lease.binding.devname):
+                    self.on_partitions(lease.binding.devname)
+
     def _on_watches(self) -> None:
-        for watch, _ in list(self._watches.events()):
+        watches = {watch for watch, _ in self._watches.events()}
+        if inotify.OVERFLOW in watches:
+            watches = set(self._watched)
+        for watch in watches:
             lease = self._watched.get(watch)
             if lease is not None and lease.state is State.BOUND:
                 self._arrange_after(self.ARRANGE_PAUSE, lease, changed=True)

@@ -27,7 +27,7 @@ from .lifecycle import Lifecycle, attached
 from .metrics import Gauges, Metrics
 from .numbers import Exhausted, Numbers
 from .policy import Allow, Policy, Terms
-from .poller import ONCE, Poller
+from .poller import ONCE, Poller, Timer
 from .pool import Pool, Worker
 from .transport import FdSet, Sender
 from .wire import Attach, Code, Detach, Directory, Envelope, Hello, Leases, Refusal, Reply, Request, Rescan, Resize
@@ -141,13 +141,16 @@ class Waiter:
         self._exchange = exchange
         self._lease = lease
         self._deadline = deadline
+        self._timer: Timer | None = None
 
     def told(self, state: State) -> None:
         """The lease is in another state."""
         if state is State.RELEASED:
+            if self._timer is not None:
+                self._timer.cancel()  # else it would keep all this for as long as the client chose to wait
             self._service.answer(self._exchange, wire.Detached("released"))
         else:
-            self._service.at(self._deadline, self._busy)
+            self._timer = self._service.at(self._deadline, self._busy)
 
     def _busy(self) -> None:
         if self.told in self._lease.waiting:
@@ -642,12 +645,12 @@ class Service:
             raise Refusal(Code.BUSY, f"{devname} is detached already, and goes at its last close")
         return lease
 
-    def at(self, deadline: float, callback: Callable[[], None]) -> None:
-        """Call back at a time of the monotonic clock, at once when it has passed."""
+    def at(self, deadline: float, callback: Callable[[], None]) -> Timer | None:
+        """Call back at a time of the monotonic clock, at once when it has passed; the timer, if there is one."""
         if deadline <= time.monotonic():
             callback()
-        else:
-            self._poller.later(deadline - time.monotonic(), callback)
+            return None
+        return self._poller.later(deadline - time.monotonic(), callback)
 
     # Answers and the audit --------------------------------------------------------------------------------------------
 
@@ -677,13 +680,10 @@ class Service:
                 self._give_up(exchange)
         if isinstance(reply, Refusal):
             self._metrics.refused(reply.code)
-            if exchange.account.refused(self.MOST_REFUSALS):
-                self._record(Event.REFUSED, exchange, f"Refused: {reply}", reply.code)
-            else:
-                self._shed(exchange.account, exchange.member, exchange.sender, "refused, more than are recorded singly")
+            self._record_singly(Event.REFUSED, exchange, f"Refused: {reply}", reply.code)
         if not delivered:
             self._metrics.refused(Code.UNDELIVERABLE)
-            self._record(Event.REFUSED, exchange, "The reply could not be delivered", Code.UNDELIVERABLE)
+            self._record_singly(Event.REFUSED, exchange, "The reply could not be delivered", Code.UNDELIVERABLE)
         return delivered
 
     def _address(self, index: int, sender: Sender) -> bytes:
@@ -711,9 +711,16 @@ class Service:
 
     def bug(self, exchange: Exchange, text: str) -> None:
         """Record a bug with its traceback, and answer without."""
-        self._record(Event.FAILED, exchange, text[-4000:], Code.INTERNAL)
+        self._record_singly(Event.FAILED, exchange, text[-4000:], Code.INTERNAL)
         with contextlib.suppress(Exception):
             self.answer(exchange, Refusal(Code.INTERNAL, "a bug of loopd: the journal of the host says more"))
+
+    def _record_singly(self, event: Event, exchange: Exchange, message: str, code: Code) -> None:
+        """Record what a client can bring about as often as it likes: beyond the first of a second it is counted."""
+        if exchange.account.refused(self.MOST_REFUSALS):
+            self._record(event, exchange, message, code)
+        else:
+            self._shed(exchange.account, exchange.member, exchange.sender, "refused, more than are recorded singly")
 
     def _record(self, event: Event, exchange: Exchange, message: str, code: Code) -> None:
         self._audit.record(

@@ -361,6 +361,24 @@ def test_partition_nodes_come_and_go_within_a_second(world: World, way: str) -> 
     eventually(lambda: not bound_to(world.work), "the file is free")
 
 
+def test_a_node_goes_although_the_event_is_lost(world: World) -> None:
+    """Whoever has a device can have the kernel send more events than the queue holds."""
+    image, own = world.image(), world.work / "dev"
+    own.mkdir()
+    with loopd.attach(image, own, partscan=True, socket=world.daemon.path) as device, Loop(device.minor) as loop:
+        node = Path(f"{device.path}p1")
+        loop.add_partition(1, MIB, MIB)
+        eventually(node.exists, "the node is there", 1)
+        os.kill(world.daemon.pid, signal.SIGSTOP)
+        try:
+            for _ in range(20_000):
+                Path(f"/sys/block/{device.devname}/uevent").write_text("change")
+            loop.delete_partition(1)
+        finally:
+            os.kill(world.daemon.pid, signal.SIGCONT)
+        eventually(lambda: not node.exists(), "the node is gone", 5)
+
+
 @pytest.mark.parametrize("deliver", ["node", "fd"])
 def test_a_partition_does_not_outlive_the_binding(world: World, deliver: Literal["node", "fd"]) -> None:
     """A number that comes again to the same owner shows nothing of what was there before."""

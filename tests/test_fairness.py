@@ -306,3 +306,54 @@ def test_refusals_are_summed_up(daemon: Daemon, other: tuple[Callable[[], None],
         assert child.hear() == "sent"
     seconds = time.monotonic() - began
     assert len(daemon.records("refused")) < 50 * (seconds + 1)
+
+
+def test_answers_that_nobody_can_get_are_summed_up(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
+    """Neither reply_fd nor an address: each is refused, and there is nobody to tell it to."""
+    enter, _ = other
+    honest(daemon, 1)
+
+    def flood(tell: Callable[[Any], None]) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.connect(daemon.path)
+            for _ in range(600):
+                sender.send(b'{"op": "hello"}')
+                time.sleep(0.002)
+        tell("sent")
+
+    began = time.monotonic()
+    with attacker(enter, flood) as child:
+        assert child.hear() == "sent"
+    seconds = time.monotonic() - began
+    assert 20 <= len(daemon.records("refused")) < 50 * (seconds + 1)
+
+
+def test_waiting_leaves_nothing_behind(daemon: Daemon) -> None:
+    """A detach that was answered long before the time that it would have waited for."""
+
+    def resident() -> int:
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{daemon.pid}/status").read_text().splitlines())
+        return int(fields["VmRSS"].split()[0])
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            reply = ask(daemon.path, wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",))), [memory()])
+            detach = wire.encode_request(wire.Detach(reply.fields["devname"], 0, wait=3600))
+            waiting = []
+            for _ in range(25):
+                ours, theirs = pair()
+                with theirs:
+                    send(daemon.path, detach, [theirs.fileno()]).close()
+                waiting.append(ours)
+            assert daemon.hello().code is None  # behind them in the queue
+            reply.close()
+            answers = [reply_of(ours) for ours in waiting]
+            for ours in waiting:
+                ours.close()
+            assert [answer.fields for answer in answers] == [{"state": "released"}] * 25
+            time.sleep(0.03)  # else it would be a flood
+
+    rounds(20)
+    before = resident()
+    rounds(80)
+    assert resident() - before < 1500  # KiB; 2 for each of 2,000 when they stayed

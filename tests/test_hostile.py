@@ -228,6 +228,18 @@ def _path(path: str, flags: int = os.O_RDONLY) -> Callable[[contextlib.ExitStack
     return lambda closing, _: opened(closing, path, flags)
 
 
+def _deep(closing: contextlib.ExitStack, tmp_path: Path) -> int:
+    """A file whose path has more than 4096 bytes, so that no call can tell it."""
+    closing.callback(shutil.rmtree, tmp_path / ("d" * 200))
+    at = opened(closing, tmp_path, os.O_RDONLY)
+    for _ in range(22):
+        os.mkdir("d" * 200, dir_fd=at)
+        at = owned(closing, os.open("d" * 200, os.O_RDONLY, dir_fd=at))
+    fd = owned(closing, os.open("image", os.O_RDWR | os.O_CREAT, dir_fd=at))
+    os.truncate(fd, 1 << 16)
+    return fd
+
+
 def _memfd(closing: contextlib.ExitStack, size: int) -> int:
     fd = owned(closing, os.memfd_create("memfd", os.MFD_CLOEXEC))
     os.truncate(fd, size)
@@ -257,6 +269,7 @@ BACKINGS: dict[str, tuple[Callable[[contextlib.ExitStack, Path], int], set[str]]
     "a pidfd": (lambda closing, _: owned(closing, os.pidfd_open(os.getpid())), {"bad-fd", "not-permitted"}),
     "an eventfd": (lambda closing, _: owned(closing, os.eventfd(0)), {"bad-fd", "not-permitted"}),
     "an epoll fd": (lambda closing, _: closing.enter_context(select.epoll()).fileno(), {"bad-fd", "not-permitted"}),
+    "a path without end": (_deep, {"bad-fd"}),
     "an empty file": (lambda closing, _: _memfd(closing, 0), {"invalid"}),
     "less than a sector": (lambda closing, _: _memfd(closing, 511), {"invalid"}),
 }
