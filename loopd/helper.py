@@ -117,10 +117,15 @@ class Helper:
         if packet is None:
             self._send(Taken(messages.bug("the queue was empty"), False, False, "", "", last=True))
             return True
-        with packet.own, packet.fds as fds:
+        with packet.own, packet.fds as fds, contextlib.ExitStack() as finally_:
             vetted = self._vet_sockets(job, packet)
             # The fds of which it is known that closing them cannot hang.
-            passed = {fd for fd in (vetted.reply, vetted.lease_fd) if fd is not None}
+            passed = set()
+            for fd in (vetted.reply, vetted.lease_fd):
+                if fd is not None and ((fd == vetted.lease_fd and vetted.lease == "pidfd") or transport.seal(fd)):
+                    passed.add(fd)
+                elif fd is not None:
+                    finally_.callback(transport.drain, fd)
             work = vetted.refusal is None and job.attach is not None and job.terms is not None
             last = not work and passed.issuperset(fds)
             flags = (vetted.pidfd is not None, vetted.reply is not None)

@@ -21,7 +21,7 @@ from .leases import Lease, Leases, Slots, State
 from .loop import backing_file
 from .numbers import PARKED, Numbers, ours
 from .policy import Policy
-from .poller import HUNG_UP, Poller
+from .poller import HUNG_UP, READABLE, Poller
 from .pool import Pool, Worker
 from .transport import FdSet
 from .wire import Code, Refusal
@@ -124,7 +124,9 @@ class Lifecycle:
 
     def _watch(self, lease: Lease) -> None:
         assert lease.keeper is not None
-        self._poller.add(lease.keeper, lambda: self.release(lease, "expired"), HUNG_UP)
+        # A pidfd is readable when the process has ended; a socket is sealed, and hangs up.
+        events = HUNG_UP if lease.lease in ("reply", "socket") else READABLE
+        self._poller.add(lease.keeper, lambda: self.release(lease, "expired"), events)
         if lease.watch is not None:
             self._watched[lease.watch] = lease
         if lease.account.ended:
@@ -190,8 +192,8 @@ class Lifecycle:
         self._poller.later(self.PROBE_PAUSE, self._numbers.probe)
 
     def _restore(self, lease: Lease, reply: int | None) -> None:
-        # A client that closed its end of the reply socket has the answer, or wants it no more.
-        complete = reply is not None and not transport.hung_up(reply)
+        # A client that closed its end of the reply socket wants no answer any more.
+        complete = reply is not None and not (transport.answered(reply) or transport.hung_up(reply))
 
         def restored(refusal: Refusal | None) -> None:
             if reply is not None:
@@ -199,7 +201,9 @@ class Lifecycle:
                     client = []
                     if "fd" in lease.holder.deliver and lease.device is not None:
                         client = [fds.add(devices.reopen(lease.device, lease.binding.read_only))]
-                    transport.reply(reply, wire.encode_reply(refusal or attached(lease), lease.holder.id), client)
+                    if complete:
+                        transport.reply(reply, wire.encode_reply(refusal or attached(lease), lease.holder.id), client)
+                        transport.mark_answered(reply)
             if refusal is not None and complete:
                 self.release(lease, "undeliverable")
 

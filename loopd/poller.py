@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 
 READABLE = select.EPOLLIN
-HUNG_UP = select.EPOLLIN | select.EPOLLRDHUP  # EPOLLHUP and EPOLLERR come unasked
+HUNG_UP = 0  # EPOLLHUP and EPOLLERR come unasked
 ONCE = select.EPOLLIN | select.EPOLLONESHOT
 
 

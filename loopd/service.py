@@ -665,11 +665,9 @@ class Service:
                 delivered = transport.reply(exchange.reply_fd, payload, fds)
             else:
                 delivered = self._send_to(exchange, payload)
-            if delivered and exchange.reply_fd is not None:
-                # As a lease it is sealed; and if there is a copy in the fd store, a new daemon does not answer again.
-                transport.seal_lease(exchange.reply_fd)
-            if exchange.lease == "socket" and exchange.lease_fd is not None:
-                transport.seal_lease(exchange.lease_fd)
+            if delivered and exchange.reply_fd is not None and isinstance(reply, wire.Attached):
+                # If there is a copy in the fd store, a new daemon does not answer again.
+                transport.mark_answered(exchange.reply_fd)
         finally:
             exchange.fds.close()
             exchange.land()

@@ -330,14 +330,49 @@ def check_lease(fd: int) -> str:
     return "socket"
 
 
-def seal_lease(fd: int) -> None:
-    """End loopd's direction of a lease socket.
+def seal(fd: int) -> bool:
+    """Have nothing more come in through a client's socket; whether nothing is in its queue.
 
-    If a client sends both ends of one pair as two leases, neither would ever hang up. After this the other end reads
-    EOF, so as a lease it is over at once; the client's holding it is noticed as before.
+    What a client has put there is released by whoever closes the socket last, and may be a device whose last close
+    waits for a file that never answers: not even SIGKILL ends that. So the main process closes no socket that was
+    not sealed, and sealed ones have been drained by the helper. The other end is told EPIPE, and its close is a
+    hang-up as before; of both ends of one pair each hangs up at once, for the other is sealed.
     """
-    with borrowed(fd) as peer, contextlib.suppress(OSError):  # ENOTCONN: closed at the other end, which the poll shows
-        peer.shutdown(socket.SHUT_WR)
+    with borrowed(fd) as peer:
+        with contextlib.suppress(OSError):  # ENOTCONN: closed at the other end, so that nothing can come either
+            peer.shutdown(socket.SHUT_RD)
+        peer.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        return not _received_one(peer, MSG_PEEK)
+
+
+def drain(fd: int) -> None:
+    """Release what is in the queue of a sealed socket, which may wait for as long as a client likes."""
+    with borrowed(fd) as peer:
+        while _received_one(peer, 0):
+            pass
+
+
+def _received_one(peer: socket.socket, flags: int) -> bool:
+    """Whether there was a message. One of no bytes looks like the end of all, but for the time of its arrival, for
+    which there is no room.
+    """
+    try:
+        payload, _, told, _ = peer.recvmsg(65536 if not flags else 1, 0, flags | MSG_DONTWAIT)
+    except OSError:  # EAGAIN, ECONNRESET: nothing is there
+        return False
+    return bool(payload) or bool(told & _CTRUNC)
+
+
+def mark_answered(fd: int) -> None:
+    """Have `answered` tell of a socket, and of each copy of it in the fd store, that its request has its answer."""
+    with borrowed(fd) as peer, contextlib.suppress(OSError):
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 1)
+
+
+def answered(fd: int) -> bool:
+    """Whether `mark_answered` was called."""
+    with borrowed(fd) as peer:
+        return peer.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) == 1
 
 
 SIOCGSKNS = 0x894C  # <linux/sockios.h>, Linux 4.10: the socket's network namespace as an fd; needs CAP_NET_ADMIN

@@ -178,7 +178,7 @@ def test_in_the_queue_of_a_socket(
         ).close()  # fmt: skip
         never.mute()
     reply = reply_of(ours, SERVED)
-    # A lease socket that is readable is over: the device may have gone before the reply was made.
+    # The other end of the lease socket is closed: the device may have gone before the reply was made.
     assert reply.code is None
     _served(daemon)
     reply.close()
@@ -382,4 +382,40 @@ def test_a_file_that_its_owner_keeps_locked(
         assert daemon.hello().code is None
     eventually(lambda: not bound_to(tmp_path), "the device is gone")
     assert os.pread(image, 8, 4096) == b"latelate"
+    before.check(tmp_path)
+
+
+def _let_go(daemon: Daemon, image: int, directory: int, devices: Path) -> int:
+    """A device that loopd has let go of, open here: its last close will be this fd's."""
+    reply = daemon.attach(image, directory)
+    device = os.open(devices / reply.fields["devname"], os.O_RDWR)
+    reply.close()
+    eventually(lambda: daemon.records("held"), "loopd has let go of the device")
+    return device
+
+
+def test_a_device_in_the_queue_of_a_reply_socket(
+    quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
+) -> None:
+    """Whoever closes it last waits for a file that its owner keeps locked, and no signal ends that."""
+    daemon = quick()
+    before = Untouched(daemon)
+    device = _let_go(daemon, image, directory, devices)
+    ours, theirs = pair()
+
+    def write(memory: mmap.mmap) -> None:
+        os.pwrite(os.open(tmp_path / "image", os.O_RDWR), memory, 0)
+
+    with ours, _locking(never, write):
+        os.pwrite(device, b"late" * 1024, 4096)
+        _queue(ours, device)
+        os.close(device)
+        with theirs:
+            send(daemon.path, b'{"op": "hello", "reply_fd": 0}', [theirs.fileno()]).close()
+        assert reply_of(ours).code is None
+        with pytest.raises(OSError):  # noqa: PT011  # EPIPE, or ECONNRESET when it is closed by now
+            _queue(ours, image)
+        stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", WRITTEN_OFF, "the daemon serves")
+        eventually(lambda: daemon.records("stuck"), "the helper is written off", WRITTEN_OFF + 3)
+    eventually(lambda: not bound_to(tmp_path), "the device is gone")
     before.check(tmp_path)
