@@ -359,7 +359,7 @@ class Daemon:
             self._stopping = True
             return
         if idle >= timeout:
-            self._pool.shrink()
+            self._service.rest()
         self._poller.later(max(0.05, timeout - idle if idle < timeout else timeout), self._idle_check)
 
     def _stop(self) -> None:

@@ -117,15 +117,10 @@ class Helper:
         if packet is None:
             self._send(Taken(messages.bug("the queue was empty"), False, False, "", "", last=True))
             return True
-        with packet.own, packet.fds as fds, contextlib.ExitStack() as finally_:
+        with packet.own, packet.fds as fds:
             vetted = self._vet_sockets(job, packet)
             # The fds of which it is known that closing them cannot hang.
-            passed = set()
-            for fd in (vetted.reply, vetted.lease_fd):
-                if fd is not None and ((fd == vetted.lease_fd and vetted.lease == "pidfd") or transport.seal(fd)):
-                    passed.add(fd)
-                elif fd is not None:
-                    finally_.callback(transport.drain, fd)
+            passed = {fd for fd in (vetted.reply, vetted.lease_fd) if fd is not None}
             work = vetted.refusal is None and job.attach is not None and job.terms is not None
             last = not work and passed.issuperset(fds)
             flags = (vetted.pidfd is not None, vetted.reply is not None)
@@ -153,7 +148,10 @@ class Helper:
             pidfd = _living_sender(job, packet)
             if job.lease is not None:
                 candidate = borrow(packet.fds, job.lease, "lease_fd")
-                lease, lease_fd = transport.check_lease(candidate), candidate
+                kind = transport.check_lease(candidate)
+                if kind == "socket":
+                    transport.seal(candidate, "lease_fd")
+                lease, lease_fd = kind, candidate
             if job.directory is not None:
                 grant = self._tools.grants.recognise(borrow(packet.fds, job.directory, "dir_fd"))
         except Refusal as error:
@@ -173,6 +171,7 @@ class Helper:
             try:
                 fd = borrow(packet.fds, candidate, "reply_fd")
                 transport.check_reply_socket(fd, packet.sender)
+                transport.seal(fd, "reply_fd")
                 return fd, None
             except Refusal as error:
                 refusal = error

@@ -21,6 +21,7 @@ from .accounts import Account, Membership, Owner
 from .audit import Audit, Event
 from .bugs import described
 from .devices import Number
+from .dropper import Dropped, Dropper
 from .grants import Grants
 from .leases import Holder, Lease, Slots, State
 from .lifecycle import Lifecycle, attached
@@ -46,10 +47,8 @@ class Listener(NamedTuple):
     admin: bool
 
 
-class Flood(NamedTuple):
-    """The process that sent too much last, until when its datagrams are dropped unread (monotonic clock), and what is
-    told of them.
-    """
+class Unwanted(NamedTuple):
+    """Whose datagrams are dropped unread, until when (monotonic clock), and what is told of them."""
 
     sender: Sender
     until: float
@@ -170,6 +169,9 @@ class Service:
     BURST = 16
     """Datagrams of one queue that are looked at before other events get their turn."""
 
+    MOST_FLOODS = 256
+    """Processes that are remembered as floods before those whose time is over are forgotten."""
+
     FLOOD_PAUSE = 0.01
     """Seconds for which what a process sends is dropped unread after it has sent too much, and its allowance does not
     grow: who waits for room in the queue gets it only where a flood is taken out faster than it comes in.
@@ -197,7 +199,8 @@ class Service:
         self._waiting: set[int] = set()
         self._taking: set[int] = set()
         self._exchanges = 0
-        self._flood = Flood(Sender(0, 0, 0, b""), 0.0, Account(""), Membership("", ""), "")
+        self._droppers = [Dropper(poller, listener.socket) for listener in listeners]
+        self._floods: dict[int, Unwanted] = {}
         self._stopping = False
         self.last_activity = time.monotonic()
 
@@ -239,11 +242,6 @@ class Service:
             if index in self._taking or self._stopping:
                 return
             try:
-                if time.monotonic() < self._flood.until and self._drop_flood(listener):
-                    continue
-                if not self._pool.available():
-                    self._later(index)
-                    return
                 peeked = transport.peek(listener.socket)
             except OSError:  # ENOMEM, ENOBUFS: the queue is as it was
                 self._later(index)
@@ -251,21 +249,19 @@ class Service:
             if peeked is None:
                 break
             self.last_activity = time.monotonic()
-            self._admit(index, *peeked)
+            flood = self._floods.get(peeked.sender.pid)
+            if flood is not None and self.last_activity < flood.until:
+                self._drop(index, flood, Dropper.MOST)
+            elif self._pool.available():
+                self._admit(index, *peeked)
+            else:
+                self._later(index)
+                return
         if index not in self._taking:
             try:
                 self._poller.rearm(listener.socket.fileno())
             except OSError:  # ENOMEM
                 self._later(index)
-
-    def _drop_flood(self, listener: Listener) -> int:
-        """Take away what the process that sent too much has at the head of a queue, unread; how many datagrams."""
-        flood = self._flood
-        count = transport.drop_from(listener.socket, flood.sender.pid, self.BURST)
-        if count:
-            self._metrics.dropped += count
-            self._shed(flood.account, flood.member, flood.sender, flood.why, count)
-        return count
 
     def _later(self, index: int) -> None:
         """Serve a queue again soon: nothing else will tell that it is to be."""
@@ -285,23 +281,27 @@ class Service:
         account = self._lifecycle.accounts.get(member.account)
         if cgroup is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
-            self._drop(index, account, member, sender, "their senders had ended or are unknown")
+            self._drop(index, Unwanted(sender, 0, account, member, "their senders had ended or are unknown"), 1)
             return
         terms = self.policy.terms(self._instance, member.account, sender.uid, sender.gid)
         limits = terms.limits
         hanging = account.stuck >= limits.stuck or account.slow >= self.MOST_SLOW
         if hanging or len(account.flights) >= limits.requests:
-            self._drop(index, account, member, sender, "too many of its requests are under way or hang")
+            why = "too many of its requests are under way or hang"
+            self._drop(index, Unwanted(sender, 0, account, member, why), 1)
             return
         rate = limits.requests_per_second
         allowance = account.requests_of(sender.pid)
         too_fast = not allowance.spend(limits.requests, rate)
         # Who waits for each answer cannot fill the queue, however fast it asks.
         if too_fast and any(flight.sender.pid == sender.pid for flight in account.flights):
-            why, until = f"one process sends more than {rate:g} a second", self.last_activity + self.FLOOD_PAUSE
+            until = self.last_activity + self.FLOOD_PAUSE
             allowance.pause(until)
-            self._flood = Flood(sender, until, account, member, f"dropped, {why}")
-            self._drop(index, account, member, sender, why)
+            flood = Unwanted(sender, until, account, member, f"one process sends more than {rate:g} a second")
+            if len(self._floods) >= self.MOST_FLOODS:
+                self._floods = {pid: other for pid, other in self._floods.items() if other.until > self.last_activity}
+            self._floods[sender.pid] = flood
+            self._drop(index, flood, Dropper.MOST)
             return
         exchange = Exchange(self, index, sender, member, account, terms, envelope, request)
         if envelope.reply_fd is None:
@@ -426,11 +426,34 @@ class Service:
         else:
             worker.send(messages.UseNumber(None, Refusal(Code.TIMEOUT, "no device number came free in time")))
 
-    def _drop(self, index: int, account: Account, member: Membership, sender: Sender, why: str) -> None:
-        """Take the head of a queue away unanswered."""
-        transport.drop(self._listeners[index].socket)
-        self._metrics.dropped += 1
-        self._shed(account, member, sender, f"dropped, {why}")
+    def _drop(self, index: int, unwanted: Unwanted, most: int) -> None:
+        """Have the head of a queue taken away unanswered, and what follows it of floods of the same account."""
+        now = time.monotonic()
+        pids = {unwanted.sender.pid: unwanted}
+        if most > 1:
+            pids |= {
+                pid: flood for pid, flood in self._floods.items()
+                if flood.until > now and flood.account is unwanted.account
+            }  # fmt: skip
+        self._taking.add(index)
+
+        def dropped(counts: Dropped | None) -> None:
+            hangs = "" if counts is not None else ", and what is in it hangs"
+            for pid, count in ({unwanted.sender.pid: 1} if counts is None else counts).items():
+                self._metrics.dropped += count
+                found = pids[pid]
+                self._shed(found.account, found.member, found.sender, f"dropped, {found.why}{hangs}", count)
+            self._taking.discard(index)
+            self._serve(index)
+
+        self._droppers[index].drop(pids, most, dropped)
+
+    def rest(self) -> None:
+        """End the child processes that nothing is to be done for."""
+        self._pool.shrink()
+        for index, dropper in enumerate(self._droppers):
+            if index not in self._taking:
+                dropper.rest()
 
     def _shed(self, account: Account, member: Membership, sender: Sender, why: str, count: int = 1) -> None:
         """Count what is dropped unanswered; one record for each account and second."""

@@ -16,7 +16,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -169,32 +169,25 @@ def peek(listener: socket.socket) -> Peeked | None:
     return Peeked(payload, _sender(control, address))
 
 
-def drop(listener: socket.socket) -> None:
-    """Discard the head of the queue.
+def drop(listener: socket.socket, pids: Collection[int], most: int) -> dict[int, int]:
+    """Discard what is at the head of the queue from any of these processes, at most so many datagrams; how many there
+    were of which. For the dropper only: releasing what is in them may take for ever.
 
-    The kernel releases its fds without a flush, so no FUSE server is waited for; what a release itself waits for (the
-    SO_LINGER of a TCP socket) is the poller's to cut short.
+    No fd of theirs is ever opened, so that at least no FUSE server is asked to flush it.
     """
+    dropped, payload = dict.fromkeys(pids, 0), bytearray(1)
+    look = MSG_PEEK | MSG_DONTWAIT
     with contextlib.suppress(BlockingIOError):
-        listener.recvmsg(1, _NO_FDS, MSG_DONTWAIT)
-
-
-def drop_from(listener: socket.socket, pid: int, most: int) -> int:
-    """Discard what is at the head of the queue from process `pid`, at most so many datagrams; how many there were.
-
-    For a flood, which is only held off by what is faster than it is: nothing else is looked at.
-    """
-    dropped, payload = 0, bytearray(1)
-    look, attested = MSG_PEEK | MSG_DONTWAIT, pid.to_bytes(4, sys.byteorder)
-    with contextlib.suppress(BlockingIOError):
-        while dropped < most:
+        for _ in range(most):
             control = listener.recvmsg(0, _NO_FDS, look)[1]
             # Credentials come last: behind the time of arrival, and without room for a pidfd.
-            if not control or control[-1][1] != socket.SCM_CREDENTIALS or control[-1][2][:4] != attested:
+            known = control and control[-1][1] == socket.SCM_CREDENTIALS
+            pid = int.from_bytes(control[-1][2][:4], sys.byteorder) if known else 0
+            if pid not in dropped:
                 break
             listener.recv_into(payload, 1, MSG_DONTWAIT)
-            dropped += 1
-    return dropped
+            dropped[pid] += 1
+    return {pid: count for pid, count in dropped.items() if count}
 
 
 def _received(control: list[tuple[int, int, bytes]]) -> tuple[list[int], list[int]]:
@@ -330,37 +323,25 @@ def check_lease(fd: int) -> str:
     return "socket"
 
 
-def seal(fd: int) -> bool:
-    """Have nothing more come in through a client's socket; whether nothing is in its queue.
+def seal(fd: int, name: str) -> None:
+    """Have nothing come in through a client's socket any more; a refusal if something has.
 
-    What a client has put there is released by whoever closes the socket last, and may be a device whose last close
-    waits for a file that never answers: not even SIGKILL ends that. So the main process closes no socket that was
-    not sealed, and sealed ones have been drained by the helper. The other end is told EPIPE, and its close is a
-    hang-up as before; of both ends of one pair each hangs up at once, for the other is sealed.
+    What is in its queue is released by whoever closes the socket last, and may be a device whose last close waits for
+    a file that never answers: not even SIGKILL ends that. So the main process gets no socket but sealed ones. The
+    other end is told EPIPE, and its close is a hang-up as before; of both ends of one pair each hangs up at once, for
+    the other is sealed.
     """
     with borrowed(fd) as peer:
         with contextlib.suppress(OSError):  # ENOTCONN: closed at the other end, so that nothing can come either
             peer.shutdown(socket.SHUT_RD)
+        # A message of no bytes looks like the end of all, but for the time of its arrival, for which there is no room.
         peer.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        return not _received_one(peer, MSG_PEEK)
-
-
-def drain(fd: int) -> None:
-    """Release what is in the queue of a sealed socket, which may wait for as long as a client likes."""
-    with borrowed(fd) as peer:
-        while _received_one(peer, 0):
-            pass
-
-
-def _received_one(peer: socket.socket, flags: int) -> bool:
-    """Whether there was a message. One of no bytes looks like the end of all, but for the time of its arrival, for
-    which there is no room.
-    """
-    try:
-        payload, _, told, _ = peer.recvmsg(65536 if not flags else 1, 0, flags | MSG_DONTWAIT)
-    except OSError:  # EAGAIN, ECONNRESET: nothing is there
-        return False
-    return bool(payload) or bool(told & _CTRUNC)
+        try:
+            payload, _, told, _ = peer.recvmsg(1, 0, MSG_PEEK | MSG_DONTWAIT)
+        except OSError:  # EAGAIN, ECONNRESET: there is nothing
+            return
+    if payload or told & _CTRUNC:
+        raise wire.Refusal(wire.Code.BAD_FD, f"{name}: something was sent into it, which is for loopd to answer")
 
 
 def mark_answered(fd: int) -> None:

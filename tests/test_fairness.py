@@ -136,13 +136,14 @@ def test_a_flood_is_taken_out_up_to_the_next_one(option: str, monkeypatch: pytes
             assert sent() == len(b"honest")
         sender.send(b"flood")
         before = os.listdir("/proc/self/fd")
-        assert transport.drop_from(listener, os.getpid(), 2) == 2
-        assert transport.drop_from(listener, os.getpid(), 16) == 1
-        assert transport.drop_from(listener, os.getpid(), 16) == 0
+        me = os.getpid()
+        assert transport.drop(listener, [me, 1], 2) == {me: 2}
+        assert transport.drop(listener, [me, 1], 16) == {me: 1}
+        assert transport.drop(listener, [me, 1], 16) == {}
         assert os.listdir("/proc/self/fd") == before
         assert listener.recv(100) == b"honest"
-        assert transport.drop_from(listener, os.getpid(), 16) == 1
-        assert transport.drop_from(listener, os.getpid(), 16) == 0
+        assert transport.drop(listener, [me, 1], 16) == {me: 1}
+        assert transport.drop(listener, [me, 1], 16) == {}
 
 
 def test_who_waits_for_room_gets_it(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:

@@ -1,0 +1,98 @@
+"""The dropper: a child process that takes unwanted datagrams off a queue, with whatever files are in them.
+
+The kernel releases those in whoever drops them, and that can wait: for a TCP socket as long as SO_LINGER says, for the
+last close of a block device until its backing file answers, which not even SIGKILL ends. So the main process drops
+nothing itself. Decides nothing: which processes' datagrams go arrives with the order.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import signal
+import socket
+from collections.abc import Callable, Collection
+
+from . import transport
+from .poller import Poller, Timer
+from .pool import fork
+
+Dropped = dict[int, int]
+"""How many datagrams of which process were dropped."""
+
+
+class Dropper:
+    """The main process's side, for one listener; one order at a time. The child is made when it is needed."""
+
+    PATIENCE = 0.01
+    """Seconds for an order. What takes longer hangs in a file; that datagram is off the queue by then."""
+    MOST = 512
+    """Datagrams of one order, which take a few milliseconds."""
+
+    def __init__(self, poller: Poller, listener: socket.socket) -> None:
+        self._poller = poller
+        self._listener = listener
+        self._channel: socket.socket | None = None
+        self._pid = 0
+        self._done: Callable[[Dropped | None], None] | None = None
+        self._deadline: Timer | None = None
+
+    def drop(self, pids: Collection[int], most: int, done: Callable[[Dropped | None], None]) -> None:
+        """Drop what is at the head of the queue from any of `pids`, and call `done`: with None when it hangs."""
+        self._done = done
+        self._deadline = self._poller.later(self.PATIENCE, self._hangs)
+        try:
+            if self._channel is None:
+                self._start()
+            assert self._channel is not None
+            self._channel.send(array.array("i", [most, *pids]).tobytes(), transport.MSG_DONTWAIT)
+        except OSError:
+            pass  # TasksMax=, memory, or it has just ended: it is tried again after the deadline
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self._pid = fork([theirs.fileno(), self._listener.fileno()], lambda: work(theirs, self._listener))
+            except OSError:
+                ours.close()
+                raise
+        self._channel = ours
+        self._poller.add(ours.fileno(), self._answered)
+
+    def _answered(self) -> None:
+        assert self._channel is not None
+        answer = array.array("i", self._channel.recv(65536))
+        if not answer:
+            self.rest()
+            return
+        self._finish({pid: count for pid, count in zip(answer[::2], answer[1::2], strict=True) if count})
+
+    def _hangs(self) -> None:
+        if self._channel is not None:
+            os.kill(self._pid, signal.SIGKILL)
+        self.rest()
+        self._finish(None)
+
+    def _finish(self, dropped: Dropped | None) -> None:
+        done, self._done = self._done, None
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if done is not None:
+            done(dropped)
+
+    def rest(self) -> None:
+        """End the child, until it is needed again."""
+        if self._channel is not None:
+            self._poller.remove(self._channel.fileno())
+            self._channel.close()
+            self._channel = None
+
+
+def work(channel: socket.socket, listener: socket.socket) -> None:
+    """Be the dropper, until the main process closes its end."""
+    while order := channel.recv(65536):
+        most, *pids = array.array("i", order)
+        dropped = transport.drop(listener, pids, most)
+        answer = array.array("i", [number for item in dropped.items() for number in item] or [0, 0])
+        channel.send(answer.tobytes())
