@@ -86,3 +86,11 @@ def test_github_runner() -> None:
     assert container(given["cap-drop"], given["device-cgroup-rule"], job["container"]["volumes"]) == DOCKER
     # They go to docker without a shell, by a parser to which an apostrophe is a letter.
     assert "'" not in job["container"]["options"]
+
+
+def test_bubblewrap_leaves_the_devices_of_the_directory_open() -> None:
+    """It has no read-only bind mount but with nodev: the unit around it has."""
+    text = recipe("bubblewrap")
+    assert '--property=ReadOnlyPaths="$directory"' in text
+    assert '--dev-bind "$directory" /dev/loopd' in text
+    assert "--remount-ro" not in text

@@ -16,9 +16,11 @@ ATTACHMENTS = {BY_OFFSET: 4, BY_PARTITION: 1}
 
 
 def write(folder: Path, section: str = BY_OFFSET) -> None:
-    """Make build.sh in the folder, as it is in that section; it says what the host is called that it ran on."""
+    """Make build.sh in the folder, as it is in that section; it says what the host is called that it ran on, and
+    where its device was.
+    """
     script = folder / "build.sh"
-    script.write_text(recipe(section) + "hostname >host\n")
+    script.write_text(recipe(section) + "hostname >host\necho $device >device\n")
     script.chmod(0o755)
 
 

@@ -32,7 +32,13 @@ def work(folder: Path) -> Iterator[Path]:
 def perform(text: str, folder: Path) -> None:
     """Run a recipe as the reader does, in a shell, and check what it made."""
     run("sh", "-ec", text, cwd=folder, timeout=200)
+    check(folder)
+
+
+def check(folder: Path) -> None:
+    """What was made, and that no other delivery has stood in for the directory of loopd's."""
     build.check(folder)
+    assert (folder / "device").read_text().startswith("/dev/loopd/loop")
 
 
 def container_of(work: Path) -> str:
@@ -121,7 +127,7 @@ def test_gitlab_runner(work: Path, docker_image: str, journal: Journal) -> None:
     options += [f"--volume={volume}" for volume in (*settings["volumes"], USR, f"{work}:/work")]
     loopctl("directory", "build")
     run("docker", "run", "--rm", "--network=none", *options, "--workdir=/work", docker_image, "./build.sh", timeout=200)
-    build.check(work)
+    check(work)
     recorded_for_docker(journal, work)
 
 
@@ -135,7 +141,7 @@ def test_github_runner(work: Path, docker_image: str, journal: Journal) -> None:
     options = ["--bind", "--pull=false", "--no-cache-server", "--container-daemon-socket=-"]
     options += ["--platform=self-hosted=none", "--workflows=workflow.yaml"]
     run("env", f"HOME={work}", PROJECT / ".venv/bin/act", "push", *options, cwd=work, timeout=300)
-    build.check(work)
+    check(work)
     # It has the host's network, and so the host's name.
     build.recorded(journal, build.unit_of(journal, r"docker-[0-9a-f]{64}\.scope"))
 
@@ -153,7 +159,7 @@ def test_quadlet(work: Path, journal: Journal) -> None:
     finally:
         unit.unlink()
         run("systemctl", "daemon-reload")
-    build.check(work)
+    check(work)
     build.recorded(journal, "build.service")
 
 

@@ -109,6 +109,7 @@ def test_unshare_with_a_mount(work: Path, journal: Journal) -> None:
 @pytest.mark.deadline(240)
 def test_bubblewrap(work: Path, journal: Journal) -> None:
     perform(recipe("bubblewrap, rootless"), work, journal)
+    assert (work / "device").read_text().startswith("/dev/loopd/loop")
 
 
 # What the doctor finds --------------------------------------------------------------------------------------
