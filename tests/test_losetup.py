@@ -869,3 +869,13 @@ def test_other_mounts_go_to_mount_as_they_are(box: Box) -> None:
     for command in ([], ["--version"], ["-t", "tmpfs"], ["nothing"]):
         assert box("mount", *command) == box(mount, *command)
     assert not bound_to(box.folder)
+
+
+def test_a_second_copy_in_path_is_no_mount(plain: Box) -> None:
+    """Another version, even: each would take the other for the real one, and run it for ever."""
+    second = plain.folder / "second"
+    second.mkdir()
+    (second / "mount").write_text((plain.programs / "mount").read_text() + "# another version\n")
+    (second / "mount").chmod(0o755)
+    plain.environment["PATH"] = f"{plain.programs}:{second}:{plain.environment['PATH']}"
+    assert plain("timeout", "10", "mount", "--version").out.startswith("mount from util-linux")
