@@ -319,7 +319,8 @@ def _detach(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     asked = _client(args)
     leases = asked.list()
-    if args.admin and leases:
+    everybodys = any(lease.account for lease in leases)
+    if everybodys:
         from loopd import openers  # noqa: PLC0415  # costs all who do not need it
 
         found = openers.find([lease.devname for lease in leases], asked.daemon_pid())
@@ -327,7 +328,7 @@ def _list(args: argparse.Namespace) -> int:
     if args.json:
         _print(json.dumps({"leases": [_fields(lease) for lease in leases]}, indent=2))
     elif leases:
-        columns = [column for column in COLUMNS if not column.admin or any(lease.account for lease in leases)]
+        columns = [column for column in COLUMNS if not column.admin or everybodys]
         rows = [[_clean(column.text(lease)) for column in columns] for lease in leases]
         _print(_table([[column.name for column in columns], *rows]))
     return 0

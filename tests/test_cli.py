@@ -24,6 +24,7 @@ from loopd import cli, wire
 
 __all__ = ["loop", "no_directory_of_loopd", "no_fd_is_left"]  # fixtures
 
+GREETING = {"loopd": "0.1.0", "protocol": 1, "operations": ["attach", "list"], "limits": {"max_fds": 8}}
 IN_USE = "is detached, but somebody still has it open"
 
 
@@ -379,9 +380,9 @@ def test_detach_by_force(ctl: Ctl) -> None:
 def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
     row = dict(LEASE, size=3 << 29, read_only=True, age=93784.0, lease="pidfd of 1", backing_file="/a\n\x1b[31mloop")
     mine = {"leases": [LEASE, dict(row, devname="loop10000")]}
-    all_of_them = {"leases": [dict(LEASE, account="/a.scope", unit="b.scope", uid=1000, pid=7)]}
-    pages = iter([mine, all_of_them, {"leases": []}])
-    with Peer(ctl.sock, *[lambda request: request.reply(next(pages))] * 3):
+    theirs = dict(LEASE, devname="loop7777777", account="/a.scope", unit="b.scope", uid=1000, pid=7)
+    pages = iter([mine, {"leases": [theirs]}, GREETING, {"leases": []}])
+    with Peer(ctl.sock, *[lambda request: request.reply(next(pages))] * 4):
         result = ctl("list")
         assert result.out.splitlines() == [
             "NAME       SIZE  RO  DIO  SECTOR  AGE  STATE     LEASE       BACK-FILE",
@@ -392,6 +393,20 @@ def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
         assert header.split()[8:13] == ["OWNER", "UNIT", "UID", "PID", "OPEN-IN"]
         assert line.split()[-6:] == ["/a.scope", "b.scope", "1000", "7", "-", "/disk.img"]
         assert ctl("list") == (0, "", "")
+
+
+def test_list_of_everybodys_devices_says_who_has_them_open(ctl: Ctl, loop: Loop) -> None:
+    """Whatever named the administrator's socket."""
+    pages = iter([{"leases": [{**LEASE, **loop.reply, "account": "/a.scope"}]}, GREETING])
+    # No child of this process, which is the daemon here: its helpers are left out.
+    script = 'sleep 60 <"$0" & echo $!; read _; kill $!'
+    with subprocess.Popen(["sh", "-c", script, loop.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        pid = int(holder.stdout.readline())
+        with Peer(ctl.sock, *[lambda request: request.reply(next(pages))] * 2):
+            assert f"[{pid}]" in ctl("--socket", ctl.sock, "list").out
+        holder.stdin.close()
 
 
 def test_detach_all(ctl: Ctl) -> None:
@@ -491,10 +506,9 @@ def test_list_into_a_pipe_that_is_closed(ctl: Ctl) -> None:
 
 
 def test_hello(ctl: Ctl) -> None:
-    greeting = {"loopd": "0.1.0", "protocol": 1, "operations": ["attach", "list"], "limits": {"max_fds": 8}}
-    with Peer(ctl.sock, *[lambda request: request.reply(greeting)] * 2):
+    with Peer(ctl.sock, *[lambda request: request.reply(GREETING)] * 2):
         assert ctl("hello").out == "loopd 0.1.0, protocol 1\noperations: attach list\nmax_fds: 8\n"
-        assert json.loads(ctl("hello", "--json").out) == greeting
+        assert json.loads(ctl("hello", "--json").out) == GREETING
 
 
 # The command line -------------------------------------------------------------------------------------------
