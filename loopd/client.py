@@ -772,7 +772,17 @@ class Client:
         One that is there stays as it is; one with a device in it is not removed (`Busy`).
         """
         with ExitStack() as stack:
-            return _parsed(Granted, self._ask(stack, wire.Directory(name, remove=remove)).fields).path
+            try:
+                return _parsed(Granted, self._ask(stack, wire.Directory(name, remove=remove)).fields).path
+            except NotFound as error:
+                error.hint = "as root, `ls /run/loopd-dev` shows those that there are"
+                raise
+            except Busy as error:
+                with suppress(Error):
+                    path = self.directory(name)  # it is there, and stays as it is
+                    shows = f"`LOOPD_DIRECTORY={path} loopctl list` shows them"
+                    error.hint = f"{shows}, `loopctl detach {path}/loopN` ends one"
+                raise
 
     def list(self) -> tuple[LeaseInfo, ...]:
         """The leases of this owner and of this container's directory; on the admin socket those of all."""

@@ -787,6 +787,18 @@ def test_a_directory_is_asked_for(sock: Path) -> None:
         loopd.directory("build", remove=True, socket=sock)
 
 
+def test_what_to_do_about_a_directory_that_cannot_be_removed(sock: Path) -> None:
+    def path(request: Request) -> None:
+        assert "remove" not in request.fields
+        request.reply({"path": "/run/loopd-dev/0-build"})
+
+    with Peer(sock, lambda request: request.refuse("busy"), path, lambda request: request.refuse("not-found")):
+        with pytest.raises(loopd.Busy, match="`LOOPD_DIRECTORY=/run/loopd-dev/0-build loopctl list` shows them"):
+            loopd.directory("build", remove=True, socket=sock)
+        with pytest.raises(loopd.NotFound, match="`ls /run/loopd-dev`"):
+            loopd.directory("build", remove=True, socket=sock)
+
+
 def test_the_list_has_what_is_the_directorys_and_what_is_the_users(
     sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
