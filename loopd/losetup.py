@@ -383,6 +383,8 @@ def encoded(value: object) -> str:
     """A value of a request as JSON."""
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, list):
+        return "[" + ",".join(map(encoded, value)) + "]"
     return str(value).lower()
 
 
@@ -590,6 +592,16 @@ def remove_flat(name: str) -> None:
                 return
 
 
+def is_the_kernels() -> bool:
+    """Whether the nodes are the kernel's to make, as in the /dev of a host, a devtmpfs."""
+    try:
+        with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+            mounts = [text for text in file if text.split(" ", 5)[4] == DEV]
+    except OSError:  # no /proc
+        return False
+    return DIRECTORY == DEV and bool(mounts) and " - devtmpfs " in mounts[-1]
+
+
 # Actions ----------------------------------------------------------------------------------------------------------
 
 
@@ -655,7 +667,7 @@ def create(options: Options) -> None:
 
 def attach(image: int, options: Options, lifetime: int = CONTAINER) -> str:
     """Attach a file, whose fd is consumed, for as long as a process lives; the device's name."""
-    fields: dict[str, object] = {"op": "attach", "fd": 0, "dir_fd": 1, "lease_fd": 2, "partscan": options.partscan}
+    fields: dict[str, object] = {"op": "attach", "fd": 0, "lease_fd": 1, "partscan": options.partscan}
     for name in ("offset", "sizelimit", "sector_size"):
         if getattr(options, name) is not None:
             fields[name] = getattr(options, name)
@@ -665,8 +677,13 @@ def attach(image: int, options: Options, lifetime: int = CONTAINER) -> str:
     fds = [image]
     try:
         fields["ref"] = reference(image) if options.ref is None else checked_reference(options.ref)
-        fds.append(open_directory())
         fds.append(pidfd(lifetime))
+        kernels = is_the_kernels()
+        if kernels:
+            fields["deliver"] = ["fd"]  # which is not taken
+        else:
+            fields["dir_fd"] = 2
+            fds.append(open_directory())
         reply = ask(fields, fds)
     finally:
         for fd in fds:
@@ -674,6 +691,9 @@ def attach(image: int, options: Options, lifetime: int = CONTAINER) -> str:
     name = str(reply.get("devname"))
     if not is_devname(name):
         raise Failure(NO_SENSE)
+    if kernels and not posix.access(full(name), posix.R_OK):
+        ask_about(op="detach", devname=name, wait=DETACH_WAIT)
+        raise Failure(f"{full(name)}: {posix.strerror(errno.EACCES)}")
     return name
 
 

@@ -862,6 +862,21 @@ def test_on_the_host_the_device_is_the_kernels_node(world: World) -> None:
     assert not bound_to(world.work)
 
 
+def test_losetup_on_the_host(world: World) -> None:
+    require(os.path.ismount("/dev") and is_devtmpfs("/dev"), "needs a devtmpfs at /dev")
+    image = world.image()
+    losetup = [PYTHON, "-IS", f"{world.folder}/lib/loopd/losetup.py"]
+    device = world.run([*losetup, "-f", "--show", str(image)]).stdout.rstrip("\n")
+    assert device == f"/dev/{bound_to(image)[0]}"
+    assert world.run([*losetup, "-a"]).stdout.startswith(f"{device}: ")
+    world.run([*losetup, "-d", device])
+    # Another user has no right on it, and is not left with it.
+    refused = world.run([*as_user(UID), *losetup, "-f", str(image)], check=False)
+    assert refused.returncode == 1
+    assert re.search(r": /dev/loop\d+: Permission denied$", refused.stderr)
+    assert not bound_to(world.work)
+
+
 def is_devtmpfs(path: str) -> bool:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
