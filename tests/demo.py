@@ -101,6 +101,7 @@ class Demo:
         self.socket = base / "run/loopd.sock"
         self.log = base / "log"
         self.started = int(time.time())
+        self.before = devices()
         self.sandbox = 0
 
     def host(self, command: str, expect: str = "") -> str:
@@ -196,8 +197,12 @@ class Demo:
         return device
 
 
-def leftovers(base: Path, device: str) -> list[str]:
-    """What is still there of a run."""
+def devices() -> set[str]:
+    return {path.name for path in Path("/sys/block").glob("loop*")}
+
+
+def leftovers(base: Path, before: set[str], device: str) -> list[str]:
+    """What is still there of a run; `before` are the devices that were there before it."""
     found = [f"mount: {line}" for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(base) in line]
     for attribute in Path("/sys/block").glob("loop*/loop/backing_file"):
         with contextlib.suppress(OSError):
@@ -209,8 +214,8 @@ def leftovers(base: Path, device: str) -> list[str]:
                 found.append(f"process: {text}")
     # Numbers are taken in blocks of 64, some ahead of need.
     first = int(device.removeprefix("loop")) // 64 * 64 if device else 0
-    names = [f"loop{number}" for number in range(first, first + 64)] if device else []
-    return found + [f"/sys/block/{name}" for name in names if os.path.exists(f"/sys/block/{name}")]
+    block = {f"loop{number}" for number in range(first, first + 64)} if device else set()
+    return found + [f"/sys/block/{name}" for name in sorted(block & devices() - before)]
 
 
 def main() -> int:
@@ -224,12 +229,12 @@ def main() -> int:
     demo, device = Demo(base), ""
     try:
         device = demo.play()
-        until(lambda: not leftovers(base, device), "nothing is left behind")
+        until(lambda: not leftovers(base, demo.before, device), "nothing is left behind")
     except (Failed, OSError, subprocess.TimeoutExpired) as error:
         say(f"\nFAILED: {error}")
         for line in [
             *(demo.log.read_text().splitlines() if demo.log.exists() else []),
-            *leftovers(base, device),
+            *leftovers(base, demo.before, device),
         ]:
             say(f"    {line}")
         return 1

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import demo as played
 import pytest
 from conftest import require
 
@@ -37,6 +38,14 @@ def test_demo() -> None:
     done = demo()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("\nNothing is left behind: no device, no node, no process, no mount, no file.\n")
+
+
+def test_devices_that_were_there_before_are_no_leftovers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another daemon's, as one that is started by hand, may be of the same numbers."""
+    there = {"loop4160", "loop4161"}
+    monkeypatch.setattr(played, "devices", lambda: there)
+    assert played.leftovers(tmp_path, {"loop4160"}, "loop4162") == ["/sys/block/loop4161"]
+    assert played.leftovers(tmp_path, there, "loop4162") == []
 
 
 def test_demo_that_fails_says_so_and_cleans_up() -> None:
