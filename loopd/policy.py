@@ -167,10 +167,13 @@ def _sector_sizes(value: Any) -> frozenset[int]:
     return frozenset(value)
 
 
-def _pattern(value: Any) -> str:
-    if type(value) is str and value:
-        return value
-    raise ValueError('expected a pattern, as "/machine.slice/*"')
+def _pattern(example: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if type(value) is str and value:
+            return value
+        raise ValueError(f'expected a pattern, as "{example}"')
+
+    return check
 
 
 def _ids(value: Any) -> tuple[tuple[int, int], ...]:
@@ -211,7 +214,12 @@ ALLOW_KEYS: dict[str, Callable[[Any], Any]] = {
     "file_systems": _file_systems,
     "sector_sizes": _sector_sizes,
 }
-RULE_KEYS: dict[str, Callable[[Any], Any]] = {"instance": _pattern, "account": _pattern, "uid": _ids, "gid": _ids}
+RULE_KEYS: dict[str, Callable[[Any], Any]] = {
+    "instance": _pattern("ci*"),
+    "account": _pattern("/machine.slice/*"),
+    "uid": _ids,
+    "gid": _ids,
+}
 """Every key of the configuration, by table; the manual is held against them."""
 
 
@@ -244,9 +252,9 @@ class _Reader:
         rules = tables.pop("rule", [])
         for number, rule in enumerate(rules if type(rules) is list else [None], 1):
             self._rule(f"rule {number}", rule)
-        self.values |= self._table("", tables, KEYS)
+        self.values |= self._table("", tables, KEYS, "limits", "allow", "[[rule]]")
 
-    def _table(self, name: str, table: Any, checks: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    def _table(self, name: str, table: Any, checks: dict[str, Callable[[Any], Any]], *tables: str) -> dict[str, Any]:
         if type(table) is not dict:
             self._problem(name, "expected a table")
             return {}
@@ -254,7 +262,7 @@ class _Reader:
         for key, value in table.items():
             place = f"{name}.{key}" if name else key
             if key not in checks:
-                self._problem(place, f"there is no such key; there are {', '.join(checks)}")
+                self._problem(place, f"there is no such key; there are {', '.join((*checks, *tables))}")
                 continue
             try:
                 found[key] = checks[key](value)
@@ -268,7 +276,7 @@ class _Reader:
             return
         limits = self._table(f"{name}.limits", rule.pop("limits", {}), LIMIT_KEYS)
         allow = self._table(f"{name}.allow", rule.pop("allow", {}), ALLOW_KEYS)
-        keys = self._table(name, rule, RULE_KEYS)
+        keys = self._table(name, rule, RULE_KEYS, "limits.KEY", "allow.KEY")
         self.rules.append(
             Rule(keys.get("instance"), keys.get("account"), keys.get("uid"), keys.get("gid"), limits, allow)
         )

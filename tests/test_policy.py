@@ -98,13 +98,13 @@ WRONG = {
     "allow.sector_sizes = []": ("allow.sector_sizes", "some of"),
     "rule = 1": ("rule 1", "a table"),
     "rule = [1]": ("rule 1", "a table"),
-    "[[rule]]\nsurprise = 1": ("rule 1.surprise", "there is no such key; there are instance, "),
+    "[[rule]]\nsurprise = 1": ("rule 1.surprise", "there are instance, account, uid, gid, limits.KEY, allow.KEY"),
     "[[rule]]\n[[rule]]\nuid = 'root'": ("rule 2.uid", "an id or a range"),
     "[[rule]]\nuid = -1": ("rule 1.uid", "an id or a range"),
     "[[rule]]\ngid = ['1-', 2]": ("rule 1.gid", "an id or a range"),
     "[[rule]]\ngid = true": ("rule 1.gid", "an id or a range"),
     "[[rule]]\naccount = ''": ("rule 1.account", "a pattern"),
-    "[[rule]]\ninstance = 5": ("rule 1.instance", "a pattern"),
+    "[[rule]]\ninstance = 5": ("rule 1.instance", 'a pattern, as "ci*"'),
     "[[rule]]\nlimits.devices = 'x'": ("rule 1.limits.devices", "a whole number"),
     "[[rule]]\nallow.lock = 'x'": ("rule 1.allow.lock", "true or false"),
     "not toml": ("-", "line 1"),
@@ -157,7 +157,7 @@ def test_check_config_names_file_key_and_reason_of_everything(tmp_path: Path) ->
     lines = done.stderr.splitlines()
     assert [line.rpartition(": expected")[0] or line for line in lines[:2]] == [
         f"loopd: {path}: limits.devices",
-        f"loopd: {path}: surprise: there is no such key; there are {', '.join(policy.KEYS)}",
+        f"loopd: {path}: surprise: there is no such key; there are {', '.join(policy.KEYS)}, limits, allow, [[rule]]",
     ]
     assert lines[2].startswith(f"loopd: {more}: rule 1.uid: expected an id")
     assert lines[3].startswith(f"loopd: {more.parent}/20-broken.toml: -: ")
