@@ -244,7 +244,10 @@ class _Reader:
         try:
             with open(path, encoding="utf-8") as file:
                 tables = tomllib.loads(file.read())
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            self._problem("-", str(error.strerror))
+            return
+        except ValueError as error:
             self._problem("-", str(error))
             return
         self.limits |= self._table("limits", tables.pop("limits", {}), LIMIT_KEYS)
@@ -290,15 +293,15 @@ def _files(path: str, reader: _Reader) -> list[str]:
     except FileNotFoundError:
         pass
     except OSError as error:
-        reader.problems.append((path + ".d", "-", str(error)))
+        reader.problems.append((path + ".d", "-", str(error.strerror)))
     try:
         os.stat(path)
         found.insert(0, path)
     except FileNotFoundError as error:
         if path != CONFIGURATION and not found:
-            reader.problems.append((path, "-", str(error)))
+            reader.problems.append((path, "-", str(error.strerror)))
     except OSError as error:
-        reader.problems.append((path, "-", str(error)))
+        reader.problems.append((path, "-", str(error.strerror)))
     return found
 
 

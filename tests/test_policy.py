@@ -170,9 +170,9 @@ def test_check_config_of_what_is_right(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_asked_for_and_is_not_there(tmp_path: Path) -> None:
-    done = check(tmp_path / "loopd.tmol")
-    assert done.returncode == 1
-    assert "loopd.tmol" in done.stderr
+    path = tmp_path / "loopd.tmol"
+    done = check(path)
+    assert (done.returncode, done.stderr) == (1, f"loopd: {path}: -: No such file or directory\n")
 
 
 @pytest.mark.parametrize("closed", ["the folder", "the folder of more files"])
