@@ -90,6 +90,13 @@ def test_an_empty_file(daemon: Daemon, make_image: Callable[..., int], directory
     assert (error["code"], "the file is empty" in error["message"]) == ("invalid", True)
 
 
+def test_a_rescan_without_partscan_says_what_to_do(daemon: Daemon, image: int, directory: int) -> None:
+    name = daemon.attach(image, directory).fields["devname"]
+    refusal = daemon.ask(wire.Rescan(name, 0), [])
+    message = "the device was attached without partscan: detach it, and attach it with partscan"
+    assert refusal.fields["error"] == {"code": "unsupported", "message": message}
+
+
 def test_read_only(daemon: Daemon, make_image: Callable[..., int], directory: int, devices: Path) -> None:
     for image, option in ((make_image(), True), (make_image(flags=os.O_RDONLY), False)):
         fields = daemon.attach(image, directory, read_only=option).fields
