@@ -213,7 +213,18 @@ def _attached(args: argparse.Namespace, lifetime: client.Lifetime) -> client.Dev
         _say(f"warning: {warning}")
     if device.read_only and not args.read_only:
         _say(f"warning: {args.image} cannot be written here, so the device is read-only")
+    left = _beyond_the_last_sector(args)
+    if left:
+        _say(f"warning: {args.image}: the last {left} bytes fill no sector of {args.sector_size}, and are left out")
     return device
+
+
+def _beyond_the_last_sector(args: argparse.Namespace) -> int:
+    """Bytes at the end of the image that the device cannot have."""
+    with contextlib.suppress(OSError):  # gone or renamed meanwhile
+        length = max(0, os.stat(args.image).st_size - args.offset)  # a block device's is 0
+        return int(min(length, args.sizelimit or length) % args.sector_size)
+    return 0
 
 
 def _attach(args: argparse.Namespace) -> int:

@@ -256,6 +256,18 @@ def test_a_device_that_is_read_only_unasked(ctl: Ctl, loop: Loop) -> None:
         assert ctl("run", "-r", loop.image, "-d", ctl.dev, "--", "true").err == ""
 
 
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [([], 100), (["-b", "4096"], 612), (["-o", "612"], 0), (["--sizelimit", "1024"], 0), (["--sizelimit", "1030"], 6)],
+)
+def test_an_end_of_the_image_that_fills_no_sector(ctl: Ctl, loop: Loop, options: list[str], left: int) -> None:
+    ctl.image.write_bytes(bytes(4096 + 612))
+    said = f"loopctl: warning: {ctl.image}: the last {left} bytes fill no sector of {512 if left < 512 else 4096}"
+    with Peer(ctl.sock, loop.deliver):
+        result = ctl("attach", ctl.image, "-d", ctl.dev, *options)
+    assert (result.code, result.err) == (0, f"{said}, and are left out\n" if left else "")
+
+
 def test_run_says_when_the_device_is_left_in_use(ctl: Ctl, loop: Loop) -> None:
     with Peer(ctl.sock, loop.deliver, busy, loop.deliver, busy):
         result = ctl("run", loop.image, "-d", ctl.dev, "--", "true")
