@@ -225,6 +225,7 @@ _UNAVAILABLE = {
     "into a container, bind-mount the directory /run/loopd: the socket in it is another one after a restart",
     errno.EACCES: "add the user to the group loopd; "
     "a container with --group-add, in rootless podman --group-add keep-groups",
+    errno.EPROTOTYPE: "this is no socket of loopd's; by hand: systemd-socket-activate --datagram",
 }
 """What helps, by the errno of connect(2)."""
 _ADMIN_UNAVAILABLE = "on the host, as root: systemctl enable --now loopd-admin.socket; no container has it"
@@ -278,6 +279,9 @@ def _send(path: str, payload: bytes, fds: Sequence[int], deadline: float) -> Non
             if error.errno == errno.EBADF:
                 raise
             hint = _ADMIN_UNAVAILABLE if path == ADMIN_SOCKET else _UNAVAILABLE.get(error.errno or 0, "")
+            if path not in (SOCKET, ADMIN_SOCKET):
+                named = "LOOPD_SOCKET names this one, " if path == os.environ.get("LOOPD_SOCKET") else ""
+                hint = f"{named}the usual one is {SOCKET}" + (f"; {hint}" if hint else "")
             raise Unavailable(f"cannot ask loopd at {path}: {error.strerror or error}", hint) from error
 
 

@@ -690,6 +690,23 @@ def test_what_to_do_where_there_is_no_daemon(sock: Path, tmp_path: Path) -> None
         loopd.hello(socket=sock)
     with pytest.raises(loopd.Unavailable, match="too long"):
         loopd.hello(socket="/" + "x" * 200)
+    sock.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(sock))
+        listener.listen()
+        with pytest.raises(loopd.Unavailable, match=r"no socket of loopd's.*--datagram"):
+            loopd.hello(socket=sock)
+
+
+def test_a_socket_that_is_not_the_usual_one_is_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = str(tmp_path / "none")
+    with pytest.raises(loopd.Unavailable) as given:
+        loopd.hello(socket=other)
+    monkeypatch.setenv("LOOPD_SOCKET", other)
+    with pytest.raises(loopd.Unavailable) as found:
+        loopd.hello()
+    assert given.value.hint.startswith(f"the usual one is {loopd.client.SOCKET}; on the host: ")
+    assert found.value.hint.startswith("LOOPD_SOCKET names this one, the usual one is ")
 
 
 def test_what_to_do_where_the_socket_is_not_for_this_user() -> None:
