@@ -605,9 +605,13 @@ _WORDS = {"fd": "IMAGE", "dir_fd": "DIR", "lease_fd": "--lifetime", "devname": "
 _FIELD = re.compile(rf"(^|; )({'|'.join(wire.VALIDATORS)}): ")
 
 
+_ANOTHERS = re.compile(r"force: (loop\d+ is another's)")
+
+
 def _explain(error: client.Error) -> None:
     """What a message calls by the name of the wire's field is called as it was on the command line."""
-    _say(_FIELD.sub(lambda m: f"{m[1]}{_WORDS.get(m[2], '--' + m[2].replace('_', '-'))}: ", error.message))
+    message = _ANOTHERS.sub(r"\1: --force ends it too", error.message)
+    _say(_FIELD.sub(lambda m: f"{m[1]}{_WORDS.get(m[2], '--' + m[2].replace('_', '-'))}: ", message))
     if error.hint:
         _say(error.hint)
 

@@ -82,6 +82,7 @@ def busy(request: Request) -> None:
         ("dir_fd: proc is not allowed; dir_fd: nor sysfs", "DIR: proc is not allowed; DIR: nor sysfs"),
         ("sector_size: the administrator allows [512]", "--sector-size: the administrator allows [512]"),
         ("a limit: its offset: 5", "a limit: its offset: 5"),
+        ("force: loop1 is another's", "loop1 is another's: --force ends it too"),
     ],
 )
 def test_a_refusal_has_the_words_of_the_command_line(ctl: Ctl, loop: Loop, said: str, shown: str) -> None:
