@@ -284,7 +284,7 @@ def _run(args: argparse.Namespace) -> int:
             argv = [argument.replace("{}", device.path) for argument in args.command]
             status = _command(argv, {**os.environ, "LOOPD_DEVICE": device.path})
     except client.Error as error:
-        _explain(error)
+        _explain(error, args.image)
         return status or 1
     return status
 
@@ -601,17 +601,18 @@ def _check_detach(args: argparse.Namespace, options: argparse.ArgumentParser) ->
         options.error("--all with --admin is everybody's: it needs --force")
 
 
-_WORDS = {"fd": "IMAGE", "dir_fd": "DIR", "lease_fd": "--lifetime", "devname": "DEVICE", "name": "NAME"}
+_WORDS = {"dir_fd": "DIR", "lease_fd": "--lifetime", "devname": "DEVICE", "name": "NAME"}
 _FIELD = re.compile(rf"(^|; )({'|'.join(wire.VALIDATORS)}): ")
 
 
 _ANOTHERS = re.compile(r"force: (loop\d+ is another's)")
 
 
-def _explain(error: client.Error) -> None:
+def _explain(error: client.Error, image: str = "IMAGE") -> None:
     """What a message calls by the name of the wire's field is called as it was on the command line."""
+    words = {**_WORDS, "fd": image}
     message = _ANOTHERS.sub(r"\1: --force ends it too", error.message)
-    _say(_FIELD.sub(lambda m: f"{m[1]}{_WORDS.get(m[2], '--' + m[2].replace('_', '-'))}: ", message))
+    _say(_FIELD.sub(lambda m: f"{m[1]}{words.get(m[2], '--' + m[2].replace('_', '-'))}: ", message))
     if error.hint:
         _say(error.hint)
 
@@ -622,7 +623,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return VERBS[args.verb].perform(args)
     except client.Error as error:
-        _explain(error)
+        _explain(error, getattr(args, "image", "IMAGE"))
     except _Failure as error:
         _say(str(error))
     except OSError as error:

@@ -659,7 +659,9 @@ def create(options: Options) -> None:
         except OSError as error:
             raise Failure(f"{file}: failed to set up loop device: {error.strerror}") from None
         except Failure as failure:
-            raise Failure(f"{file}: failed to set up loop device: {failure}") from None
+            said = str(failure)
+            said = said[4:] if said.startswith("fd: ") else said  # the wire's name of the file
+            raise Failure(f"{file}: failed to set up loop device: {said}") from None
     if options.show:
         put(f"{path}\n")
     warn_size(file, options)

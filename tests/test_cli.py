@@ -78,7 +78,7 @@ def busy(request: Request) -> None:
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
-        ("fd: a directory; a backing file is a regular file", "IMAGE: a directory; a backing file is a regular file"),
+        ("fd: the file is empty", "{image}: the file is empty"),
         ("dir_fd: proc is not allowed; dir_fd: nor sysfs", "DIR: proc is not allowed; DIR: nor sysfs"),
         ("sector_size: the administrator allows [512]", "--sector-size: the administrator allows [512]"),
         ("a limit: its offset: 5", "a limit: its offset: 5"),
@@ -88,7 +88,7 @@ def busy(request: Request) -> None:
 def test_a_refusal_has_the_words_of_the_command_line(ctl: Ctl, loop: Loop, said: str, shown: str) -> None:
     with Peer(ctl.sock, lambda request: request.reply({"error": {"code": "malformed", "message": said}})):
         result = ctl("attach", loop.image, "-d", ctl.dev)
-    assert (result.out, result.err, result.code) == ("", f"loopctl: {shown}\n", 1)
+    assert (result.out, result.err, result.code) == ("", f"loopctl: {shown.format(image=loop.image)}\n", 1)
 
 
 def test_attach_prints_the_path_and_keeps_the_device(ctl: Ctl, loop: Loop) -> None:

@@ -811,7 +811,7 @@ def test_a_refused_image_is_asked_for_once(world: World) -> None:
     """No other way to hand it over would help, and the journal has one record, not one for each way."""
     refused = world.ctl("attach", "/proc/version", check=False)
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert "IMAGE: proc is not among the allowed file systems" in refused.stderr
+    assert "/proc/version: proc is not among the allowed file systems" in refused.stderr
     (record,) = world.daemon.records("refused")
     assert record["LOOPD_CODE"] == "not-permitted"
 

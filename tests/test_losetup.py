@@ -351,6 +351,9 @@ def test_a_refusal_of_loopd_is_told_with_its_reason(plain: Box) -> None:
     result = plain.losetup("-f", "--show", "-o", "4M", "image")
     assert result.code == 1
     assert "past the end" in result.err
+    (plain.folder / "empty").touch()
+    result = plain.losetup("-f", "--show", "empty")
+    assert result.err.startswith("losetup: empty: failed to set up loop device: the file is empty: ")
     (plain.dev("other")).mkdir()
     plain.environment["LOOPD_DIRECTORY"] = "/dev/nowhere"
     result = plain.losetup("-f", "image")
