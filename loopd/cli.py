@@ -19,11 +19,12 @@ import re
 import signal
 import sys
 import time
-from typing import Any, Callable, Iterator, NamedTuple, NoReturn, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 
 from loopd import __version__, client, wire
 
 SUFFIXES = "KMGTPE"
+_PARTITION = re.compile(r"(loop[0-9]+)p[0-9]+")
 _SIZE = re.compile(rf"(0x[0-9a-f]+|0|[1-9][0-9]*)(?:([{SUFFIXES}])(i?b)?)?", re.ASCII | re.IGNORECASE)
 
 
@@ -145,6 +146,11 @@ def _device(text: str) -> str:
     try:
         wire.VALIDATORS["devname"](os.path.basename(text))
     except ValueError:
+        folder, name = os.path.split(text)
+        partition = _PARTITION.fullmatch(name)
+        if partition:
+            whole = os.path.join(folder, partition[1])
+            raise argparse.ArgumentTypeError(f"{text} is a partition: give {whole}") from None
         raise argparse.ArgumentTypeError(
             f"expected a device, as /dev/loop4096 or loop4096, not {text!r}: `loopctl list` shows which has which image"
         ) from None
@@ -396,11 +402,20 @@ def _metrics(args: argparse.Namespace) -> int:
 # The command line -------------------------------------------------------------------------------------------
 
 
+def _meant(word: str, known: Iterable[str]) -> str:
+    """What to say behind a word that is not known."""
+    from difflib import get_close_matches  # noqa: PLC0415  # costs all who do not need it
+
+    found = get_close_matches(word.partition("=")[0], known, 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
 class _Parser(argparse.ArgumentParser):
     """One line for what is wrong, and one for where to read more: no usage of many lines in front of them."""
 
     def error(self, message: str) -> NoReturn:
-        _say(message)
+        word = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
+        _say(message + (_meant(word, self._option_string_actions) if word.startswith("--") else ""))
         _say(f"`{self.prog} --help` tells more")
         raise SystemExit(2)
 
@@ -576,7 +591,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     top = parser()
     args = top.parse_args(argv)
     if args.verb not in VERBS:
-        said = "" if args.verb is None else f", not {args.verb!r}"
+        said = "" if args.verb is None else f", not {args.verb!r}{_meant(args.verb, VERBS)}"
         top.error(f"expected one of {', '.join(VERBS)}{said}")
     rest = args.rest
     options = verb_parser(args.verb)

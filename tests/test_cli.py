@@ -550,6 +550,7 @@ def test_the_timeout(ctl: Ctl) -> None:
         "unknown",
         "attach",
         "attach a b",
+        "attach a --part b",
         "attach a --offset 1.5K",
         "attach a --offset -1",
         "attach a --sizelimit 8E",
@@ -581,6 +582,23 @@ def test_a_wrong_command_line_exits_with_2(line: str, capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(r"loopctl: .+\nloopctl: `loopctl[a-z ]* --help` tells more\n", err)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("ls", "not 'ls'; did you mean list?"),
+        ("attach a --readonly", "--readonly; did you mean --read-only?"),
+        ("attach a --sectorsize=512", "--sectorsize=512; did you mean --sector-size?"),
+        ("attach a b", "unrecognized arguments: b"),
+        ("detach /dev/loop5p1", "argument DEVICE: /dev/loop5p1 is a partition: give /dev/loop5"),
+        ("resize loop5p1", "argument DEVICE: loop5p1 is a partition: give loop5"),
+    ],
+)
+def test_what_may_have_been_meant(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(line.split())
+    assert capsys.readouterr().err.splitlines()[0].endswith(said)
 
 
 @pytest.mark.parametrize(
