@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -767,6 +768,19 @@ def test_a_request_about_a_device_names_its_directory_and_then_nothing(
                 loopd.resize(device, socket=sock)
             monkeypatch.setenv("LOOPD_DIRECTORY", str(bound) if device == named / "loop1" else "/nonexistent")
     assert seen == [named, bound, None, bound, None, None]
+
+
+def test_a_devtmpfs_is_no_directory_to_ask_about(sock: Path) -> None:
+    """What is refused there anyway is in the journal once."""
+    if not re.search(r"(?m)^\S+ /dev devtmpfs ", Path("/proc/mounts").read_text()):
+        pytest.skip("needs a devtmpfs at /dev")
+
+    def not_found(request: Request) -> None:
+        assert "dir_fd" not in request.fields
+        request.refuse("not-found")
+
+    with Peer(sock, not_found), pytest.raises(loopd.NotFound):
+        loopd.detach("/dev/loop4096", socket=sock)
 
 
 def test_rescan_and_resize(image: Path, sock: Path, tmp_path: Path) -> None:
