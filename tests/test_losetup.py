@@ -815,6 +815,7 @@ def test_mount_of_a_file(file_system: Box, arguments: list[str]) -> None:
     assert (done.code, done.err) == (0, "")
     assert len(bound_to(box.folder)) == 1
     assert box("sh", "-c", "echo text >mnt/file && sync -f mnt/file && cat mnt/file").out == "text\n"
+    assert re.match(r"/dev/loop\d+ \(lost\): ", box.losetup("-a").out)
     assert ("noatime" in box("findmnt", "-no", "OPTIONS", "mnt").out) == ("-oloop,noatime" in arguments)
     # As autoclear has it: umount lets the device go.
     assert box("umount", "mnt").code == 0
