@@ -494,7 +494,9 @@ def _opened_directory(directory: StrPath | int, stack: ExitStack) -> tuple[int, 
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, fd)
         path = os.fspath(directory)
-        return fd, path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+        # Only a "." can be left out: in front of a ".." may be a link.
+        steps = (step for step in path.split("/") if step not in ("", "."))
+        return fd, path if os.path.isabs(path) else os.path.join(os.getcwd(), *steps)
     link = f"/proc/self/fd/{directory}"
     with suppress(OSError):
         path = os.readlink(link)

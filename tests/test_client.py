@@ -160,15 +160,16 @@ def test_an_image_or_directory_that_is_an_fd_is_used_and_stays_open(
         os.close(dir_fd)
 
 
+@pytest.mark.parametrize(("directory", "path"), [("dev", "dev"), (".", ""), ("./dev/../dev/", "dev/../dev")])
 def test_a_path_in_a_relative_directory_is_absolute(
-    image: Path, sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image: Path, sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str, path: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("dev").mkdir()
     with Peer(sock, answer):
-        device = loopd.attach(image.name, "dev", open_device=False, socket=sock)
+        device = loopd.attach(image.name, directory, open_device=False, socket=sock)
         device.close()
-    assert os.fspath(device) == str(tmp_path / "dev" / "loop4096")
+    assert os.fspath(device) == str(tmp_path / path / "loop4096")
 
 
 def test_an_image_that_cannot_be_written_is_opened_read_only(sock: Path) -> None:
