@@ -352,7 +352,9 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _directory(args: argparse.Namespace) -> int:
-    _print(_client(args).directory(args.name, remove=args.remove))
+    path = _client(args).directory(args.name, remove=args.remove)
+    if not args.remove:
+        _print(path)
     return 0
 
 
