@@ -12,6 +12,7 @@
 #   make deb          build/loopd_VERSION_all.deb, for Debian 13 and later
 #   make rpm          build/loopd-VERSION-1.noarch.rpm
 #   make zipapp       build/loopctl, the client as one file
+#   make help         this list
 
 PREFIX = /usr/local
 DESTDIR =
@@ -50,8 +51,11 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 FUZZ = 100000
 
-.PHONY: all venv demo check fuzz bench man install uninstall for-demo for-check for-bench
+.PHONY: all help venv demo check fuzz bench man install uninstall for-demo for-check for-bench
 all: venv
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 for-demo: NEEDED = $(FOR_DEMO)
 for-check: NEEDED = $(FOR_CHECK)

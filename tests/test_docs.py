@@ -161,6 +161,13 @@ def test_links_lead_to_files(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_make_help() -> None:
+    done = subprocess.run(["make", "-s", "help"], check=True, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith("Each target ")
+    assert last == "  make help         this list"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_make_targets_exist(page: Path) -> None:
     makefiles = (ROOT / "Makefile", ROOT / "tests/vm/vm.mk", ROOT / "systemd/packaging/packages.mk")
