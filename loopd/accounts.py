@@ -122,9 +122,6 @@ class Account:
         "refused_at", "senders", "shed", "stuck",
     )  # fmt: skip
 
-    SLOW = 1.0
-    """Seconds after which a helper that still has a request may hang in it."""
-
     MOST_SENDERS = 256
     """Processes of one account whose requests are counted."""
 
@@ -135,7 +132,7 @@ class Account:
         self.bytes = 0
         self.devices = 0
         self.flights: set[Any] = set()
-        self.helpers: dict[object, float] = {}
+        self.helpers: set[Any] = set()
         self.jobs = 0
         self.queue: deque[Callable[[], None]] = deque()
         self.refusals = 0
@@ -153,9 +150,9 @@ class Account:
 
     @property
     def slow(self) -> int:
-        """Helpers that have been busy with a request of this account for suspiciously long."""
-        horizon = time.monotonic() - self.SLOW
-        return sum(since < horizon for since in self.helpers.values())
+        """Helpers that have been busy with a request of this account for suspiciously long (`pool.Task.slow_at`)."""
+        now = time.monotonic()
+        return sum(task.slow_at < now for task in self.helpers)
 
     def refused(self, most: int) -> bool:
         """Count a refusal; whether it is among the first `most` of its second, and so worth a record of its own."""

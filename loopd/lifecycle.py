@@ -6,6 +6,7 @@ each lease. Knows no requests: who may ask for what is decided before.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class LeaseTask:
         self, done: Callable[[Any], None], again: Callable[[], None] | None, stuck: Callable[[], None],
         after: Callable[[], None], landed: Callable[[], None],
     ) -> None:  # fmt: skip
+        self.slow_at = math.inf
         self._done: Callable[[Any], None] | None = done
         self._again = again
         self._stuck = stuck

@@ -27,6 +27,9 @@ from .transport import FdSet
 class Task(Protocol):
     """What a helper is busy with, told how it goes."""
 
+    slow_at: float
+    """From when on (monotonic clock) its helper may hang in it; set by the pool, and sooner by who knows better."""
+
     def message(self, worker: Worker, message: Any, fds: FdSet) -> None:
         """The helper says something; what is not stolen from `fds` is closed."""
 
@@ -74,7 +77,9 @@ class Pool:
     BASE = 4
     """Helpers that respond, at least: as many requests can be under way without waiting for one another."""
     MOST = 64
-    """Helpers at once, without those that were written off: these are counted against the accounts that hang them."""
+    """Helpers at once, without those that may hang: these are counted against the accounts that hang them."""
+    HANGS = 1.0
+    """Seconds after which a helper that still has its job may hang in it."""
     REST = 2
     """Helpers that are kept when there is nothing to do: each takes some 4 MiB, and 3 ms to be made."""
     SLOW = 0.005
@@ -105,9 +110,10 @@ class Pool:
     def available(self) -> bool:
         """Whether a helper can take a job now; forks one where few are there that respond."""
         if not self._idle:
-            horizon = time.monotonic() - self.SLOW
-            responding = sum(worker.since > horizon for worker in self._busy)
-            if responding < self.BASE and len(self._busy) < self.MOST:
+            now = time.monotonic()
+            responding = sum(worker.since > now - self.SLOW for worker in self._busy)
+            working = sum(worker.task is not None and worker.task.slow_at > now for worker in self._busy)
+            if responding < self.BASE and working < self.MOST:
                 with contextlib.suppress(OSError):  # TasksMax=, memory, open files: those that are there go on
                     self._spawn()
         return bool(self._idle)
@@ -116,6 +122,7 @@ class Pool:
         """Give an available helper a job, which has `timeout` seconds to be done with it."""
         worker = self._idle.pop()
         worker.task, worker.since = task, time.monotonic()
+        task.slow_at = worker.since + self.HANGS
         worker.deadline = self._poller.later(timeout, lambda: self._write_off(worker))
         self._busy.add(worker)
         worker.send(job, fds)

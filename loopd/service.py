@@ -10,6 +10,7 @@ vetted. Everything that waits for a disk, a client or the kernel happens in a he
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import socket
 import time
@@ -73,6 +74,7 @@ class Exchange:
         self.envelope = envelope
         self.request = request
         self.started = time.monotonic()
+        self.slow_at = math.inf
         self.taken = False
         self.finished = False
         self.stuck = False
@@ -112,7 +114,7 @@ class Exchange:
             self.service.bug(self, described(error))
 
     def ready(self) -> None:
-        self.account.helpers.pop(self, None)
+        self.account.helpers.discard(self)
         self.land()
 
     def land(self) -> None:
@@ -162,6 +164,9 @@ class Service:
 
     MOST_SLOW = 8
     """Helpers that one account's requests may keep for longer than a request takes, before more are dropped."""
+
+    CLOSING = 0.1
+    """Seconds for a helper to be done with a request that was answered: it has files to close, no more."""
 
     MOST_REFUSALS = 20
     """Refusals of one account in a second that are recorded one by one; the others are counted."""
@@ -319,7 +324,7 @@ class Service:
             except Refusal as refusal:
                 exchange.request = refusal
         account.flights.add(exchange)
-        account.helpers[exchange] = exchange.started
+        account.helpers.add(exchange)
         self._exchanges += 1
         self._taking.add(index)
         fds = () if exchange.slot is None else (exchange.slot.fileno(),)
@@ -693,6 +698,7 @@ class Service:
                 transport.mark_answered(exchange.reply_fd)
         finally:
             exchange.fds.close()
+            exchange.slow_at = min(exchange.slow_at, time.monotonic() + self.CLOSING)
             exchange.land()
             exchange.account.attaching -= exchange.attaching
             self._exchanges -= 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import statistics
 import time
@@ -18,8 +19,8 @@ import pytest
 from conftest import Daemon, ask, bound_to, eventually, require
 from fuse_never import Never
 from processes import Child
-from test_policy import hanging
-from untouched import LONG_QUEUE, cgroup, concurrently, flood, pair, reply_of, send
+from test_policy import hanging, lingering
+from untouched import LONG_QUEUE, cgroup, concurrently, flood, helpers, pair, reply_of, send
 
 from loopd import transport, wire
 
@@ -358,3 +359,43 @@ def test_waiting_leaves_nothing_behind(daemon: Daemon) -> None:
     before = resident()
     rounds(80)
     assert resident() - before < 1500  # KiB; 2 for each of 2,000 when they stayed
+
+
+def test_accounts_that_hang_helpers_stop_nobody(start_daemon: Callable[..., Daemon]) -> None:
+    """Each as many as it may have requests under way: together more than there may be helpers."""
+    daemon = start_daemon(launcher=LONG_QUEUE)
+    assert daemon.hello().code is None
+    with contextlib.ExitStack() as stack:
+        children = []
+        for which in ("one", "two", "three"):
+            enter = stack.enter_context(cgroup(f"loopd-test-{which}-{os.getpid()}"))
+            require(enter, "needs a cgroup hierarchy to make accounts in")
+            assert enter is not None
+
+            def act(tell: Callable[[Any], None]) -> None:
+                slow = [lingering(60) for _ in range(32)]
+                tell("ready")
+                time.sleep(1)  # the daemon is stopped by then, so that its close is the last one
+                channels = []
+                for socket_, _ in slow:
+                    ours, theirs = pair()
+                    channels.append(ours)
+                    with theirs, socket_:
+                        fds = [theirs.fileno(), socket_.fileno()]
+                        send(daemon.path, b'{"op": "hello", "reply_fd": 0}', fds).close()
+                tell("sent")
+                signal.pause()
+
+            children.append(stack.enter_context(attacker(enter, act)))
+        for child in children:
+            assert child.hear() == "ready"
+        os.kill(daemon.pid, signal.SIGSTOP)
+        try:
+            for child in children:
+                assert child.hear() == "sent"
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
+        for _ in range(3):
+            with contextlib.closing(ask(daemon.path, wire.encode_request(wire.Hello(0)), [], timeout=10)) as reply:
+                assert reply.fields["protocol"]
+        assert len(helpers(daemon)) > 8
