@@ -8,6 +8,7 @@ nothing itself. Decides nothing: which processes' datagrams go arrives with the 
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ Dropped = dict[int, int]
 class Dropper:
     """The main process's side, for one listener; one order at a time. The child is made when it is needed."""
 
-    PATIENCE = 0.01
+    PATIENCE = 0.02
     """Seconds for an order. What takes longer hangs in a file; that datagram is off the queue by then."""
     MOST = 512
     """Datagrams of one order, which take a few milliseconds."""
@@ -40,14 +41,13 @@ class Dropper:
     def drop(self, pids: Collection[int], most: int, done: Callable[[Dropped | None], None]) -> None:
         """Drop what is at the head of the queue from any of `pids`, and call `done`: with None when it hangs."""
         self._done = done
-        self._deadline = self._poller.later(self.PATIENCE, self._hangs)
-        try:
+        # TasksMax=, memory, or it has just ended: it is tried again after the deadline.
+        with contextlib.suppress(OSError):
             if self._channel is None:
                 self._start()
             assert self._channel is not None
             self._channel.send(array.array("i", [most, *pids]).tobytes(), transport.MSG_DONTWAIT)
-        except OSError:
-            pass  # TasksMax=, memory, or it has just ended: it is tried again after the deadline
+        self._deadline = self._poller.later(self.PATIENCE, self._hangs)
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -253,9 +253,6 @@ def test_what_is_shed_is_counted(
     daemon.hello()
     flood = 2000
 
-    def counted() -> int:
-        return sum(int(record["LOOPD_COUNT"]) for record in daemon.records("shed"))
-
     def act(tell: Callable[[Any], None]) -> None:
         reply = ask(daemon.path, wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",))), [memory()])
         name = reply.fields["devname"]
@@ -267,7 +264,7 @@ def test_what_is_shed_is_counted(
             for _ in range(flood):
                 send(daemon.path, b'{"op": "hello"}', []).close()
             tell("sent")
-            eventually(lambda: counted() == flood, "all are counted, and none is in the queue", 20)
+            eventually(lambda: _shed(daemon) == flood, "all are counted, and none is in the queue", 20)
             for fd in reply.fds:
                 os.close(fd)
             tell(reply_of(ours).fields)
@@ -399,3 +396,46 @@ def test_accounts_that_hang_helpers_stop_nobody(start_daemon: Callable[..., Daem
             with contextlib.closing(ask(daemon.path, wire.encode_request(wire.Hello(0)), [], timeout=10)) as reply:
                 assert reply.fields["protocol"]
         assert len(helpers(daemon)) > 8
+
+
+def test_datagrams_that_hang_whoever_drops_them(start_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    """Each has a socket whose close takes a minute, and is dropped, for its account has enough requests under way."""
+    config = tmp_path / "loopd.toml"
+    config.write_text("[limits]\nrequests = 1\n")
+    daemon = start_daemon(f"--config={config}", launcher=LONG_QUEUE)
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context(cgroup(f"loopd-test-{os.getpid()}"))
+        require(enter, "needs a cgroup hierarchy to make a second account in")
+        assert enter is not None
+
+        def act(tell: Callable[[Any], None]) -> None:
+            slow = [lingering(60) for _ in range(40)]
+            reply = ask(daemon.path, wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",))), [memory()])
+            channels = pair()
+            detach = wire.encode_request(wire.Detach(reply.fields["devname"], 0, wait=600))
+            send(daemon.path, detach, [channels[1].fileno()]).close()
+            eventually(lambda: daemon.records("held"), "the detach waits")
+            tell("ready")
+            time.sleep(1)  # the daemon is stopped by then, so that its close is the last one
+            for socket_, _ in slow:
+                with socket_:
+                    send(daemon.path, b'{"op": "hello"}', [socket_.fileno()]).close()
+            tell("sent")
+            signal.pause()
+
+        child = stack.enter_context(attacker(enter, act))
+        assert child.hear() == "ready"
+        os.kill(daemon.pid, signal.SIGSTOP)
+        try:
+            assert child.hear() == "sent"
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
+        with contextlib.closing(ask(daemon.path, wire.encode_request(wire.Hello(0)), [], timeout=10)) as reply:
+            assert reply.fields["protocol"]
+        # On a slow machine one may be counted as hanging that had not been reached.
+        eventually(lambda: _shed(daemon) >= 40, "all are in the journal")
+        assert all("and what is in it hangs" in record["MESSAGE"] for record in daemon.records("shed"))
+
+
+def _shed(daemon: Daemon) -> int:
+    return sum(int(record["LOOPD_COUNT"]) for record in daemon.records("shed"))

@@ -417,3 +417,26 @@ def test_a_device_in_the_queue_of_a_reply_socket(
         eventually(lambda: daemon.records("stuck"), "the helper is written off", WRITTEN_OFF + 3)
     eventually(lambda: not bound_to(tmp_path), "the device is gone")
     before.check(tmp_path)
+
+
+def test_a_device_in_a_datagram_that_is_dropped(
+    quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
+) -> None:
+    """As above; its sender has ended, so that nobody would get an answer."""
+    daemon = quick()
+    before = Untouched(daemon)
+    device = _let_go(daemon, image, directory, devices)
+
+    def write(memory: mmap.mmap) -> None:
+        os.pwrite(os.open(tmp_path / "image", os.O_RDWR), memory, 0)
+
+    with _locking(never, write):
+        os.pwrite(device, b"late" * 1024, 4096)
+        with _stopped(daemon):
+            elsewhere(lambda: send(daemon.path, b'{"op": "hello"}', [device]).close())
+            os.close(device)
+        stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 2, "the daemon serves")
+        record = eventually(lambda: daemon.records("shed"), "it is in the journal")[0]
+        assert "their senders had ended or are unknown, and what is in it hangs" in record["MESSAGE"]
+    eventually(lambda: not bound_to(tmp_path), "the device is gone")
+    before.check(tmp_path)
