@@ -89,17 +89,17 @@ class Owner(NamedTuple):
 class Bucket:
     """What may be used up: so much at once, and more as time passes."""
 
-    __slots__ = ("_at", "_spent")
+    __slots__ = ("_spent", "at")
 
     def __init__(self) -> None:
         self._spent = 0.0
-        self._at = 0.0
+        self.at = 0.0
 
     def spend(self, burst: float, per_second: float) -> bool:
         """Charge one: `burst` of them at once, and then `per_second`; False when they are used up."""
-        now = max(time.monotonic(), self._at)
-        self._spent = max(0.0, self._spent - (now - self._at) * per_second)
-        self._at = now
+        now = max(time.monotonic(), self.at)
+        self._spent = max(0.0, self._spent - (now - self.at) * per_second)
+        self.at = now
         if self._spent + 1 > burst:
             return False
         self._spent += 1
@@ -107,7 +107,7 @@ class Bucket:
 
     def pause(self, until: float) -> None:
         """Have nothing come back until then (monotonic clock)."""
-        self._at = until
+        self.at = until
 
     def unspend(self) -> None:
         """Give the charge of one back."""
@@ -122,7 +122,7 @@ class Account:
         "refused_at", "senders", "shed", "stuck",
     )  # fmt: skip
 
-    MOST_SENDERS = 256
+    MOST_SENDERS = 64
     """Processes of one account whose requests are counted."""
 
     def __init__(self, name: str) -> None:
@@ -145,7 +145,10 @@ class Account:
     def requests_of(self, pid: int) -> Bucket:
         """What process `pid` may send."""
         if len(self.senders) >= self.MOST_SENDERS and pid not in self.senders:
-            self.senders.clear()
+            horizon = time.monotonic() - 1
+            self.senders = {sender: bucket for sender, bucket in self.senders.items() if bucket.at > horizon}
+            if len(self.senders) >= self.MOST_SENDERS:
+                pid = 0  # no process's: all others together
         return self.senders.setdefault(pid, Bucket())
 
     @property

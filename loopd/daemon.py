@@ -87,9 +87,10 @@ def _listeners(passed: list[tuple[str, int]]) -> list[Listener]:
         transport.prepare(listener)
         found.append(Listener(listener, name == ADMIN))
     if not found:
+        program = "python3 -m loopd" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
         raise CannotStart(
             "no socket was passed: start loopd.socket, or by hand"
-            " systemd-socket-activate --datagram -l /run/loopd/loopd.sock python3 -m loopd"
+            f" systemd-socket-activate --datagram -l /run/loopd/loopd.sock {program}"
         )
     return found
 
@@ -273,7 +274,7 @@ class Daemon:
         read.setblocking(False)
         write.setblocking(False)
         self._signals = (read, write)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
         self._poller.add(read.fileno(), self._on_signal)

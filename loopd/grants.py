@@ -85,7 +85,8 @@ class Grants:
         if self._fd is None:
             raise Refusal(Code.UNSUPPORTED, f"{self.root} is not there: {START}")
         key = _key(uid, name)
-        if sum(entry.startswith(f"{uid}-") for entry in os.listdir(self._fd)) >= MOST:
+        there = os.listdir(self._fd)
+        if key not in there and sum(entry.startswith(f"{uid}-") for entry in there) >= MOST:
             raise Refusal(Code.QUOTA, f"uid {uid} has {MOST} directories; remove some")
         with contextlib.suppress(FileExistsError):
             os.mkdir(key, 0o700, dir_fd=self._fd)

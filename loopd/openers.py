@@ -24,6 +24,10 @@ _STATX = struct.Struct("=28xH98xII120x")  # mode and device number of struct sta
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+MOST = 1 << 24
+"""Characters of a mount table that are read: who may mount in a namespace of his own can have one of more than 1 GB."""
+
+
 def _device(path: str) -> tuple[int, int] | None:
     """Major and minor of the block device that `path` leads to; stat(2) would wait for a FUSE file that hangs."""
     buffer = ctypes.create_string_buffer(_STATX.size)
@@ -35,7 +39,7 @@ def _device(path: str) -> tuple[int, int] | None:
 
 def _read(path: str) -> str:
     with suppress(OSError), open(path, encoding="utf-8", errors="surrogateescape") as file:
-        return file.read()
+        return file.read(MOST)
     return ""
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import select
-import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -34,14 +33,8 @@ class Timer:
 
 
 class Poller:
-    """epoll with callbacks and timers.
+    """epoll with callbacks and timers. No call may wait."""
 
-    No call waits, but one may close the last reference to a file of a client's, in a datagram that is dropped or in the
-    queue of a socket, and a close can wait: a TCP socket's for as long as SO_LINGER says. A signal ends such a wait. So
-    SIGALRM, for which there must be a handler, comes again and again while calls take longer than `PATIENCE` seconds.
-    """
-
-    PATIENCE = 0.05
     LONGEST = 3600.0
     """Seconds of one wait: epoll takes no more than 24 days, and a timer may be for later."""
 
@@ -86,13 +79,6 @@ class Poller:
         # After a call that raised the others are still to be made: an event of `ONCE` is not told again.
         if not self._ready:
             self._ready.extend(fd for fd, _ in self._epoll.poll(self._timeout()))
-        signal.setitimer(signal.ITIMER_REAL, self.PATIENCE, self.PATIENCE)
-        try:
-            self._call()
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
-    def _call(self) -> None:
         while self._ready:
             callback = self._callbacks.get(self._ready.popleft())  # an earlier call may have removed it
             if callback is not None:

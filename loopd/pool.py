@@ -238,9 +238,6 @@ def fork(keep: list[int], main: Callable[[], None]) -> int:
     """
     parent = os.getpid()
     closed, closing = os.pipe()
-    # A signal makes the kernel begin a fork anew: on a slow machine the poller's, again and again, would let none
-    # succeed.
-    _, interval = signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         pid = os.fork()
         if pid == 0:
@@ -249,7 +246,6 @@ def fork(keep: list[int], main: Callable[[], None]) -> int:
         os.close(closed)
         raise
     finally:
-        signal.setitimer(signal.ITIMER_REAL, interval, interval)
         os.close(closing)
     os.read(closed, 1)  # nothing: the end of the child's side
     os.close(closed)
@@ -261,7 +257,7 @@ def _child(parent: int, keep: list[int], closing: int, main: Callable[[], None])
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the main process ends its children itself
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         low = 3
         for fd in sorted({*keep, closing}):
