@@ -336,7 +336,9 @@ def test_waiting_leaves_nothing_behind(daemon: Daemon) -> None:
 
     def rounds(count: int) -> None:
         for _ in range(count):
-            reply = ask(daemon.path, wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",))), [memory()])
+            image = memory()
+            reply = ask(daemon.path, wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",))), [image])
+            os.close(image)
             detach = wire.encode_request(wire.Detach(reply.fields["devname"], 0, wait=3600))
             waiting = []
             for _ in range(25):

@@ -74,6 +74,7 @@ ERRNOS: dict[str, tuple[str, ...]] = {
     "recvmsg": ("EAGAIN", "ENOMEM", "ENOBUFS", "EINTR"),
     "sendmsg": ("EAGAIN", "ENOBUFS", "ENOMEM", "EPIPE", "ETOOMANYREFS", "EINTR"),
     "sendto": ("EAGAIN", "ENOBUFS", "ENOMEM", "EPIPE"),
+    "setsockopt": ("ENOMEM",),
     "shutdown": ("ENOTCONN",),
     "socket": (*NO_ROOM, "EACCES"),
     "socketpair": NO_ROOM,

@@ -17,6 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -139,8 +140,9 @@ def _reserve(path: str, count: int) -> list[int]:
 
 def test_instances_share_a_counter(path: str) -> None:
     """Four processes, each of which opens it by itself, the file not being there yet: no block twice."""
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        reserved = pool.starmap(_reserve, [(path, 60)] * 4, chunksize=1)
+    # multiprocessing's own pool waits for ever for what a worker had that has ended.
+    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
+        reserved = list(pool.map(_reserve, [path] * 4, [60] * 4))
     flat = [first for blocks in reserved for first in blocks]
     assert len(set(flat)) == len(flat) == 240
 
