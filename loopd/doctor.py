@@ -108,9 +108,8 @@ def _directory(place: _Place) -> Finding:
         if os.path.ismount(GRANTS):
             return Finding("OK", "directory", f"{GRANTS} is there for containers")
         remedy = "systemctl start 'run-loopd\\x2ddev.mount' && systemctl restart loopd"
-        return Finding(
-            "WARN", "directory", f"{GRANTS} is no mount: there is no directory for containers", remedy
-        )
+        text = f"{GRANTS} is no mount: there is no directory for containers, or --grant-directory names another"
+        return Finding("WARN", "directory", text, remedy)
     if os.path.isdir(client.directory_grant()) and place.path != client.directory_grant():
         found = layers.not_this_users()
         return Finding("FAIL", "directory", f"{client.directory_grant()}: {found.reason}", found.hint)
