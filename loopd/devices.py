@@ -399,15 +399,15 @@ def rescan(loop: Loop) -> None:
     try:
         loop.reread_partitions()
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            again = "detach it, and attach it with partscan"
-            raise Refusal(Code.UNSUPPORTED, f"the device was attached without partscan: {again}") from error
-        code, meaning = _RESCAN.get(error.errno or 0, (Code.IO, "the kernel cannot read the table"))
-        raise Refusal(code, f"{meaning}: {error}") from error
+        code, meaning = _RESCAN.get(error.errno or 0, (Code.IO, "the kernel cannot read the table: {}"))
+        raise Refusal(code, meaning.format(error)) from error
 
 
 _RESCAN = {
-    errno.EBUSY: (Code.BUSY, "a partition is in use"),
-    errno.EACCES: (Code.UNSUPPORTED, "this loopd runs without CAP_SYS_ADMIN"),
-    errno.EPERM: (Code.UNSUPPORTED, "this loopd runs without CAP_SYS_ADMIN"),
+    errno.EBUSY: (Code.BUSY, "a partition is in use: {}"),
+    errno.EINVAL: (
+        Code.UNSUPPORTED, "the device was attached without partscan: detach it, and attach it with partscan"
+    ),
+    errno.EACCES: (Code.UNSUPPORTED, "this loopd runs without CAP_SYS_ADMIN: {}"),
+    errno.EPERM: (Code.UNSUPPORTED, "this loopd runs without CAP_SYS_ADMIN: {}"),
 }

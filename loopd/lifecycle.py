@@ -198,15 +198,15 @@ class Lifecycle:
         complete = reply is not None and not (transport.answered(reply) or transport.hung_up(reply))
 
         def restored(refusal: Refusal | None) -> None:
-            if reply is not None:
-                with FdSet([reply]) as fds:
-                    client = []
-                    if "fd" in lease.holder.deliver and lease.device is not None:
-                        client = [fds.add(devices.reopen(lease.device, lease.binding.read_only))]
-                    if complete:
-                        transport.reply(reply, wire.encode_reply(refusal or attached(lease), lease.holder.id), client)
-                        transport.mark_answered(reply)
-            if refusal is not None and complete:
+            with FdSet(() if reply is None else (reply,)) as fds:
+                if reply is None or not complete:
+                    return
+                client = []
+                if "fd" in lease.holder.deliver and lease.device is not None:
+                    client = [fds.add(devices.reopen(lease.device, lease.binding.read_only))]
+                transport.reply(reply, wire.encode_reply(refusal or attached(lease), lease.holder.id), client)
+                transport.mark_answered(reply)
+            if refusal is not None:
                 self.release(lease, "undeliverable")
 
         self._arrange(lease, restored, complete=complete, changed=True)
@@ -263,11 +263,10 @@ class Lifecycle:
         """Events were lost: look at the nodes of every lease whose partitions are not those that it had."""
         for lease in self.leases:
             if lease.binding.partscan and lease.state is State.BOUND:
-                known = None if lease.nodes is None else {node.name: (node.major, node.minor) for node in lease.nodes}
-                if known is not None:
-                    known.pop(lease.binding.devname, None)
-                if known != devices.partitions(lease.binding.devname):
-                    self.on_partitions(lease.binding.devname)
+                devname = lease.binding.devname
+                known = {node.name: (node.major, node.minor) for node in lease.nodes or () if node.name != devname}
+                if lease.nodes is None or known != devices.partitions(devname):
+                    self.on_partitions(devname)
 
     def _on_watches(self) -> None:
         watches = {watch for watch, _ in self._watches.events()}

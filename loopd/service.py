@@ -49,7 +49,7 @@ class Listener(NamedTuple):
 
 
 class Unwanted(NamedTuple):
-    """Whose datagrams are dropped unread, until when (monotonic clock), and what is told of them."""
+    """Whose datagrams are dropped unread, until when (monotonic clock; 0: this one alone), and what is told of them."""
 
     sender: Sender
     until: float
@@ -256,7 +256,7 @@ class Service:
             self.last_activity = time.monotonic()
             flood = self._floods.get(peeked.sender.pid)
             if flood is not None and self.last_activity < flood.until:
-                self._drop(index, flood, Dropper.MOST)
+                self._drop(index, flood)
             elif self._pool.available():
                 self._admit(index, *peeked)
             else:
@@ -286,14 +286,14 @@ class Service:
         account = self._lifecycle.accounts.get(member.account)
         if cgroup is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
-            self._drop(index, Unwanted(sender, 0, account, member, "their senders had ended or are unknown"), 1)
+            self._drop(index, Unwanted(sender, 0, account, member, "their senders had ended or are unknown"))
             return
         terms = self.policy.terms(self._instance, member.account, sender.uid, sender.gid)
         limits = terms.limits
         hanging = account.stuck >= limits.stuck or account.slow >= self.MOST_SLOW
         if hanging or len(account.flights) >= limits.requests:
             why = "too many of its requests are under way or hang"
-            self._drop(index, Unwanted(sender, 0, account, member, why), 1)
+            self._drop(index, Unwanted(sender, 0, account, member, why))
             return
         rate = limits.requests_per_second
         allowance = account.requests_of(sender.pid)
@@ -306,7 +306,7 @@ class Service:
             if len(self._floods) >= self.MOST_FLOODS:
                 self._floods = {pid: other for pid, other in self._floods.items() if other.until > self.last_activity}
             self._floods[sender.pid] = flood
-            self._drop(index, flood, Dropper.MOST)
+            self._drop(index, flood)
             return
         exchange = Exchange(self, index, sender, member, account, terms, envelope, request)
         if envelope.reply_fd is None:
@@ -431,11 +431,11 @@ class Service:
         else:
             worker.send(messages.UseNumber(None, Refusal(Code.TIMEOUT, "no device number came free in time")))
 
-    def _drop(self, index: int, unwanted: Unwanted, most: int) -> None:
+    def _drop(self, index: int, unwanted: Unwanted) -> None:
         """Have the head of a queue taken away unanswered, and what follows it of floods of the same account."""
         now = time.monotonic()
         pids = {unwanted.sender.pid: unwanted}
-        if most > 1:
+        if unwanted.until:
             pids |= {
                 pid: flood for pid, flood in self._floods.items()
                 if flood.until > now and flood.account is unwanted.account
@@ -451,7 +451,7 @@ class Service:
             self._taking.discard(index)
             self._serve(index)
 
-        self._droppers[index].drop(pids, most, dropped)
+        self._droppers[index].drop(pids, Dropper.MOST if unwanted.until else 1, dropped)
 
     def rest(self) -> None:
         """End the child processes that nothing is to be done for."""

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import pytest
 from conftest import ROOT, Daemon, bound_to, eventually, require
 from processes import CLONE_NEWNS, Child, become, mount_tmpfs, own_user_namespace, unshare
+from untouched import stopped
 
 import loopd
 from loopd import client, layers, wire
@@ -370,13 +371,10 @@ def test_a_node_goes_although_the_event_is_lost(world: World) -> None:
         node = Path(f"{device.path}p1")
         loop.add_partition(1, MIB, MIB)
         eventually(node.exists, "the node is there", 1)
-        os.kill(world.daemon.pid, signal.SIGSTOP)
-        try:
+        with stopped(world.daemon):
             for _ in range(20_000):
                 Path(f"/sys/block/{device.devname}/uevent").write_text("change")
             loop.delete_partition(1)
-        finally:
-            os.kill(world.daemon.pid, signal.SIGCONT)
         eventually(lambda: not node.exists(), "the node is gone", 5)
 
 

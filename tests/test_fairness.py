@@ -20,7 +20,7 @@ from conftest import Daemon, ask, bound_to, eventually, require
 from fuse_never import Never
 from processes import Child
 from test_policy import hanging, lingering
-from untouched import LONG_QUEUE, cgroup, concurrently, flood, helpers, pair, reply_of, send
+from untouched import LONG_QUEUE, cgroup, concurrently, flood, helpers, pair, reply_of, send, stopped
 
 from loopd import transport, wire
 
@@ -388,12 +388,9 @@ def test_accounts_that_hang_helpers_stop_nobody(start_daemon: Callable[..., Daem
             children.append(stack.enter_context(attacker(enter, act)))
         for child in children:
             assert child.hear() == "ready"
-        os.kill(daemon.pid, signal.SIGSTOP)
-        try:
+        with stopped(daemon):
             for child in children:
                 assert child.hear() == "sent"
-        finally:
-            os.kill(daemon.pid, signal.SIGCONT)
         for _ in range(3):
             with contextlib.closing(ask(daemon.path, wire.encode_request(wire.Hello(0)), [], timeout=10)) as reply:
                 assert reply.fields["protocol"]
@@ -427,11 +424,8 @@ def test_datagrams_that_hang_whoever_drops_them(start_daemon: Callable[..., Daem
 
         child = stack.enter_context(attacker(enter, act))
         assert child.hear() == "ready"
-        os.kill(daemon.pid, signal.SIGSTOP)
-        try:
+        with stopped(daemon):
             assert child.hear() == "sent"
-        finally:
-            os.kill(daemon.pid, signal.SIGCONT)
         with contextlib.closing(ask(daemon.path, wire.encode_request(wire.Hello(0)), [], timeout=10)) as reply:
             assert reply.fields["protocol"]
         # On a slow machine one may be counted as hanging that had not been reached.

@@ -30,6 +30,7 @@ from untouched import (
     reply_of,
     send,
     state,
+    stopped,
 )
 
 from loopd import wire
@@ -99,16 +100,6 @@ PLACES: dict[str, tuple[bytes, Callable[[Never, int, int], list[int]], str | Non
 DIRECTORIES = ("a directory as fd", "dir_fd")
 
 
-@contextlib.contextmanager
-def _stopped(daemon: Daemon) -> Iterator[None]:
-    """Let requests gather in the queue: once they are sent, clients need not hold the file any more, nor hang in it."""
-    os.kill(daemon.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(daemon.pid, signal.SIGCONT)
-
-
 def _served(daemon: Daemon) -> None:
     """Honest clients are, all of them soon."""
     for _ in range(6):
@@ -127,7 +118,7 @@ def test_others_are_served(
     before = Untouched(daemon)
     fields, make, code = PLACES[place]
     ours, theirs = pair()
-    with _stopped(daemon), theirs:
+    with stopped(daemon), theirs:
         send(daemon.path, b'{"reply_fd": 0, %s}' % fields, [theirs.fileno(), *make(never, image, directory)]).close()
         never.mute()
     reply = reply_of(ours, SERVED)
@@ -150,7 +141,7 @@ def test_as_reply_fd(quick: Callable[..., Daemon], never: Never, image: int, dir
     """Nobody can be answered; it is in the journal."""
     daemon = quick()
     before = Untouched(daemon)
-    with _stopped(daemon):
+    with stopped(daemon):
         given = never.directory() if place == "directory" else never.file()
         send(daemon.path, b'{"fd": 0, "dir_fd": 1, "reply_fd": 2}', [image, directory, given]).close()
         never.mute()
@@ -170,7 +161,7 @@ def test_in_the_queue_of_a_socket(
     before = Untouched(daemon)
     ours, theirs = pair()
     lease, leased = pair()
-    with _stopped(daemon), lease, leased, theirs:
+    with stopped(daemon), lease, leased, theirs:
         _queue({"lease_fd": lease, "reply_fd": ours}[where], never.file())
         send(
             daemon.path, b'{"fd": 0, "dir_fd": 1, "reply_fd": 2, "lease_fd": 3}',
@@ -216,7 +207,7 @@ def test_written_off_and_charged(quick: Callable[..., Daemon], never: Never) -> 
             os.write(sent[1], b"x")
             return [bool(reply_of(channel).fields) for channel in asked]
 
-        with _stopped(daemon):
+        with stopped(daemon):
             answers = stack.enter_context(concurrently(hostile, enter))
             os.read(sent[0], 1)
             never.mute()
@@ -246,7 +237,7 @@ def test_kill_during_the_hang(
     daemon = quick()
     honest(daemon)
     asked = []
-    with _stopped(daemon):
+    with stopped(daemon):
         for _ in range(2):
             ours, theirs = pair()
             with theirs:
@@ -314,6 +305,11 @@ def _locking(never: Never, hold: Callable[[mmap.mmap], object]) -> Iterator[Chil
             os.close(fd)
 
 
+def _writing(path: Path) -> Callable[[mmap.mmap], object]:
+    """For `_locking`: the lock of that file."""
+    return lambda memory: os.pwrite(os.open(path, os.O_RDWR), memory, 0)
+
+
 def _waits_for_fuse(pid: int) -> bool:
     return "fuse" in Path(f"/proc/{pid}/stack").read_text()
 
@@ -366,11 +362,8 @@ def test_a_file_that_its_owner_keeps_locked(
     reply = daemon.attach(image, directory)
     device = os.open(devices / reply.fields["devname"], os.O_RDWR)
 
-    def write(memory: mmap.mmap) -> None:
-        os.pwrite(os.open(tmp_path / "image", os.O_RDWR), memory, 0)
-
     # The device is clean when the helper looks at it, and not any more when it is closed.
-    with injected(helpers(daemon), "fsync:delay_exit=1500000"), _locking(never, write):
+    with injected(helpers(daemon), "fsync:delay_exit=1500000"), _locking(never, _writing(tmp_path / "image")):
         reply.close()
         eventually(lambda: not list(devices.iterdir()), "the node is gone, so the helper is at the device")
         time.sleep(0.3)
@@ -402,10 +395,7 @@ def test_a_device_in_the_queue_of_a_reply_socket(
     device = _let_go(daemon, image, directory, devices)
     ours, theirs = pair()
 
-    def write(memory: mmap.mmap) -> None:
-        os.pwrite(os.open(tmp_path / "image", os.O_RDWR), memory, 0)
-
-    with ours, _locking(never, write):
+    with ours, _locking(never, _writing(tmp_path / "image")):
         os.pwrite(device, b"late" * 1024, 4096)
         _queue(ours, device)
         os.close(device)
@@ -427,12 +417,9 @@ def test_a_device_in_a_datagram_that_is_dropped(
     before = Untouched(daemon)
     device = _let_go(daemon, image, directory, devices)
 
-    def write(memory: mmap.mmap) -> None:
-        os.pwrite(os.open(tmp_path / "image", os.O_RDWR), memory, 0)
-
-    with _locking(never, write):
+    with _locking(never, _writing(tmp_path / "image")):
         os.pwrite(device, b"late" * 1024, 4096)
-        with _stopped(daemon):
+        with stopped(daemon):
             elsewhere(lambda: send(daemon.path, b'{"op": "hello"}', [device]).close())
             os.close(device)
         stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 2, "the daemon serves")

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
 from processes import CLONE_NEWNS, Activated, become, unshare
-from untouched import cgroup, elsewhere, leases, pair, reply_of, send
+from untouched import cgroup, elsewhere, leases, pair, reply_of, send, stopped
 
 from loopd import numbers, policy, wire
 from loopd.policy import Allow, ConfigurationError, Limits, Policy
@@ -588,8 +588,7 @@ def hanging(daemon: Daemon, count: int, before: int = 0) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for _ in range(0, count, 8):
             asked = []
-            os.kill(daemon.pid, signal.SIGSTOP)  # so that the daemon's is the last close
-            try:
+            with stopped(daemon):  # so that the daemon's is the last close
                 for _ in range(min(8, count)):
                     slow, peer = lingering(40)
                     stack.enter_context(peer)
@@ -598,8 +597,6 @@ def hanging(daemon: Daemon, count: int, before: int = 0) -> Iterator[None]:
                         fds = [theirs.fileno()] * (before + 1) + [slow.fileno()]
                         send(daemon.path, b'{"op": "hello", "reply_fd": 0}', fds).close()
                     asked.append(ours)
-            finally:
-                os.kill(daemon.pid, signal.SIGCONT)
             for ours in asked:
                 with ours, contextlib.suppress(TimeoutError):
                     reply_of(ours, 2)

@@ -88,6 +88,16 @@ def _takers(daemon: Daemon) -> list[tuple[int, list[str]]]:
     return found
 
 
+@contextlib.contextmanager
+def stopped(daemon: Daemon) -> Iterator[None]:
+    """Let requests gather in the queue: once sent, clients need not hold the files any more, nor hang in them."""
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+
+
 def _free(place: Path) -> bool:
     return not bound_to(place)
 
