@@ -79,7 +79,7 @@ class Timeout(Error):
 
 
 class Dropped(Error):
-    """loopd threw the request away without an answer, or ended before it gave one."""
+    """loopd threw the request away without an answer, or ended before it gave one, as often as it was sent."""
 
     hint = "on the host, `journalctl -u loopd` tells why"
 
@@ -232,6 +232,10 @@ _ADMIN_UNAVAILABLE = "on the host, as root: systemctl enable --now loopd-admin.s
 
 
 # One request, one reply -------------------------------------------------------------------------------------
+
+_FIRST_PAUSE = 0.01
+"""Seconds at most before a request that was dropped is sent again; each pause is twice as long as the one before."""
+_LONGEST_PAUSE = 0.5
 
 _UCRED = struct.Struct("=iII")  # pid, uid, gid of struct ucred
 
@@ -848,7 +852,21 @@ class Client:
 
     def _ask(self, stack: ExitStack, request: wire.Request, fds: Sequence[int] = (), wait: float = 0.0) -> _Answer:
         """Send `request` with `fds` (borrowed) and a socket for the reply; `stack` owns what comes back."""
-        deadline = time.monotonic() + self.timeout + wait
+        until = time.monotonic() + self.timeout
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                return self._ask_once(stack, request, fds, until + wait, self.timeout + wait)
+            except Dropped:
+                # Most likely others of this account have as many requests under way as it may have.
+                if time.monotonic() + pause > until:
+                    raise
+            time.sleep(pause * (0.5 + os.urandom(1)[0] / 510))  # no two come back at the same time
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _ask_once(
+        self, stack: ExitStack, request: wire.Request, fds: Sequence[int], deadline: float, timeout: float
+    ) -> _Answer:
         channel, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         stack.enter_context(channel)
         channel.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
@@ -860,8 +878,9 @@ class Client:
         # With our copy of their end closed, their end of the conversation is a hang-up here.
         data, received, pid = _receive(channel, stack, deadline)
         if data is None:
-            raise Timeout(f"no answer from {self.socket} within {self.timeout + wait:g} s")
+            raise Timeout(f"no answer from {self.socket} within {timeout:g} s")
         if not data:
+            channel.close()
             raise Dropped(f"{self.socket}: the request was dropped without an answer")
         try:
             if len(data) > wire.MAX_REPLY:

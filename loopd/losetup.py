@@ -26,6 +26,7 @@ from _socket import (
     socketpair,
     timeout,
 )
+from time import sleep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -411,9 +412,27 @@ def decoded(text: str) -> Any:
 
 
 def ask(fields: dict[str, object], fds: Sequence[int] = ()) -> Lease:
-    """One request and its reply; Failure with the daemon's code where it is a refusal. The fds stay the caller's."""
+    """One request and its reply; Failure with the daemon's code where it is a refusal. The fds stay the caller's.
+
+    One that is dropped is sent again after pauses that grow: most likely others of this account have as many requests
+    under way as it may have.
+    """
     fields["reply_fd"] = len(fds)
     request = "{" + ",".join(f'"{name}":{encoded(value)}' for name, value in fields.items()) + "}"
+    pause, slept = 0.01, 0.0
+    reply = answer(request, fds)
+    while not reply and slept < TIMEOUT:
+        slept += pause
+        sleep(pause * (0.5 + posix.urandom(1)[0] / 510))  # no two come back at the same time
+        pause = min(2 * pause, 0.5)
+        reply = answer(request, fds)
+    if not reply:
+        raise Failure(f"loopd at {SOCKET} dropped the request; `journalctl -u loopd` on the host tells why")
+    return checked(reply)
+
+
+def answer(request: str, fds: Sequence[int]) -> bytes:
+    """The reply to a request that is sent once; empty where it was dropped."""
     ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
     sender = socket(AF_UNIX, SOCK_DGRAM)
     try:
@@ -426,7 +445,9 @@ def ask(fields: dict[str, object], fds: Sequence[int] = ()) -> Lease:
         # With our copy of their end closed, their end of the conversation is a hang-up here.
         theirs.close()
         ours.settimeout(TIMEOUT)
-        reply = receive(ours)
+        return ours.recv(MAX_REPLY)
+    except ConnectionResetError:
+        return b""
     except timeout:
         raise Failure(f"no answer from loopd at {SOCKET} in {TIMEOUT:g} s") from None
     except OSError as error:
@@ -437,17 +458,6 @@ def ask(fields: dict[str, object], fds: Sequence[int] = ()) -> Lease:
         theirs.close()
         sender.close()
         ours.close()
-    return checked(reply)
-
-
-def receive(channel: socket) -> bytes:
-    try:
-        reply = channel.recv(MAX_REPLY)
-    except ConnectionResetError:
-        reply = b""
-    if not reply:
-        raise Failure(f"loopd at {SOCKET} dropped the request; `journalctl -u loopd` on the host tells why")
-    return reply
 
 
 def checked(reply: bytes) -> Lease:

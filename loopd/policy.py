@@ -34,7 +34,7 @@ class Limits(NamedTuple):
     requests: int = 32
     """Requests under way at once."""
     requests_per_second: float = 1000.0
-    """Requests in a second, of one process that does not wait for the answers; as many at once as `requests`."""
+    """Requests in a second, of one process that does not wait for the answers; `Service.AT_ONCE` at once."""
     stuck: int = 2
     """Helper processes that may hang in its requests before these are dropped unanswered."""
     new_numbers: int = 256

@@ -174,6 +174,11 @@ class Service:
     BURST = 16
     """Datagrams of one queue that are looked at before other events get their turn."""
 
+    AT_ONCE = 8
+    """Requests that one process may send at once, or as many as it may in so many milliseconds: what is behind them in
+    the queue waits for each. A client with more threads sends again what was dropped.
+    """
+
     MOST_FLOODS = 256
     """Processes that are remembered as floods before those whose time is over are forgotten."""
 
@@ -297,7 +302,7 @@ class Service:
             return
         rate = limits.requests_per_second
         allowance = account.requests_of(sender.pid)
-        too_fast = not allowance.spend(limits.requests, rate)
+        too_fast = not allowance.spend(max(self.AT_ONCE, rate * self.AT_ONCE / 1000), rate)
         # Who waits for each answer cannot fill the queue, however fast it asks.
         if too_fast and any(flight.sender.pid == sender.pid for flight in account.flights):
             until = self.last_activity + self.FLOOD_PAUSE

@@ -367,7 +367,13 @@ def test_a_device_that_is_gone_counts_as_released(image: Path, sock: Path, tmp_p
             pass
 
 
-def test_a_detach_without_an_answer_hangs_up(image: Path, sock: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is dropped is not sent again: the first pause would be longer than the deadline."""
+    monkeypatch.setattr(loopd.client, "_FIRST_PAUSE", 60.0)
+
+
+def test_a_detach_without_an_answer_hangs_up(image: Path, sock: Path, tmp_path: Path, sent_once: None) -> None:
     with Peer(sock, answer, drop, answer, drop) as peer:
         with pytest.raises(loopd.Dropped):
             with loopd.attach(image, tmp_path, open_device=False, socket=sock):
@@ -633,7 +639,13 @@ def test_a_reply_without_sense_is_named_so(payload: bytes, sock: Path) -> None:
         loopd.list(socket=sock)
 
 
-def test_an_end_without_a_reply_is_no_timeout(sock: Path) -> None:
+def test_what_is_dropped_is_sent_again(sock: Path) -> None:
+    with Peer(sock, drop, drop, lambda request: request.reply({"leases": []})) as peer:
+        assert loopd.list(socket=sock) == ()
+        assert len({request.payload for request in peer.requests}) == 1
+
+
+def test_an_end_without_a_reply_is_no_timeout(sock: Path, sent_once: None) -> None:
     start = time.monotonic()
     with Peer(sock, drop), pytest.raises(loopd.Dropped, match="journalctl"):
         loopd.hello(socket=sock)

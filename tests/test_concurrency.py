@@ -8,12 +8,14 @@ import subprocess
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from conftest import Daemon, bound_to, eventually, exists
 from processes import Child, become
+from untouched import LONG_QUEUE
 
 import loopd
 from loopd.loop import Loop
@@ -176,3 +178,23 @@ def test_clients_that_are_killed_in_a_crowd(daemon: Daemon, directory: int, devi
         eventually(lambda: not bound_to(tmp_path), "every file is free", 5)
     assert list(devices.iterdir()) == []
     assert daemon.hello().code is None
+
+
+def test_more_requests_at_once_than_an_account_may_have(
+    start_daemon: Callable[..., Daemon], directory: int, tmp_path: Path
+) -> None:
+    """Threads of one process: what is dropped is sent again, and comes to nothing lost but time."""
+    config = tmp_path / "loopd.toml"
+    config.write_text("[limits]\nrequests = 2\n")
+    daemon = start_daemon(f"--config={config}", launcher=LONG_QUEUE)
+    image = tmp_path / "image"
+    image.write_bytes(bytes(1 << 20))
+
+    def use(_: int) -> int:
+        with loopd.attach(image, directory, socket=daemon.path) as device:
+            return device.diskseq or 0
+
+    with ThreadPoolExecutor(32) as pool:
+        seen = list(pool.map(use, range(96)))
+    assert len(set(seen)) == len(seen)
+    eventually(lambda: daemon.records("shed"), "there were more than it may have")

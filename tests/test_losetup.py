@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import ROOT, Daemon, bound_to, eventually, require
+from scripted import Peer, released
 
 from loopd import __version__, wire
 from loopd.loop import Loop
@@ -883,3 +884,11 @@ def test_a_second_copy_in_path_is_no_mount(plain: Box) -> None:
     (second / "mount").chmod(0o755)
     plain.environment["PATH"] = f"{plain.programs}:{second}:{plain.environment['PATH']}"
     assert plain("timeout", "10", "mount", "--version").out.startswith("mount from util-linux")
+
+
+def test_what_is_dropped_is_sent_again(tmp_path: Path) -> None:
+    sock = tmp_path / "loopd.sock"
+    environment = {"PATH": os.environ["PATH"], "LOOPD_SOCKET": str(sock), "LOOPD_DIRECTORY": str(tmp_path)}
+    with Peer(sock, *[lambda request: request.channel.close()] * 3, released) as peer:
+        assert run(SOURCE, "--detach", "loop4096", env=environment) == Result(0, "", "")
+        assert len({request.payload for request in peer.requests}) == 1
