@@ -55,8 +55,12 @@ class _Lines:
 
 def _quoted(text: str) -> str:
     """The text within single quotes and on one line, whatever a path has in it."""
-    plain = text.replace("\\", "\\\\").replace("'", "\\'")
-    return plain if plain.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in plain)
+    return _printable(text.replace("\\", "\\\\").replace("'", "\\'"))
+
+
+def _printable(text: str) -> str:
+    """The text on one line, with nothing in it that a terminal obeys or that journalctl shows as mere "blob data"."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Audit:
@@ -73,9 +77,12 @@ class Audit:
         self._lost = 0
 
     def record(self, event: Event, message: str, /, **details: object) -> None:
-        """Record `event`; each detail that is not None becomes the field LOOPD_<NAME>."""
+        """Record `event`; each detail that is not None becomes the field LOOPD_<NAME>.
+
+        A path in the message is made readable; in its field it stays as it is. A traceback keeps its lines.
+        """
         fields = {
-            "MESSAGE": message,
+            "MESSAGE": "\n".join(map(_printable, message.split("\n") if event is Event.FAILED else [message])),
             "MESSAGE_ID": event.value.message_id,
             "PRIORITY": event.value.priority,
             "SYSLOG_IDENTIFIER": "loopd",

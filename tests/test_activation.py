@@ -461,6 +461,9 @@ def test_records_are_structured_and_nothing_can_be_forged_into_one(
         os.close(image)
     record = journal.of("attached")
     assert record["LOOPD_BACKING_FILE"] == hostile
+    # journalctl shows a message with something else in it as "blob data".
+    assert record["MESSAGE"].decode().isprintable()
+    assert b"\\udcff=\\nPRIORITY=0\\nLOOPD_UID=1\\n\\n\\x1b[2J" in record["MESSAGE"]
     assert record["LOOPD_BACKING_INODE"] == str(status.st_ino).encode()
     assert record["PRIORITY"] == b"6"
     assert record["SYSLOG_IDENTIFIER"] == b"loopd"
