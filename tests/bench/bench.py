@@ -233,7 +233,7 @@ def _memory(daemon: Daemon) -> tuple[float, float]:
     status = Path(f"/proc/{daemon.pid}/status").read_text()
     resident = int(status.partition("VmRSS:")[2].split()[0]) / 1024
     together = 0.0
-    for pid in (*daemon.family(), daemon.pid):
+    for pid in {*daemon.family(), daemon.pid}:
         if pid == getattr(daemon, "manager", 0):
             continue
         with contextlib.suppress(OSError):
