@@ -937,7 +937,7 @@ def test_the_administrator_sees_who_has_what_and_ends_all(world: World) -> None:
 
             assert world.ctl("detach", *admin, "--all", check=False).returncode == 2
             # An instance's socket has no option of its own.
-            done = world.ctl("detach", *admin[1:], "--all", check=False)
+            done = world.ctl("detach", *admin[1:], "--all", "--wait", "0.3", check=False)
             assert (done.returncode, "is another's" in done.stderr) == (1, True)
             assert bound_to(images[1]) != []
             done = world.ctl("detach", *admin, "--all", "--force", "--wait", "0.3", check=False)
