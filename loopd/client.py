@@ -867,6 +867,7 @@ class Client:
     def _ask_once(
         self, stack: ExitStack, request: wire.Request, fds: Sequence[int], deadline: float, timeout: float
     ) -> _Answer:
+        """One try; `Dropped` means that nothing has come of it, or that loopd ended meanwhile."""
         channel, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         stack.enter_context(channel)
         channel.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)

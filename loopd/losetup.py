@@ -420,14 +420,12 @@ def ask(fields: dict[str, object], fds: Sequence[int] = ()) -> Lease:
     fields["reply_fd"] = len(fds)
     request = "{" + ",".join(f'"{name}":{encoded(value)}' for name, value in fields.items()) + "}"
     pause, slept = 0.01, 0.0
-    reply = answer(request, fds)
-    while not reply and slept < TIMEOUT:
-        slept += pause
+    while not (reply := answer(request, fds)):
+        if slept > TIMEOUT:
+            raise Failure(f"loopd at {SOCKET} dropped the request; `journalctl -u loopd` on the host tells why")
         sleep(pause * (0.5 + posix.urandom(1)[0] / 510))  # no two come back at the same time
+        slept += pause
         pause = min(2 * pause, 0.5)
-        reply = answer(request, fds)
-    if not reply:
-        raise Failure(f"loopd at {SOCKET} dropped the request; `journalctl -u loopd` on the host tells why")
     return checked(reply)
 
 
