@@ -67,7 +67,8 @@ def _container_depth(parts: list[str], first: int) -> int:
 def cgroup_of(pid: int) -> str | None:
     """The cgroup v2 path of a process (the systemd hierarchy of a host without); None when the process is gone."""
     try:
-        lines = proc.read(f"/proc/{pid}/cgroup").decode(errors="surrogateescape").splitlines()
+        # By newlines alone, which no name has: a name may well have another of the characters that splitlines() knows.
+        lines = proc.read(f"/proc/{pid}/cgroup").decode(errors="surrogateescape").split("\n")
     except OSError:
         return None
     paths = {tuple(line.split(":", 2)[:2]): line.split(":", 2)[2] for line in lines if line.count(":") >= 2}

@@ -37,7 +37,7 @@ def _populated(path: str) -> bool:
 def crowding() -> float:
     """How many of the processes that it may have are in this one's cgroup, 0 to 1; 0 where there is no limit."""
     with contextlib.suppress(OSError, ValueError):
-        for line in _read("/proc/self/cgroup").splitlines():
+        for line in filter(None, _read("/proc/self/cgroup").split("\n")):
             _, controllers, path = line.split(":", 2)
             for root in ("/sys/fs/cgroup/pids",) if controllers == "pids" else () if controllers else ROOTS:
                 with contextlib.suppress(FileNotFoundError):

@@ -2,7 +2,7 @@
 
 Owns the client's side of the wire: one datagram out, one reply in, the fds of both, the deadline over both,
 the types of the errors, the choice of a delivery, and the check that what was delivered can be opened here.
-Prints nothing, and repeats no request that was not refused (a second one would bind a second device). Takes
+Prints nothing, and repeats no request that was not refused or dropped (a second one would bind a second device). Takes
 nothing else of the package than `wire` and `layers`. Standard library of Python 3.8 and later.
 
     with loopd.attach("disk.img", directory="/dev", partscan=True) as device:
@@ -46,7 +46,7 @@ Lifetime = Union[Literal["device", "process", "container"], int]
 
 ``"device"``: `Device.close`, or the end of this process and of those that it forked. ``"process"``: the end
 of this process. ``"container"``: the end of PID 1 of this PID namespace. A number: an open fd, a pidfd or a
-connected socket, whose becoming readable or hanging up ends the lease; the caller keeps it.
+connected SOCK_SEQPACKET socket, whose becoming readable or hanging up ends the lease; the caller keeps it.
 """
 
 

@@ -189,13 +189,23 @@ def device_number(name: str, disk: str | None = None) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+@contextlib.contextmanager
+def _gone() -> Iterator[None]:
+    """What sysfs has of a device may go meanwhile: ENOENT, or ENODEV between open and read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+
+
 def partitions(devname: str) -> dict[str, tuple[int, int]]:
     """Names and device numbers of the partitions that the kernel has for `devname` now."""
     found = {}
-    with contextlib.suppress(FileNotFoundError):
+    with _gone():
         for name in os.listdir(f"/sys/block/{devname}"):
             if name.startswith(f"{devname}p"):
-                with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                with _gone():
                     found[name] = device_number(name, devname)
     return dict(sorted(found.items(), key=lambda item: int(item[0].rpartition("p")[2])))
 

@@ -131,7 +131,7 @@ class Mounts:
         return FileSystem(kind.decode(), kind != b"overlay" or self._on_host(dev))
 
     def _on_host(self, dev: bytes) -> bool:
-        return any(line.split(b" ", 3)[2:3] == [dev] for line in self._ours.splitlines())
+        return any(line.split(b" ", 3)[2:3] == [dev] for line in self._ours.split(b"\n"))
 
 
 def on_host(pid: int) -> bool:

@@ -299,7 +299,7 @@ class Helper:
 
     def _release(self, job: Release, fds: FdSet) -> bool:
         left: list[Node] = []
-        if len(fds) > 1:
+        if job.directory:
             directory = nodes.directory(fds.borrow(1), job.client)
             with contextlib.suppress(OSError):
                 left = nodes.displace(directory, _known(directory, job.nodes, job.binding))

@@ -350,7 +350,8 @@ class Lifecycle:
 
         def start() -> None:
             account.jobs += 1
-            fds = [fd for fd in (lease.device, lease.directory) if fd is not None]
+            lock = lease.lock if isinstance(job, messages.Release) else None
+            fds = [fd for fd in (lease.device, lease.directory, lock) if fd is not None]
             task = LeaseTask(done, again if tries > 1 else None, stuck, after, landed)
             self._pool.submit(task, job, fds, self.policy.request_timeout)
 
@@ -376,7 +377,8 @@ class Lifecycle:
             self._close(lease)
 
         def start() -> None:
-            job = messages.Release(lease.binding, lease.holder.client, lease.nodes, lease.holder.grant)
+            binding, holder = lease.binding, lease.holder
+            job = messages.Release(binding, holder.client, lease.nodes, holder.grant, lease.directory is not None)
             self._submit(lease, job, released, lambda: self._after_close(lease))
 
         self._job(lease, start)

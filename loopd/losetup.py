@@ -26,7 +26,7 @@ from _socket import (
     socketpair,
     timeout,
 )
-from time import sleep
+from time import monotonic, sleep
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -419,17 +419,16 @@ def ask(fields: dict[str, object], fds: Sequence[int] = ()) -> Lease:
     """
     fields["reply_fd"] = len(fds)
     request = "{" + ",".join(f'"{name}":{encoded(value)}' for name, value in fields.items()) + "}"
-    pause, slept = 0.01, 0.0
-    while not (reply := answer(request, fds)):
-        if slept > TIMEOUT:
+    pause, deadline = 0.01, monotonic() + TIMEOUT
+    while not (reply := answer(request, fds, deadline)):
+        if monotonic() + pause > deadline:
             raise Failure(f"loopd at {SOCKET} dropped the request; `journalctl -u loopd` on the host tells why")
         sleep(pause * (0.5 + posix.urandom(1)[0] / 510))  # no two come back at the same time
-        slept += pause
         pause = min(2 * pause, 0.5)
     return checked(reply)
 
 
-def answer(request: str, fds: Sequence[int]) -> bytes:
+def answer(request: str, fds: Sequence[int], deadline: float) -> bytes:
     """The reply to a request that is sent once; empty where it was dropped."""
     ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
     sender = socket(AF_UNIX, SOCK_DGRAM)
@@ -437,12 +436,12 @@ def answer(request: str, fds: Sequence[int]) -> bytes:
         # The kernel attaches credentials where either side asks for them; a socket made by hand may not.
         sender.setsockopt(SOL_SOCKET, SO_PASSCRED, 1)
         sender.connect(SOCKET)
-        sender.settimeout(TIMEOUT)
+        sender.settimeout(max(deadline - monotonic(), 1e-3))
         rights = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (*fds, theirs.fileno()))
         sender.sendmsg([request.encode()], [(SOL_SOCKET, SCM_RIGHTS, rights)])
         # With our copy of their end closed, their end of the conversation is a hang-up here.
         theirs.close()
-        ours.settimeout(TIMEOUT)
+        ours.settimeout(max(deadline - monotonic(), 1e-3))
         return ours.recv(MAX_REPLY)
     except ConnectionResetError:
         return b""

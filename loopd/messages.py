@@ -53,7 +53,8 @@ class Take(NamedTuple):
 
 
 class Release(NamedTuple):
-    """Take a lease's nodes, partitions and binding away. Fds: the device, and the directory if it has one.
+    """Take a lease's nodes, partitions and binding away. Fds: the device, the `directory` if it has one, and the lock
+    if it is kept, so that the last close of that is the helper's too.
 
     Without `nodes` it is not known which there are.
     """
@@ -62,6 +63,7 @@ class Release(NamedTuple):
     client: Client
     nodes: tuple[Node, ...] | None
     grant: str
+    directory: bool
 
 
 class Arrange(NamedTuple):

@@ -69,7 +69,7 @@ def _of_process(pid: str, numbers: Mapping[tuple[int, int], str]) -> set[str]:
 
 def _of_mounts(pid: str, numbers: Mapping[tuple[int, int], str]) -> Iterator[tuple[str, str]]:
     """The devices with a file system that a process sees mounted, and where."""
-    for line in _read(f"/proc/{pid}/mountinfo").splitlines():
+    for line in filter(None, _read(f"/proc/{pid}/mountinfo").split("\n")):
         fields = line.split(" ", 5)
         with suppress(ValueError, IndexError):
             major, minor = fields[2].split(":")
@@ -103,7 +103,7 @@ def find(devnames: Collection[str], daemon: int) -> dict[str, tuple[str, ...]]:
     namespaces = set()
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         status = dict(
-            line.split(":\t", 1) for line in _read(f"/proc/{pid}/status").splitlines() if ":\t" in line
+            line.split(":\t", 1) for line in _read(f"/proc/{pid}/status").split("\n") if ":\t" in line
         )
         process = f"{status.get('Name', '?')}[{pid}]"
         if str(daemon) not in (pid, status.get("PPid")):

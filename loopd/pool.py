@@ -187,13 +187,15 @@ class Pool:
         if last:
             self._rest(worker)
             self._idle.append(worker)
-        with fds:
-            if task is not None and not isinstance(message, messages.Ready):
-                task.message(worker, message, fds)
-        if last:
-            if task is not None:
-                task.ready()
-            self._proceed()
+        try:
+            with fds:
+                if task is not None and not isinstance(message, messages.Ready):
+                    task.message(worker, message, fds)
+        finally:  # what is charged for the job is so no more, whatever went wrong with its answer
+            if last:
+                if task is not None:
+                    task.ready()
+                self._proceed()
 
     def _rest(self, worker: Worker) -> None:
         self._busy.discard(worker)

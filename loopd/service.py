@@ -81,6 +81,7 @@ class Exchange:
         self.attaching = False
         self.slot: socket.socket | None = None
         self.number: int | None = None
+        self.charged = False
         self.holder: Holder | None = None
         self.address = b""
         self.lease = ""
@@ -295,23 +296,21 @@ class Service:
             return
         terms = self.policy.terms(self._instance, member.account, sender.uid, sender.gid)
         limits = terms.limits
-        hanging = account.stuck >= limits.stuck or account.slow >= self.MOST_SLOW
-        if hanging or len(account.flights) >= limits.requests:
-            why = "too many of its requests are under way or hang"
-            self._drop(index, Unwanted(sender, 0, account, member, why))
-            return
         rate = limits.requests_per_second
         allowance = account.requests_of(sender.pid)
         too_fast = not allowance.spend(max(self.AT_ONCE, rate * self.AT_ONCE / 1000), rate)
+        why = ""
+        if account.stuck >= limits.stuck or account.slow >= self.MOST_SLOW or len(account.flights) >= limits.requests:
+            why = "too many of its requests are under way or hang"
         # Who waits for each answer cannot fill the queue, however fast it asks.
-        if too_fast and any(flight.sender.pid == sender.pid for flight in account.flights):
-            until = self.last_activity + self.FLOOD_PAUSE
-            allowance.pause(until)
-            flood = Unwanted(sender, until, account, member, f"one process sends more than {rate:g} a second")
-            if len(self._floods) >= self.MOST_FLOODS:
-                self._floods = {pid: other for pid, other in self._floods.items() if other.until > self.last_activity}
-            self._floods[sender.pid] = flood
-            self._drop(index, flood)
+        elif too_fast and any(flight.sender.pid == sender.pid for flight in account.flights):
+            why = f"one process sends more than {rate:g} a second"
+        if why:
+            unwanted = Unwanted(sender, self.last_activity + self.FLOOD_PAUSE if too_fast else 0, account, member, why)
+            if too_fast:
+                allowance.pause(unwanted.until)
+                self._remember(unwanted)
+            self._drop(index, unwanted)
             return
         exchange = Exchange(self, index, sender, member, account, terms, envelope, request)
         if envelope.reply_fd is None:
@@ -335,6 +334,12 @@ class Service:
         fds = () if exchange.slot is None else (exchange.slot.fileno(),)
         self._pool.dispatch(exchange, job, fds, self.policy.request_timeout)
 
+    def _remember(self, flood: Unwanted) -> None:
+        """Have what the process sends next dropped unread."""
+        if len(self._floods) >= self.MOST_FLOODS:
+            self._floods = {pid: other for pid, other in self._floods.items() if other.until > self.last_activity}
+        self._floods[flood.sender.pid] = flood
+
     def _admit_attach(self, exchange: Exchange, request: Attach, job: messages.Take) -> messages.Take:
         """Charge an attach before anything is allocated, or refuse it."""
         account, (limits, allow) = exchange.account, exchange.terms
@@ -343,7 +348,8 @@ class Service:
             raise Refusal(Code.QUOTA, f"this account has {account.devices} devices, its limit is {limits.devices}")
         self._check_room()
         number = self._number(exchange)
-        exchange.slot = self._slots.take(spare=1)
+        with contextlib.suppress(OSError):  # ENFILE, ENOMEM: the same as a store that is full
+            exchange.slot = self._slots.take(spare=1)
         if exchange.slot is None and self._slots.present:
             raise Refusal(Code.NO_DEVICE, "the service manager takes no more file descriptors for now")
         account.attaching += 1
@@ -400,9 +406,11 @@ class Service:
         """
         limits = exchange.terms.limits
         number, none, coming = None, None, False
+        exchange.charged = False
         if exchange.account.numbers.spend(limits.new_numbers, limits.new_numbers_per_minute / 60):
             try:
                 number = self._numbers.fresh()
+                exchange.charged = True
                 self._warned.discard("numbers")
             except (Exhausted, OSError) as error:
                 exchange.account.numbers.unspend()
@@ -421,9 +429,12 @@ class Service:
     def on_number_please(self, exchange: Exchange, worker: Worker) -> None:
         """A helper lost the number it was given to somebody else, or was given none because there was none yet."""
         if exchange.number is not None:
-            exchange.number = None
-            exchange.account.numbers.unspend()
             self._metrics.retries += 1
+            if exchange.charged:
+                exchange.account.numbers.unspend()
+            else:  # one that the account had before, and may itself have open
+                self._lifecycle.retire(exchange.number, exchange.account, exchange.person)
+            exchange.number = None
         try:
             number = self._number(exchange)
         except Refusal as refusal:

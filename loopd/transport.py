@@ -307,19 +307,18 @@ def _peer_name(peer: socket.socket) -> object:
 
 
 def check_lease(fd: int) -> str:
-    """Refuse what is neither a pidfd nor a connected AF_UNIX socket; else say which."""
+    """Refuse what is neither a pidfd nor a connected AF_UNIX SOCK_SEQPACKET socket; else say which.
+
+    A datagram pair gives no hang-up when the other end is closed, and a stream has out-of-band data (Linux 5.15), which
+    `seal` could not see.
+    """
     if is_pidfd(fd):
         return "pidfd"
-    neither = wire.Refusal(wire.Code.BAD_FD, "lease_fd is neither a pidfd nor an AF_UNIX socket")
     if not _is_socket(fd):
-        raise neither
+        raise wire.Refusal(wire.Code.BAD_FD, "lease_fd is neither a pidfd nor an AF_UNIX SOCK_SEQPACKET socket")
     with borrowed(fd) as peer:
-        kind = _unix_type(peer)
-        if kind is None:
-            raise neither
-        # A datagram pair gives no hang-up when the other end is closed.
-        if kind == socket.SOCK_DGRAM or _peer_name(peer) == "none":
-            raise wire.Refusal(wire.Code.BAD_FD, "lease_fd is no connected SOCK_SEQPACKET or SOCK_STREAM socket")
+        if _unix_type(peer) != socket.SOCK_SEQPACKET or _peer_name(peer) == "none":
+            raise wire.Refusal(wire.Code.BAD_FD, "lease_fd is no connected AF_UNIX SOCK_SEQPACKET socket")
     return "socket"
 
 
@@ -387,7 +386,7 @@ def owns_address(pid: int, address: bytes) -> bool:
         with open("/proc/self/net/unix", "rb") as table:
             name = b"@" + address[1:]
             inodes = {line.split()[6] for line in table if line.split()[7:] == [name]}
-        links = {f"socket:[{inode.decode()}]" for inode in inodes}
+        links = {f"socket:[{inode.decode(errors='replace')}]" for inode in inodes}
         return any(_link(f"/proc/{pid}/fd/{fd}") in links for fd in os.listdir(f"/proc/{pid}/fd"))
     except OSError:  # gone, or not to be looked at by this user
         return False

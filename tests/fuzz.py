@@ -115,7 +115,7 @@ RIGHT = {
     "fd": ("file", "file", "file", "read-only file", "memfd", "small file"),
     "dir_fd": ("directory", "directory", "directory", "grant"),
     "reply_fd": ("reply",),
-    "lease_fd": ("reply", "pidfd", "stream", "half"),
+    "lease_fd": ("reply", "pidfd", "half"),
 }
 OPERATIONS = ("attach",) * 10 + ("detach",) * 4 + tuple(wire.OPERATIONS)
 DEEDS = (

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Daemon, ask, bound_to, eventually, prompt
+from conftest import Daemon, ask, bound_to, eventually, prompt, require
 from kept import Kept, kept_fixture, start_kept_fixture, traced  # noqa: F401
 from processes import Child, stays
-from untouched import helpers, pair, reply_of, send
+from untouched import cgroup as entered
+from untouched import elsewhere, helpers, pair, reply_of, send
 
 from loopd import cgroups, wire
-from loopd.accounts import membership
+from loopd.accounts import cgroup_of, membership
 
 SOON = 10.0
 """Seconds within which the end of an account has ended its leases on a machine however busy."""
@@ -84,6 +85,16 @@ MEMBERSHIPS: dict[str, tuple[str, str, str]] = {
     ),
     "a build in a pod of its own": ("/actions_job/9f", "/actions_job", "actions_job"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", "\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", ids=ascii)
+def test_a_name_that_looks_like_a_line_of_its_own(mark: str) -> None:
+    """Whoever may make a cgroup below his own chooses its name: all but a newline may be in it."""
+    name = f"loopd-test-{os.getpid()}{mark}0::victim.scope"
+    with entered(name) as enter:
+        require(enter, "needs a cgroup hierarchy to make a cgroup in")
+        assert enter is not None
+        assert elsewhere(lambda: cgroup_of(os.getpid()), enter).endswith(f"/{name}")
 
 
 @pytest.mark.parametrize("what", MEMBERSHIPS)

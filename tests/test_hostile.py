@@ -312,8 +312,17 @@ LEASES: dict[str, Callable[[contextlib.ExitStack, Path], int]] = {
     "an eventfd": lambda closing, _: owned(closing, os.eventfd(0)),
     "a socket that is not connected": lambda closing, _: _socket(closing),
     "a datagram pair": lambda closing, _: _pair(closing, socket.SOCK_DGRAM),
+    "a stream pair": lambda closing, _: _pair(closing, socket.SOCK_STREAM),
+    "a stream pair with out-of-band data": lambda closing, _: _out_of_band(closing),
     "a network socket": lambda closing, _: closing.enter_context(socket.socket(socket.AF_INET)).fileno(),
 }
+
+
+def _out_of_band(closing: contextlib.ExitStack) -> int:
+    """What is in its queue, an fd for example, is seen by no MSG_PEEK."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    closing.enter_context(ours).send(b"x", socket.MSG_OOB)
+    return closing.enter_context(theirs).fileno()
 
 
 def _pair(closing: contextlib.ExitStack, kind: int) -> int:
@@ -389,7 +398,6 @@ def test_a_pair_with_a_name(served: Daemon, tmp_path: Path, closing: contextlib.
 
 REPLIES: dict[str, Callable[[contextlib.ExitStack, Path], int]] = {
     **{name: make for name, make in LEASES.items() if name != "a datagram pair"},
-    "a stream pair": lambda closing, _: _pair(closing, socket.SOCK_STREAM),
     "a datagram pair": lambda closing, _: _pair(closing, socket.SOCK_DGRAM),
 }
 

@@ -73,14 +73,6 @@ def by_socket(path: str, image: int, directory: int) -> Any:
     return reply, ours
 
 
-def by_stream(path: str, image: int, directory: int) -> Any:
-    ours, theirs = socket.socketpair()
-    reply = attach(path, image, directory, theirs.fileno())
-    theirs.close()
-    reply.channel.close()
-    return reply, ours
-
-
 def by_sender(path: str, image: int, directory: int) -> Any:
     """The seed's form: no reply_fd, answered at the address since this is the host's network."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
@@ -92,7 +84,7 @@ def by_sender(path: str, image: int, directory: int) -> Any:
         return Reply(seqpacket()[0], client.recv(4096), [])
 
 
-KEEPERS = {"reply": by_reply, "pidfd": by_pidfd, "socket": by_socket, "stream": by_stream, "sender": by_sender}
+KEEPERS = {"reply": by_reply, "pidfd": by_pidfd, "socket": by_socket, "sender": by_sender}
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "open"])
@@ -117,7 +109,7 @@ def test_a_killed_clients_device_goes(
         )
         client.kill()
         gone(devices, tmp_path)
-    assert expired(daemon, name)["LOOPD_LEASE"] == {"stream": "socket"}.get(kind, kind)
+    assert expired(daemon, name)["LOOPD_LEASE"] == kind
     assert daemon.ask(wire.Leases(0), []).fields["leases"] == []
 
 
@@ -262,16 +254,6 @@ def test_both_ends_of_one_pair_never_keep_each_other(
         end.close()
     gone(devices, tmp_path)
     assert daemon.ask(wire.Leases(0), []).fields["leases"] == []
-
-
-def test_both_ends_of_one_stream_pair_never_keep_each_other(
-    daemon: Daemon, make_image: Callable[..., int], directory: int, devices: Path, tmp_path: Path
-) -> None:
-    ours, theirs = socket.socketpair()
-    for name, end in (("one", ours), ("other", theirs)):
-        daemon.ask(wire.Attach(0, 1, 3, 2), [make_image(name=name), directory, end.fileno()])
-        end.close()
-    gone(devices, tmp_path)
 
 
 def test_both_ends_of_one_pair_in_one_request(
