@@ -377,6 +377,22 @@ def test_a_file_that_its_owner_keeps_locked(
     before.check(tmp_path)
 
 
+def test_the_last_close_of_a_lock_is_a_helpers_too(daemon: Daemon, image: int, directory: int, tmp_path: Path) -> None:
+    """It is an open of the device as any other, and waits as that does."""
+    reply = daemon.attach(image, directory, lock=True)
+    name = reply.fields["devname"]
+
+    def opens(pid: int) -> int:
+        with contextlib.suppress(FileNotFoundError):  # one that it closes meanwhile
+            return sum(os.readlink(fd).endswith(f"/{name}") for fd in list(Path(f"/proc/{pid}/fd").iterdir()))
+        return 0
+
+    with injected(helpers(daemon), "fsync:delay_exit=1500000"):
+        reply.close()
+        eventually(lambda: 2 in map(opens, helpers(daemon)), "a helper has the device, and its lock")
+    eventually(lambda: not bound_to(tmp_path), "the device is gone")
+
+
 def _let_go(daemon: Daemon, image: int, directory: int, devices: Path) -> int:
     """A device that loopd has let go of, open here: its last close will be this fd's."""
     reply = daemon.attach(image, directory)
