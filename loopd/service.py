@@ -264,7 +264,10 @@ class Service:
             if flood is not None and self.last_activity < flood.until:
                 self._drop(index, flood)
             elif self._pool.available():
-                self._admit(index, *peeked)
+                try:
+                    self._admit(index, *peeked)
+                except Exception as error:  # noqa: BLE001  # there is nobody to answer, and there are others in the queue
+                    self._give_up_head(index, peeked.sender, error)
             else:
                 self._later(index)
                 return
@@ -273,6 +276,14 @@ class Service:
                 self._poller.rearm(listener.socket.fileno())
             except OSError:  # ENOMEM
                 self._later(index)
+
+    def _give_up_head(self, index: int, sender: Sender, error: Exception) -> None:
+        """Record a bug that a datagram brought about, and have it dropped: else it would stay at the head."""
+        account, nobody = self._lifecycle.accounts.get(""), Membership("", "")
+        if account.refused(self.MOST_REFUSALS):
+            self._audit.record(Event.FAILED, described(error)[-4000:])
+        if index not in self._taking:
+            self._drop(index, Unwanted(sender, 0, account, nobody, "they met a bug of loopd"))
 
     def _later(self, index: int) -> None:
         """Serve a queue again soon: nothing else will tell that it is to be."""
