@@ -314,7 +314,7 @@ class Service:
         if account.stuck >= limits.stuck or account.slow >= self.MOST_SLOW or len(account.flights) >= limits.requests:
             why = "too many of its requests are under way or hang"
         # Who waits for each answer cannot fill the queue, however fast it asks.
-        elif too_fast and any(flight.sender.pid == sender.pid for flight in account.flights):
+        elif too_fast and any(flight.sender.pid == sender.pid and not flight.finished for flight in account.flights):
             why = f"one process sends more than {rate:g} a second"
         if why:
             unwanted = Unwanted(sender, self.last_activity + self.FLOOD_PAUSE if too_fast else 0, account, member, why)
