@@ -305,7 +305,7 @@ def test_directories(served: Daemon, image: int, tmp_path: Path, closing: contex
     assert reply.fields["error"]["message"].startswith("dir_fd:")
 
 
-LEASES: dict[str, Callable[[contextlib.ExitStack, Path], int]] = {
+NO_PAIRS: dict[str, Callable[[contextlib.ExitStack, Path], int]] = {
     "a file": _with(os.O_RDWR),
     "a directory": lambda closing, tmp_path: opened(closing, tmp_path, os.O_RDONLY),
     "a pipe": lambda closing, _: owned(closing, *os.pipe()),
@@ -331,11 +331,11 @@ def _pair(closing: contextlib.ExitStack, kind: int) -> int:
     return closing.enter_context(theirs).fileno()
 
 
-@pytest.mark.parametrize("name", LEASES)
+@pytest.mark.parametrize("name", NO_PAIRS)
 def test_leases(
     served: Daemon, image: int, directory: int, tmp_path: Path, closing: contextlib.ExitStack, name: str
 ) -> None:
-    lease = LEASES[name](closing, tmp_path)
+    lease = NO_PAIRS[name](closing, tmp_path)
     reply = served.ask(wire.Attach(0, 1, 3, lease_fd=2), [image, directory, lease])
     assert reply.code == "bad-fd"
     assert reply.fields["error"]["message"].startswith("lease_fd")
@@ -396,17 +396,11 @@ def test_a_pair_with_a_name(served: Daemon, tmp_path: Path, closing: contextlib.
         ours.recv(1, socket.MSG_DONTWAIT)
 
 
-REPLIES: dict[str, Callable[[contextlib.ExitStack, Path], int]] = {
-    **{name: make for name, make in LEASES.items() if name != "a datagram pair"},
-    "a datagram pair": lambda closing, _: _pair(closing, socket.SOCK_DGRAM),
-}
-
-
-@pytest.mark.parametrize("name", REPLIES)
+@pytest.mark.parametrize("name", NO_PAIRS)
 def test_reply_sockets(
     served: Daemon, image: int, directory: int, devices: Path, tmp_path: Path, closing: contextlib.ExitStack, name: str
 ) -> None:
-    given = REPLIES[name](closing, tmp_path)
+    given = NO_PAIRS[name](closing, tmp_path)
     assert ask_at_address(served.path, ALL, [image, directory, given])["error"]["code"] == "bad-fd"
     assert not list(devices.iterdir())
 
