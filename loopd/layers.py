@@ -63,8 +63,10 @@ def parsed_mount(line: str) -> Mount:
 
 def mounts() -> list[Mount]:
     """What is mounted for this process; empty where that cannot be read."""
-    # surrogateescape: a path is bytes.
-    with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+    # A path is bytes, and a carriage return in it is no end of a line.
+    with suppress(OSError), open(
+        "/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n"
+    ) as table:
         return [parsed_mount(line) for line in table]
     return []
 

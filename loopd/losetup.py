@@ -602,7 +602,7 @@ def remove_flat(name: str) -> None:
 def is_the_kernels() -> bool:
     """Whether the nodes are the kernel's to make, as in the /dev of a host, a devtmpfs."""
     try:
-        with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+        with open("/proc/self/mountinfo", errors="surrogateescape", newline="\n") as file:
             mounts = [text for text in file if text.split(" ", 5)[4] == DEV]
     except OSError:  # no /proc
         return False
@@ -788,7 +788,7 @@ def detach(device: str) -> None:
 def is_mounted(name: str) -> bool:
     """Whether the device or a partition is mounted here: then it goes at umount, and there is nothing to wait for."""
     try:
-        with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+        with open("/proc/self/mountinfo", errors="surrogateescape", newline="\n") as file:
             sources = [text.partition(" - ")[2].split(" ")[1].rpartition("/")[2] for text in file]
     except (IndexError, OSError):
         return False
@@ -876,7 +876,7 @@ DEFAULT = ("NAME", "SIZELIMIT", "OFFSET", "AUTOCLEAR", "RO", "BACK-FILE", "DIO",
 def sysfs(name: str, attribute: str) -> str:
     """What the kernel says of a device, empty where it or /sys is not there."""
     try:
-        with open(f"/sys/block/{name}/{attribute}", errors="surrogateescape") as file:
+        with open(f"/sys/block/{name}/{attribute}", errors="surrogateescape", newline="\n") as file:
             return file.read()[:-1]  # the newline that the kernel adds; one before it is the name's
     except OSError:
         return ""

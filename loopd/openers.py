@@ -38,7 +38,7 @@ def _device(path: str) -> tuple[int, int] | None:
 
 
 def _read(path: str) -> str:
-    with suppress(OSError), open(path, encoding="utf-8", errors="surrogateescape") as file:
+    with suppress(OSError), open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return file.read(MOST)
     return ""
 

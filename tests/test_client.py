@@ -480,6 +480,27 @@ def test_a_line_of_mountinfo() -> None:
     assert {mount.point for mount in layers.mounts()} >= {"/", "/proc"}
 
 
+@pytest.mark.parametrize("mark", ["\r", "\x85", "\u2028", "\x1c"])
+def test_a_mount_whose_name_looks_like_the_end_of_a_line(tmp_path: Path, mark: str) -> None:
+    """Whoever may mount anything can make one: it hides no other, and breaks nothing that reads the table."""
+    point = tmp_path / f"a{mark}b c"
+    point.mkdir()
+    script = """
+import os, sys
+from loopd import layers, losetup, openers
+point, device = sys.argv[1], os.stat(sys.argv[1]).st_dev
+assert point in {mount.point for mount in layers.mounts()}
+assert layers.mount_points("loop77777777") == []
+losetup.DEV = losetup.DIRECTORY = sys.argv[1]
+assert not losetup.is_the_kernels()
+assert not losetup.is_mounted("loop77777777")
+assert dict(openers._of_mounts("self", {(os.major(device), os.minor(device)): "this"})) == {"this": point}
+"""
+    command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$1" && exec "$0" -c "$2" "$1"', sys.executable, point]
+    done = subprocess.run([*map(str, command), script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_where_the_node_of_a_device_is(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = os.path.basename(loop.path)
     assert client.node_path(name) == loop.path
