@@ -181,12 +181,19 @@ class Lifecycle:
 
     def resume(self) -> None:
         """Go on with every lease that was recovered, and tidy up after a daemon that died."""
+        # Accounts first: with one that ended meanwhile all its leases end.
+        for account in {lease.holder.account for lease in self.leases}:
+            self._cgroups.watch(account)
         for lease in list(self.leases):
+            reply = self._replies.pop(lease.binding.devname, None)
+            if lease.state is State.BOUND:
+                self._watch(lease)
+                self._restore(lease, reply)
+                continue
             if lease.state is State.HELD:
                 self._after_close(lease)
-                continue
-            self._watch(lease)
-            self._restore(lease, self._replies.pop(lease.binding.devname, None))
+            if reply is not None:
+                os.close(reply)
         self._grants.sweep({lease.holder.grant for lease in self.leases})
         self._numbers.sweep({lease.binding.number for lease in self.leases})
         self._numbers.keep_low_free()

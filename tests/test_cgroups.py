@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import Daemon, ask, bound_to, eventually, prompt, require
-from kept import Kept, kept_fixture, start_kept_fixture, traced  # noqa: F401
+from kept import Kept, hold, kept_fixture, start_kept_fixture, traced  # noqa: F401
 from processes import Child, stays
 from untouched import cgroup as entered
 from untouched import elsewhere, helpers, pair, reply_of, send
@@ -316,6 +316,40 @@ def test_it_ends_while_the_daemon_is_dead(
         eventually(lambda: not bound_to(tmp_path), "the file is free", 5)
         eventually(lambda: not list(devices.iterdir()), "the node is gone", SOON)
     kept.end()
+
+
+def test_it_ends_with_many_leases_while_the_daemon_is_dead(
+    kept: Kept, cgroup: Cgroup, make_image: Callable[..., int], directory: int, devices: Path, tmp_path: Path
+) -> None:
+    """Each lease ends once: nothing of it is watched any more, for its fds are others' soon."""
+    images = [make_image(name=f"image{turn}") for turn in range(4)]
+    with contextlib.ExitStack() as stack:
+
+        def attach(tell: Callable[[Any], None]) -> None:
+            cgroup.enter()
+            replies = [ask(kept.path, wire.encode_request(wire.Attach(0, 1, 2)), [image, directory]) for image in images]
+            tell([reply.fields for reply in replies])
+            signal.pause()
+
+        with Child(attach, [directory, *images]) as child:
+            child.hear()
+            assert len(kept.leases()) == len(images)
+            with kept.outage():
+                child.kill()
+                cgroup.remove()
+            eventually(lambda: not bound_to(tmp_path), "the files are free", SOON)
+            eventually(lambda: not list(devices.iterdir()), "the nodes are gone", SOON)
+        held = [stack.enter_context(hold(kept, kind, make_image(name=kind), directory)) for kind in ("socket", "pidfd")]
+        before = cpu_time(kept.pid)
+        stays(lambda: all(lease.bound() for lease in held), 0.5, "these are another's leases")
+        assert cpu_time(kept.pid) - before < 0.25, "the daemon is busy with nothing"
+    kept.end()
+
+
+def cpu_time(pid: int) -> float:
+    """Seconds that a process has run."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_it_ends_after_a_restart(
