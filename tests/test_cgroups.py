@@ -327,7 +327,8 @@ def test_it_ends_with_many_leases_while_the_daemon_is_dead(
 
         def attach(tell: Callable[[Any], None]) -> None:
             cgroup.enter()
-            replies = [ask(kept.path, wire.encode_request(wire.Attach(0, 1, 2)), [image, directory]) for image in images]
+            request = wire.encode_request(wire.Attach(0, 1, 2))
+            replies = [ask(kept.path, request, [image, directory]) for image in images]
             tell([reply.fields for reply in replies])
             signal.pause()
 
