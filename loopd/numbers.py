@@ -337,6 +337,8 @@ class Numbers:
         """An account has ended: whoever has its name next is somebody else."""
         for owner in [owner for owner in self._used if owner.account == account]:
             del self._used[owner]
+        for leaving in (self._removing, self._lingering):
+            leaving |= {number: None for number, owner in leaving.items() if owner and owner.account == account}
 
     def _take(self) -> int:
         if not self._fresh:

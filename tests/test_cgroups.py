@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Daemon, ask, bound_to, eventually, prompt, require
+from conftest import Daemon, ask, bound_to, eventually, exists, prompt, require
 from kept import Kept, hold, kept_fixture, start_kept_fixture, traced  # noqa: F401
 from processes import Child, stays
 from untouched import cgroup as entered
-from untouched import elsewhere, helpers, pair, reply_of, send
+from untouched import children, elsewhere, helpers, pair, reply_of, send
 
 from loopd import cgroups, wire
 from loopd.accounts import cgroup_of, membership
@@ -297,6 +297,45 @@ def test_who_comes_by_its_name_is_another(
         cgroup.remove()
         cgroup.path.mkdir()
     assert names[0] != names[1]
+
+
+def test_nor_a_number_that_was_being_removed(
+    start_kept: Callable[..., Kept], cgroup: Cgroup, make_image: Callable[..., int], directory: int,
+    tmp_path: Path, outside: int,
+) -> None:  # fmt: skip
+    """The first detaches as its last act; the second has used up its new numbers, and has no others."""
+    config = tmp_path / "loopd.toml"
+    config.write_text("[limits]\nnew_numbers = 2\nnew_numbers_per_minute = 0\n")
+    daemon = start_kept(f"--config={config}")
+    images = [make_image(name=f"image{turn}") for turn in range(3)]
+
+    def attach(tell: Callable[[Any], None]) -> None:
+        cgroup.enter()
+        found = []
+        for image in images:
+            found.append(ask(daemon.path, wire.encode_request(wire.Attach(0, 1, 3, 2)), [image, directory, outside]))
+            tell(found[-1].fields)
+        signal.pause()
+
+    with Child(attach, [directory, outside, *images]) as child:
+        first, second = (child.hear()["devname"] for _ in range(2))
+        assert child.hear()["error"]["code"] == "quota"
+        (numbers,) = set(children(daemon.pid)) - set(helpers(daemon))
+        os.kill(numbers, signal.SIGSTOP)
+        assert daemon.admin(wire.Detach(first, 0, force=True, wait=5)).fields == {"state": "released"}
+        child.kill()
+        eventually(lambda: not bound_to(tmp_path), "the other lease is over: the account has ended", SOON)
+    cgroup.remove()
+    os.kill(numbers, signal.SIGCONT)
+    eventually(lambda: not exists(first) and not exists(second), "the numbers are gone", SOON)
+    cgroup.path.mkdir()
+    with Child(attach, [directory, outside, *images]) as child:
+        names = {child.hear()["devname"] for _ in range(2)}
+        assert not names & {first, second}
+        assert child.hear()["error"]["code"] == "quota", "there is none that it had before"
+        child.kill()
+        eventually(lambda: not bound_to(tmp_path), "the files are free", SOON)
+    daemon.end()
 
 
 @pytest.mark.parametrize(
