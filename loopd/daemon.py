@@ -164,8 +164,8 @@ class Daemon:
         self._watchdog = sd.watchdog_interval()
         self._audit = Audit(options.instance)
         listeners = _listeners(passed)
-        access = Access()
-        self._control = _control(access)
+        self._access = Access()
+        self._control = _control(self._access)
         self._poller = Poller()
         self._stopping = False
         self._catch_signals()
@@ -181,7 +181,7 @@ class Daemon:
         slots = leases.Slots(self._notifier, sd.fd_store_size())
         watches = Inotify()
         grants = Grants(options.grant_directory, options.instance)
-        tools = Tools([listener.socket for listener in listeners], self._control, access, grants, watches.fd)
+        tools = Tools([listener.socket for listener in listeners], self._control, self._access, grants, watches.fd)
         self._pool = Pool(self._poller, tools, self._helper_ready)
         self._lifecycle = Lifecycle(
             self._poller, self._pool, watches, self._numbers, slots, grants, self._audit, self._policy
@@ -218,7 +218,8 @@ class Daemon:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                pool.fork([theirs.fileno(), self._control.fileno()], lambda: numbers.work(theirs, self._control))
+                keep = [theirs.fileno(), self._control.fileno(), *self._access.fds]
+                pool.fork(keep, lambda: numbers.work(theirs, self._control, self._access))
             except OSError:
                 ours.close()
                 raise

@@ -151,7 +151,7 @@ def ours(devname: str) -> bool:
     return int(devname[4:]) >= FIRST
 
 
-def work(channel: socket.socket, control: LoopControl) -> None:
+def work(channel: socket.socket, control: LoopControl, access: Access) -> None:
     """The process that makes and removes numbers: answers each (operation, number) with (it, number, errno)."""
     import queue  # noqa: PLC0415  # nobody waits for this process; the main one starts the faster
     import threading  # noqa: PLC0415
@@ -163,7 +163,7 @@ def work(channel: socket.socket, control: LoopControl) -> None:
         operation, number = jobs.get()
         error = 0
         try:
-            _OPERATIONS[operation](control, number)
+            _OPERATIONS[operation](control, access, number)
         except OSError as failure:
             error = failure.errno or errno.EIO
         with contextlib.suppress(OSError):
@@ -187,22 +187,26 @@ def work(channel: socket.socket, control: LoopControl) -> None:
     os._exit(0)  # the main process is gone: what is left to remove, the next one finds
 
 
-def _keep_low_free(control: LoopControl, number: int) -> None:
+def _add(control: LoopControl, access: Access, number: int) -> None:
+    control.add(number)
+
+
+def _keep_low_free(control: LoopControl, access: Access, number: int) -> None:
     """Have a free device below the range, for the host's ``losetup -f`` to find before it finds one of loopd's."""
     if control.get_unbound() >= FIRST:
         control.add()
 
 
-def _probe(control: LoopControl, number: int) -> None:
+def _probe(control: LoopControl, access: Access, number: int) -> None:
     """Whether opening a node makes its removed device again: raises OSError(EEXIST) if so."""
     control.add(number)
-    _remove_patiently(control, number)
-    with Access().stale_node(number) as path:
+    _remove_patiently(control, access, number)
+    with access.stale_node(number) as path:
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError:
             return
-    _remove_patiently(control, number)
+    _remove_patiently(control, access, number)
     raise FileExistsError(errno.EEXIST, "made again")
 
 
@@ -217,7 +221,7 @@ Idle, such a device would be the host's for the asking (LOOP_CTL_GET_FREE), and 
 """
 
 
-def _remove(control: LoopControl, number: int) -> None:
+def _remove(control: LoopControl, access: Access, number: int) -> None:
     parked = _parked.pop(number, None)
     if parked is not None:
         parked.close()
@@ -225,15 +229,15 @@ def _remove(control: LoopControl, number: int) -> None:
         control.remove(number)
     except OSError as error:
         if error.errno == errno.EBUSY:
-            _park(number)
+            _park(access, number)
         raise
 
 
-def _remove_patiently(control: LoopControl, number: int) -> None:
+def _remove_patiently(control: LoopControl, access: Access, number: int) -> None:
     """Remove it although udev may have it open for a moment."""
     for _ in range(PATIENCE_TRIES):
         try:
-            _remove(control, number)
+            _remove(control, access, number)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
@@ -248,8 +252,8 @@ PATIENCE_PAUSE = 0.05
 """Seconds."""
 
 
-def _park(number: int) -> None:
-    with contextlib.suppress(OSError, UnexpectedDevice), Access().opened(number) as (loop, _):
+def _park(access: Access, number: int) -> None:
+    with contextlib.suppress(OSError, UnexpectedDevice), access.opened(number) as (loop, _):
         nothing = os.memfd_create("loopd-parked", os.MFD_CLOEXEC)
         try:
             os.ftruncate(nothing, 4096)
@@ -259,8 +263,8 @@ def _park(number: int) -> None:
         _parked[number] = Loop.from_fd(os.dup(loop.fd))
 
 
-_OPERATIONS: dict[str, Callable[[LoopControl, int], object]] = {
-    "add": LoopControl.add,
+_OPERATIONS: dict[str, Callable[[LoopControl, Access, int], object]] = {
+    "add": _add,
     "remove": _remove,
     "remove last": _remove_patiently,
     "low": _keep_low_free,

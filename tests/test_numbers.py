@@ -24,14 +24,14 @@ from typing import Any, Self
 import pytest
 from conftest import Daemon, ask, bound_to, eventually, exists, require
 from kept import Kept, next_block, start_at, start_kept_fixture  # noqa: F401
-from processes import NOBODY, Activated, Child, become
-from untouched import cgroup, children, helpers
+from processes import IN_NAMESPACE, NOBODY, Activated, Child, become
+from untouched import cgroup, children, droppers, helpers
 
 from loopd import numbers, wire
 from loopd.accounts import Account
 from loopd.devices import Access
 from loopd.loop import Loop, LoopControl, backing_file
-from loopd.numbers import AHEAD, BLOCK, BLOCKS, FIRST, LAST, QUARANTINE, Counter, Exhausted
+from loopd.numbers import AHEAD, BLOCK, BLOCKS, FIRST, LAST, PARKED, QUARANTINE, Counter, Exhausted
 from loopd.policy import Policy
 
 SIZE = numbers._HEADER.size + BLOCKS * numbers._ENTRY.size
@@ -525,6 +525,34 @@ def test_an_idle_device_that_a_client_holds_is_not_the_hosts(start_kept: Callabl
     finally:
         os.close(image)
         os.close(directory)
+    daemon.end()
+
+
+def test_a_device_that_stays_open_costs_no_file(
+    start_kept: Callable[..., Kept], image: int, directory: int, devices: Path
+) -> None:
+    """However often it is tried again to remove it, through nodes of loopd's own as the unit has it."""
+    prepare = 'mount -t tmpfs -o dev tmpfs /run; mkdir /run/loopd-nodes; exec "$@"'
+    daemon = start_kept(wrapper=[*IN_NAMESPACE, prepare, "sh"])
+    name = daemon.attach(image, directory).fields["devname"]
+    os.link(devices / name, devices / "kept")
+    (maker,) = set(children(daemon.pid)) - set(droppers(daemon))  # helpers count as such: loop-control is elsewhere
+    os.kill(maker, signal.SIGSTOP)  # the removal takes its time
+    try:
+        assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
+        caught = (devices / "kept").open("rb", buffering=0)
+    finally:
+        os.kill(maker, signal.SIGCONT)
+    found = []
+    with caught:
+        eventually(lambda: (backing_file(int(name[4:])) or "").startswith(PARKED), "it is bound to nothing", 8)
+        for _ in range(6):
+            found.append(len(os.listdir(f"/proc/{maker}/fd")))
+            Path(f"/sys/block/{name}/uevent").write_text("change")  # after which it is tried again
+            time.sleep(0.3)
+    assert max(found) == found[0], found
+    (devices / "kept").unlink()
+    eventually(lambda: not exists(name), "it goes at its last close", 8)
     daemon.end()
 
 
