@@ -307,7 +307,7 @@ class Helper:
                 self._tools.grants.unmake(job.grant)
         with Loop.from_fd(fds.steal(0)) as loop:
             devices.let_go(loop)
-            self._send(Released(tuple(left)))
+            self._send(Released(tuple(left), loop.diskseq()))
             self._receive()  # Closed
         return False
 

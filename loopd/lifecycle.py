@@ -380,7 +380,8 @@ class Lifecycle:
 
         def released(message: messages.Released | None) -> None:
             # Without an answer the helper hangs with its own copy of the device, or has ended and closed it.
-            lease.nodes = message.left if message is not None else lease.nodes
+            if message is not None:
+                lease.nodes, lease.binding = message.left, lease.binding._replace(diskseq=message.diskseq)
             self._close(lease)
 
         def start() -> None:

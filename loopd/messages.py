@@ -152,10 +152,11 @@ class Done(NamedTuple):
 class Released(NamedTuple):
     """A lease's nodes are gone but for `left`. The helper has the device open until it hears `Closed`: the last close
     writes back what there is, which may wait for a file that its owner keeps locked, and so must not be the main
-    process's.
+    process's. `diskseq` is the present one: a client that gave its read-only device another file has raised it.
     """
 
     left: tuple[Node, ...]
+    diskseq: int | None
 
 
 class Arranged(NamedTuple):

@@ -26,7 +26,7 @@ from untouched import children, helpers, pair, reply_of, state
 
 from loopd import records, wire
 from loopd.leases import Slots
-from loopd.loop import Loop
+from loopd.loop import Loop, backing_file
 
 SOON = 10.0
 """Seconds within which what ends a lease has ended it, on a machine however busy."""
@@ -417,6 +417,30 @@ def test_a_device_that_others_hold_open(
             assert bound_to(tmp_path) == [lease.name]
             opened.close()
         eventually(lambda: not kept.leases(), "the lease is over", 5)
+        gone(devices, tmp_path)
+        eventually(lambda: not exists(lease.name), "its number is gone")
+    kept.end()
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["alone", "killed"])
+def test_a_device_whose_file_was_changed(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path, killed: bool
+) -> None:
+    """LOOP_CHANGE_FD makes its binding another in the kernel's eyes: it is the lease's, and goes with it."""
+    other = tmp_path / "other"
+    other.write_bytes(bytes(os.fstat(image).st_size))
+    with hold(kept, "reply", image, directory, read_only=True) as lease:
+        number = int(lease.name[4:])
+        with Loop.from_fd(os.open(devices / lease.name, os.O_RDWR)) as opened:
+            with other.open("rb") as file:
+                opened.change_fd(file.fileno())
+            assert kept.ask(wire.Detach(lease.name, 0), []).fields == {"state": "busy"}
+            if killed:
+                kept.kill()
+            assert [row["state"] for row in kept.leases().values()] == ["held"]
+            opened.set_status(autoclear=False)
+            assert backing_file(number) == str(other)
+        eventually(lambda: not kept.leases(), "the lease is over, although the flag was cleared", 15)
         gone(devices, tmp_path)
         eventually(lambda: not exists(lease.name), "its number is gone")
     kept.end()
