@@ -201,19 +201,24 @@ class Lifecycle:
         self._poller.later(self.PROBE_PAUSE, self._numbers.probe)
 
     def _restore(self, lease: Lease, reply: int | None) -> None:
-        # A client that closed its end of the reply socket wants no answer any more.
-        complete = reply is not None and not (transport.answered(reply) or transport.hung_up(reply))
+        progress = transport.ANSWERED if reply is None else transport.progress(reply)
+        # A client that closed its end of the reply socket waits for no answer any more.
+        complete = reply is not None and progress != transport.ANSWERED and not transport.hung_up(reply)
 
         def restored(refusal: Refusal | None) -> None:
             with FdSet(() if reply is None else (reply,)) as fds:
-                if reply is None or not complete:
-                    return
-                client = []
-                if "fd" in lease.holder.deliver and lease.device is not None:
-                    client = [fds.add(devices.reopen(lease.device, lease.binding.read_only))]
-                transport.reply(reply, wire.encode_reply(refusal or attached(lease), lease.holder.id), client)
-                transport.mark_answered(reply)
-            if refusal is not None:
+                delivered = complete or progress != transport.ASKED
+                if reply is not None and complete:
+                    if "mount" in lease.holder.deliver:
+                        refusal = Refusal(Code.INTERNAL, "loopd ended in the middle of the request: ask again")
+                    client = []
+                    if "fd" in lease.holder.deliver and lease.device is not None and refusal is None:
+                        client = [fds.add(devices.reopen(lease.device, lease.binding.read_only))]
+                    transport.mark(reply, transport.ANSWERING)
+                    answer = wire.encode_reply(refusal or attached(lease), lease.holder.id)
+                    delivered = transport.reply(reply, answer, client)
+                    transport.mark(reply, transport.ANSWERED)
+            if refusal is not None or not delivered:
                 self.release(lease, "undeliverable")
 
         self._arrange(lease, restored, complete=complete, changed=True)

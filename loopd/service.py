@@ -716,13 +716,15 @@ class Service:
         exchange.finished = True
         payload = wire.encode_reply(reply, exchange.envelope.id)
         try:
-            if exchange.reply_fd is not None:
-                delivered = transport.reply(exchange.reply_fd, payload, fds)
-            else:
+            if exchange.reply_fd is None:
                 delivered = self._send_to(exchange, payload)
-            if delivered and exchange.reply_fd is not None and isinstance(reply, wire.Attached):
+            elif isinstance(reply, wire.Attached):
                 # If there is a copy in the fd store, a new daemon does not answer again.
-                transport.mark_answered(exchange.reply_fd)
+                transport.mark(exchange.reply_fd, transport.ANSWERING)
+                delivered = transport.reply(exchange.reply_fd, payload, fds)
+                transport.mark(exchange.reply_fd, transport.ANSWERED)
+            else:
+                delivered = transport.reply(exchange.reply_fd, payload, fds)
         finally:
             exchange.fds.close()
             exchange.slow_at = min(exchange.slow_at, time.monotonic() + self.CLOSING)

@@ -343,16 +343,20 @@ def seal(fd: int, name: str) -> None:
         raise wire.Refusal(wire.Code.BAD_FD, f"{name}: something was sent into it, which is for loopd to answer")
 
 
-def mark_answered(fd: int) -> None:
-    """Have `answered` tell of a socket, and of each copy of it in the fd store, that its request has its answer."""
+ASKED, ANSWERING, ANSWERED = 0, 1, 2
+"""How far the answer to a request is: not begun, it may have been sent, it was sent."""
+
+
+def mark(fd: int, progress: int) -> None:
+    """Have `progress` tell of a reply socket, and of each copy of it in the fd store, how far its answer is."""
     with borrowed(fd) as peer, contextlib.suppress(OSError):
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 1)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, progress)
 
 
-def answered(fd: int) -> bool:
-    """Whether `mark_answered` was called."""
+def progress(fd: int) -> int:
+    """What `mark` has left."""
     with borrowed(fd) as peer:
-        return peer.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) == 1
+        return peer.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY)
 
 
 SIOCGSKNS = 0x894C  # <linux/sockios.h>, Linux 4.10: the socket's network namespace as an fd; needs CAP_NET_ADMIN

@@ -293,6 +293,33 @@ def test_an_attach_under_way_is_completed_and_answered(
     kept.end()
 
 
+@pytest.mark.parametrize("kind", ["socket", "pidfd"])
+def test_an_attach_whose_client_waits_no_more_is_undone(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path, kind: str
+) -> None:
+    """It gave up while there was no daemon, and knows of no device: what would keep that may live for long."""
+    with hold(kept, kind, image, directory) as lease:
+        with kept.outage():
+            in_flight(kept, devices, lease.name).close()
+        gone(devices, tmp_path)
+        assert [record["LOOPD_REASON"] for record in kept.records("detached")] == ["undeliverable"]
+    kept.end()
+
+
+def test_a_mount_is_not_delivered_again(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path
+) -> None:
+    """What is answered has the fds that it says: a client would take another one for the mount."""
+    with hold(kept, "pidfd", image, directory) as lease:
+        with kept.outage():
+            change(kept, lambda fields: fields["holder"].update(deliver=["mount", "fd"]))
+            ours = in_flight(kept, devices, lease.name)
+        with ours, contextlib.closing(reply_of(ours)) as reply:
+            assert (reply.code, reply.fds) == ("internal", [])
+        gone(devices, tmp_path)
+    kept.end()
+
+
 def test_an_open_fd_is_delivered_after_all(kept: Kept, image: int, directory: int, devices: Path) -> None:
     with hold(kept, "pidfd", image, directory, deliver=("node", "fd")) as lease:
         with kept.outage():
