@@ -339,6 +339,8 @@ class Helper:
             return Arranged(refusal, (), None, table)
         wanted = _wanted(binding, partitions=binding.partscan)
         there = nodes.prune(directory, there, wanted)
+        if job.nodes is None:
+            nodes.finish(directory, there, read_only=binding.read_only)
         names = {node.name for node in there}
         missing = {name: device for name, device in wanted.items() if name not in names}
         if job.complete:

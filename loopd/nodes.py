@@ -207,6 +207,14 @@ def find(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> list
     return found
 
 
+def finish(directory: Directory, nodes: Iterable[Node], *, read_only: bool) -> None:
+    """Complete nodes of which a helper that ended may have left one half-made."""
+    with directory.rights():
+        for node in nodes:
+            with contextlib.suppress(Refusal, OSError):
+                directory.finish(node.name, read_only=read_only)
+
+
 def _make(directory: Directory, name: str, numbers: Numbers) -> Node:
     try:
         os.mknod(name, stat.S_IFBLK | 0o600, os.makedev(*numbers), dir_fd=directory.fd)

@@ -207,10 +207,9 @@ def test_left_over_partitions_go_with_the_device(
     kept.end()
 
 
-def test_partition_nodes_of_a_grant_are_those_of_now(
-    start_kept: Callable[..., Kept], image: int, tmp_path: Path
-) -> None:
-    """Partitions went, and came with another number, while there was no daemon."""
+@pytest.fixture
+def granted(start_kept: Callable[..., Kept], tmp_path: Path) -> Iterator[tuple[Kept, Path, int]]:
+    """A daemon with a directory of its own for a client: where it is, and the client's fd of it."""
     grants = tmp_path / "grants"
     grants.mkdir()
     with contextlib.ExitStack() as stack:
@@ -219,26 +218,48 @@ def test_partition_nodes_of_a_grant_are_those_of_now(
         kept = start_kept("--grant-directory", str(grants))
         directory = os.open(kept.ask(wire.Directory("build", 0), []).fields["path"], os.O_RDONLY)
         stack.callback(os.close, directory)
-        with hold(kept, "reply", image, directory, partscan=True) as lease, Loop(int(lease.name[4:])) as device:
-            one, two = (grants / "0-build" / f"{lease.name}p{number}" for number in (1, 2))
-            for number in (1, 2):
-                device.add_partition(number, 65536 * number, 65536)
-            eventually(lambda: one.exists() and two.exists(), "their nodes are there")
-            pinned = [os.open(path, os.O_PATH) for path in (one, two)]
-            for fd in pinned:
-                stack.callback(os.close, fd)
-            with kept.outage():
-                for number in (1, 2):
-                    device.delete_partition(number)
-                device.add_partition(2, 65536, 65536)  # at once: the old number is not free yet
-            eventually(lambda: not one.exists() and two.exists(), "they are in line", 10)
-            assert two.stat().st_ino != os.fstat(pinned[1]).st_ino
-            now = Path(f"/sys/block/{lease.name}/{two.name}/dev").read_text()
-            assert two.stat().st_rdev == os.makedev(*map(int, now.split(":")))
-            assert [stat.S_IMODE(os.fstat(fd).st_mode) for fd in pinned] == [0, 0]
-            device.delete_partition(2)
+        yield kept, grants / "0-build", directory
         eventually(lambda: not list((grants / "0-build").iterdir()), "nothing is left")
         kept.end()
+
+
+def test_partition_nodes_of_a_grant_are_those_of_now(granted: tuple[Kept, Path, int], image: int) -> None:
+    """Partitions went, and came with another number, while there was no daemon."""
+    kept, place, directory = granted
+    with contextlib.ExitStack() as stack:
+        lease = stack.enter_context(hold(kept, "reply", image, directory, partscan=True))
+        device = stack.enter_context(Loop(int(lease.name[4:])))
+        one, two = (place / f"{lease.name}p{number}" for number in (1, 2))
+        for number in (1, 2):
+            device.add_partition(number, 65536 * number, 65536)
+        eventually(lambda: one.exists() and two.exists(), "their nodes are there")
+        pinned = [os.open(path, os.O_PATH) for path in (one, two)]
+        for fd in pinned:
+            stack.callback(os.close, fd)
+        with kept.outage():
+            for number in (1, 2):
+                device.delete_partition(number)
+            device.add_partition(2, 65536, 65536)  # at once: the old number is not free yet
+        eventually(lambda: not one.exists() and two.exists(), "they are in line", 10)
+        assert two.stat().st_ino != os.fstat(pinned[1]).st_ino
+        now = Path(f"/sys/block/{lease.name}/{two.name}/dev").read_text()
+        assert two.stat().st_rdev == os.makedev(*map(int, now.split(":")))
+        assert [stat.S_IMODE(os.fstat(fd).st_mode) for fd in pinned] == [0, 0]
+        device.delete_partition(2)
+
+
+def test_a_node_of_a_grant_that_a_helper_left_half_made(granted: tuple[Kept, Path, int], image: int) -> None:
+    """It ended between making the node and giving the client access to it."""
+    kept, place, directory = granted
+    with hold(kept, "reply", image, directory, partscan=True) as lease, Loop(int(lease.name[4:])) as device:
+        before, node = set(helpers(kept)), place / f"{lease.name}p1"
+        access = os.getxattr(place / lease.name, "system.posix_acl_access")
+        with traced(sorted(before), "-o/dev/null", "-etrace=setxattr", "-einject=setxattr:signal=KILL:when=1"):
+            device.add_partition(1, 65536, 65536)
+            eventually(lambda: before - set(helpers(kept)), "a helper has ended")
+        eventually(lambda: "system.posix_acl_access" in os.listxattr(node), "the client may open the node")
+        assert os.getxattr(node, "system.posix_acl_access") == access
+        device.delete_partition(1)
 
 
 def test_nodes_of_a_helper_that_ended_before_it_named_them(
