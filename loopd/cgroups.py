@@ -9,10 +9,11 @@ Of its own cgroup the daemon wants to know how near the limit of processes is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable
 
-from .inotify import IN_MODIFY, Inotify
+from .inotify import IN_MODIFY, OVERFLOW, Inotify
 
 ROOTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 """Where cgroup v2 is mounted, alone or beside the first version."""
@@ -26,12 +27,13 @@ def _events_file(account: str) -> str | None:
     return f"{roots[0]}{account}/cgroup.events" if roots else None
 
 
-def _populated(path: str) -> bool:
+def _population(path: str) -> int:
+    """The inode number of the file while its cgroup has processes, else 0. One that is made anew has another."""
     try:
         with open(path, "rb", buffering=0) as file:
-            return b"populated 1" in file.readall()
+            return os.fstat(file.fileno()).st_ino if b"populated 1" in file.readall() else 0
     except OSError:  # removed
-        return False
+        return 0
 
 
 def crowding() -> float:
@@ -57,7 +59,7 @@ class Watcher:
     def __init__(self, ended: Callable[[str], None]) -> None:
         self._inotify = Inotify()
         self._ended = ended
-        self._paths: dict[int, tuple[str, str]] = {}
+        self._files: dict[int, tuple[str, str, int]] = {}
         self._watches: dict[str, int] = {}
 
     @property
@@ -66,29 +68,41 @@ class Watcher:
         return self._inotify.fd
 
     def watch(self, account: str) -> None:
-        """Watch an account until it ends; one that has ended already is told at once."""
+        """Watch an account until it ends; one that has ended already is told at once.
+
+        OSError where there can be no more watches: ENOSPC (fs.inotify.max_user_watches) and ENOMEM.
+        """
         if account in self._watches:
             return
         path = _events_file(account)
         if path is None:
             return
-        with contextlib.suppress(OSError):
+        try:
             watch = self._inotify.add(path, IN_MODIFY)
-            self._paths[watch] = (account, path)
-            self._watches[account] = watch
-        if not _populated(path):
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise
+            self._end(account)  # removed
+            return
+        population = _population(path)
+        self._files[watch] = (account, path, population)
+        self._watches[account] = watch
+        if not population:
             self._end(account)
 
     def receive(self) -> None:
         """Look at what changed."""
-        for watch, _ in list(self._inotify.events()):
-            account, path = self._paths.get(watch, ("", ""))
-            if account and not _populated(path):
+        watches = {watch for watch, _ in self._inotify.events()}
+        if OVERFLOW in watches:
+            watches = set(self._files)
+        for watch in watches & set(self._files):
+            account, path, population = self._files[watch]
+            if _population(path) != population:
                 self._end(account)
 
     def _end(self, account: str) -> None:
         watch = self._watches.pop(account, None)
         if watch is not None:
-            del self._paths[watch]
+            del self._files[watch]
             self._inotify.remove(watch)
         self._ended(account)

@@ -183,7 +183,10 @@ class Lifecycle:
         """Go on with every lease that was recovered, and tidy up after a daemon that died."""
         # Accounts first: with one that ended meanwhile all its leases end.
         for account in {lease.holder.account for lease in self.leases}:
-            self._cgroups.watch(account)
+            try:
+                self._cgroups.watch(account)
+            except OSError as error:
+                self._audit.record(Event.WARNED, f"The end of {account} cannot be watched: {error}", account=account)
         for lease in list(self.leases):
             reply = self._replies.pop(lease.binding.devname, None)
             if lease.state is State.BOUND:
@@ -311,11 +314,13 @@ class Lifecycle:
                 lease.nodes = None  # the helper may have made some before it ended or hung
             elif message.nodes is not None:
                 lease.nodes, lease.table = message.nodes, message.table
-                if message.watch is not None and lease.state is State.BOUND:
+                if message.watch is not None:
                     if lease.watch not in (None, message.watch):
                         self._unwatch(lease)  # the name leads to another node by now
                     lease.watch = message.watch
                     self._watched[message.watch] = lease
+                    if lease.state is not State.BOUND:
+                        self._unwatch(lease)  # its release had done that already
             self._proceed(lease)  # the next job builds on that
             late = Refusal(Code.TIMEOUT, "the request was not done in time: do its files answer?")
             done(late if message is None else message.refusal)

@@ -299,6 +299,31 @@ def test_who_comes_by_its_name_is_another(
     assert names[0] != names[1]
 
 
+def test_it_is_another_although_nobody_saw_the_end(
+    daemon: Daemon, cgroup: Cgroup, image: int, directory: int, tmp_path: Path, outside: int
+) -> None:
+    """The cgroup is made again, and has a process, before loopd gets to look."""
+
+    def stay(tell: Callable[[Any], None]) -> None:
+        cgroup.enter()
+        tell(None)
+        signal.pause()
+
+    with client(daemon.path, cgroup, image, directory, outside) as child:
+        child.hear()
+        os.kill(daemon.pid, signal.SIGSTOP)
+        try:
+            child.kill()
+            cgroup.remove()
+            cgroup.path.mkdir()
+            second = Child(stay)
+            second.hear()
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
+        with second:
+            eventually(lambda: not bound_to(tmp_path), "the file is free", SOON)
+
+
 def test_nor_a_number_that_was_being_removed(
     start_kept: Callable[..., Kept], cgroup: Cgroup, make_image: Callable[..., int], directory: int,
     tmp_path: Path, outside: int,

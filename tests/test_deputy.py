@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
+from kept import traced
 from processes import CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWUSER, Child, become, injected, own_user_namespace, unshare
 from test_policy import apart
 from untouched import cgroup, elsewhere, helpers, leases, pair, reply_of, send
@@ -558,6 +559,23 @@ def test_watches_do_not_pile_up(daemon: Daemon, image: int, directory: int, devi
         (devices / f"{name}.{round_}").rename(devices / name)
         daemon.ask(wire.Rescan(name, 0), [])
     assert _watches(daemon) <= before + 1
+
+
+def test_nor_where_a_lease_ends_during_a_rescan(daemon: Daemon, image: int, directory: int, devices: Path) -> None:
+    """The client keeps the node by another name, so that the watch would stay."""
+    before = _watches(daemon)
+    for round_ in range(3):
+        name = daemon.attach(image, directory, partscan=True).fields["devname"]
+        os.link(devices / name, devices / f"kept.{round_}")
+        slow = "-einject=inotify_add_watch:delay_enter=300ms"
+        with traced(helpers(daemon), "-o/dev/null", "-etrace=inotify_add_watch", slow):
+            ours, theirs = pair()
+            with theirs:
+                send(daemon.path, wire.encode_request(wire.Rescan(name, 0)), [theirs.fileno()]).close()
+            time.sleep(0.1)
+            assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
+            reply_of(ours).close()
+    assert _watches(daemon) <= before + 1, "that of the cgroup"
 
 
 def test_what_is_recorded_cannot_be_forged(daemon: Daemon, tmp_path: Path, directory: int) -> None:
