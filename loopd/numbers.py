@@ -481,10 +481,14 @@ class Numbers:
                 self._counter.give_back(last)
         self._fresh.clear()
 
-    def remove_unused(self) -> None:
-        """Remove what was made ahead of need, before the daemon ends, and try the rest once more."""
+    def remove_unused(self, *, held: bool) -> None:
+        """Remove what was made ahead of need, before the daemon ends, and try the rest once more.
+
+        `held`: numbers are in use still. A block is one instance's, so that all of it stays this one's.
+        """
         self._stopping = True
-        self._give_back()
+        if not (held or self._lingering):
+            self._give_back()
         self.retry()
         while self._made:
             self._remove(self._made.popleft(), None)

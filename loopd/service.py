@@ -237,7 +237,7 @@ class Service:
             self._poller.remove(listener.socket.fileno())
         for lease in self._lifecycle.transient():
             self._lifecycle.release(lease, "stopped")
-        self._numbers.remove_unused()
+        self._numbers.remove_unused(held=len(self._leases) > 0)
 
     @property
     def ending(self) -> bool:

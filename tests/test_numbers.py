@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import pytest
 from conftest import Daemon, ask, bound_to, eventually, exists, require
-from kept import Kept, next_block, start_at, start_kept_fixture  # noqa: F401
+from kept import Kept, hold, next_block, start_at, start_kept_fixture  # noqa: F401
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, become
 from untouched import cgroup, children, droppers, helpers
 
@@ -145,6 +145,20 @@ def test_instances_share_a_counter(path: str) -> None:
         reserved = list(pool.map(_reserve, [path] * 4, [60] * 4))
     flat = [first for blocks in reserved for first in blocks]
     assert len(set(flat)) == len(flat) == 240
+
+
+def test_the_rest_of_a_block_stays_with_its_leases(
+    start_kept: Callable[..., Kept], open_counter: Callable[[str], Counter], image: int, directory: int
+) -> None:
+    """Who has the block is who knows its devices: another instance would take them for nobody's."""
+    daemon = start_kept()
+    with hold(daemon, "socket", image, directory) as lease:
+        daemon.kill(signal.SIGTERM)
+        assert lease.bound()
+        assert block_of(open_counter(str(daemon.counter)).reserve()) != (int(lease.name[4:]) - FIRST) // BLOCK
+        daemon.hello()
+        assert lease.bound()
+    daemon.end()
 
 
 def test_a_process_that_was_killed_leaves_no_lock(open_counter: Callable[[str], Counter], path: str) -> None:
