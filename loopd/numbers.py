@@ -459,6 +459,8 @@ class Numbers:
 
     def probe(self) -> None:
         """Find out whether a kept node brings its removed number back; `remade` says so when it is known."""
+        if self._stopping:
+            return  # it would take the block that was given back
         with contextlib.suppress(Exhausted, OSError):
             number = self._take()
             self._making.add(number)
