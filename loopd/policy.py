@@ -105,7 +105,9 @@ class Policy(NamedTuple):
     request_timeout: float = 30.0
     """After this long a helper process that has not finished a request is written off."""
     number_wait: float = 5.0
-    """How long an attach waits for one of its account's own device numbers to come free."""
+    """How long an attach waits for one of its account's own device numbers to come free: half of `request_timeout` at
+    most, for who waits is not stuck.
+    """
     limits: Limits = Limits()
     allow: Allow = Allow()
     rules: tuple[Rule, ...] = ()

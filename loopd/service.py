@@ -439,6 +439,8 @@ class Service:
 
     def on_number_please(self, exchange: Exchange, worker: Worker) -> None:
         """A helper lost the number it was given to somebody else, or was given none because there was none yet."""
+        if exchange.finished:
+            return  # it ended while it waited
         if exchange.number is not None:
             self._metrics.retries += 1
             if exchange.charged:
@@ -453,7 +455,7 @@ class Service:
             return
         if number is not None:
             worker.send(messages.UseNumber(number))
-        elif time.monotonic() < exchange.started + self.policy.number_wait:
+        elif time.monotonic() < exchange.started + min(self.policy.number_wait, self.policy.request_timeout / 2):
             self._poller.later(0.01, lambda: self.on_number_please(exchange, worker))
         else:
             worker.send(messages.UseNumber(None, Refusal(Code.TIMEOUT, "no device number came free in time")))

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
 from processes import CLONE_NEWNS, Activated, become, unshare
-from untouched import cgroup, elsewhere, leases, pair, reply_of, send, stopped
+from untouched import cgroup, children, elsewhere, helpers, leases, pair, reply_of, send, stopped
 
 from loopd import numbers, policy, wire
 from loopd.policy import Allow, ConfigurationError, Limits, Policy
@@ -544,6 +544,35 @@ def test_waiting_for_a_number(configured: Callable[..., Daemon], image: int, dir
     assert None in codes
     # "quota": the number cannot be removed as long as somebody, udev perhaps, has it open.
     assert "timeout" in codes if wait == 0 else "timeout" not in codes
+
+
+@pytest.mark.parametrize("end", ["timeout", "killed"])
+def test_an_attach_that_waited_for_a_number_has_none(
+    configured: Callable[..., Daemon], image: int, directory: int, end: str
+) -> None:
+    """It ends while it waits: no helper counts as hanging, and the number is the next one's."""
+    timeouts = "request_timeout = 1" if end == "timeout" else ""
+    daemon = configured(f"{timeouts}\nlimits.new_numbers = 1\nlimits.new_numbers_per_minute = 0")
+    name = daemon.attach(image, directory).fields["devname"]
+    (maker,) = set(children(daemon.pid)) - set(helpers(daemon))
+    os.kill(maker, signal.SIGSTOP)  # the removal takes its time
+    try:
+        assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
+        ours, theirs = pair()
+        with theirs:
+            fds = [image, directory, theirs.fileno()]
+            send(daemon.path, wire.encode_request(wire.Attach(0, 1, 2)), fds).close()
+        if end == "killed":
+            time.sleep(0.1)
+            for helper in helpers(daemon):
+                os.kill(helper, signal.SIGKILL)
+        with contextlib.closing(reply_of(ours)) as reply:
+            assert reply.code == ("timeout" if end == "timeout" else "internal")
+    finally:
+        os.kill(maker, signal.SIGCONT)
+    time.sleep(0.1)
+    assert daemon.attach(image, directory).fields.get("devname") == name
+    assert daemon.records("stuck") == []
 
 
 def test_bytes(
