@@ -189,6 +189,15 @@ def device_number(name: str, disk: str | None = None) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def size(devname: str) -> int | None:
+    """Bytes of a device, as the kernel has it now; None without a device."""
+    try:
+        with open(f"/sys/block/{devname}/size", encoding="ascii") as attribute:
+            return int(attribute.read()) * 512  # whatever the sector size is
+    except OSError:
+        return None
+
+
 @contextlib.contextmanager
 def _gone() -> Iterator[None]:
     """What sysfs has of a device may go meanwhile: ENOENT, or ENODEV between open and read."""

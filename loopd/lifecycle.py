@@ -167,6 +167,9 @@ class Lifecycle:
             return
         lease, reply = found
         name = lease.binding.devname
+        size = devices.size(name)
+        if size is not None:  # it may have been resized
+            lease.binding = lease.binding._replace(size=size)
         if reply is not None:
             self._replies[name] = reply
         twin = self.leases.get(name)

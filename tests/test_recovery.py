@@ -149,6 +149,24 @@ def test_stopped_it_holds_every_lease(kept: Kept, many: dict[str, Holding], devi
     assert kept.starts == 2
 
 
+def test_a_device_that_was_resized(
+    start_kept: Callable[..., Kept], make_image: Callable[..., int], directory: int, tmp_path: Path
+) -> None:
+    """Its size is what it is now, and so is what the account is charged."""
+    config = tmp_path / "loopd.toml"
+    config.write_text(f"limits.bytes = {4 << 20}\n")
+    daemon = start_kept(f"--config={config}")
+    image = make_image(1 << 20)
+    with hold(daemon, "socket", image, directory) as lease:
+        os.truncate(image, 3 << 20)
+        assert daemon.ask(wire.Resize(lease.name, 0), []).fields == {"size": 3 << 20}
+        daemon.kill()
+        assert [row["size"] for row in daemon.leases().values()] == [3 << 20]
+        other = make_image(2 << 20, "other")
+        assert daemon.ask(wire.Attach(0, 1, 2), [other, directory]).code == "quota"
+    daemon.end()
+
+
 def test_without_a_directory(kept: Kept, image: int) -> None:
     reply = kept.ask(wire.Attach(0, reply_fd=1, deliver=("fd",)), [image])
     kept.kill()
