@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -68,32 +70,47 @@ def test_outcomes(any_machine: str, tmp_path: Path) -> None:
     assert "before its closing line" in ends["test_after_the_end"][1]
 
 
-def test_hang(any_machine: str, tmp_path: Path) -> None:
-    plan = qemu.Plan(sample("test_passes", "test_hangs", "test_after_the_end"), SAMPLE, (), silence_deadline=15)
-    with qemu.run(any_machine, tmp_path, plan) as run:
-        assert run.result("test_sample.py::test_passes").outcome == "passed"
-        with pytest.raises(qemu.RunFailed, match=r"silent for 15 s(.|\n)*begin test_sample.py::test_hangs"):
-            run.result("test_sample.py::test_hangs")
-        assert run.qemu.poll() is not None, "the VM still runs"
-        with pytest.raises(qemu.RunFailed, match="silent"):
-            run.result("test_sample.py::test_after_the_end")
+PLANS = {
+    "hang": qemu.Plan(sample("test_passes", "test_hangs", "test_after_the_end"), SAMPLE, (), silence_deadline=30),
+    "no closing line": qemu.Plan(sample("test_passes", "test_no_closing_line"), SAMPLE, ()),
+    "failed install": qemu.Plan(sample("test_passes"), SAMPLE, ("echo first", "echo second; exit 3", "echo third")),
+}
 
 
-def test_no_closing_line(any_machine: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, qemu.Run]]:
+    """A VM for each plan, all at once: one keeps one core busy."""
+    machine: str = request.config.getoption("--vm-machines").split(",")[0]
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(qemu.run(machine, tmp_path_factory.mktemp("harness"), plan))
+            for name, plan in PLANS.items()
+        }
+
+
+def test_hang(runs: dict[str, qemu.Run]) -> None:
+    run = runs["hang"]
+    assert run.result("test_sample.py::test_passes").outcome == "passed"
+    with pytest.raises(qemu.RunFailed, match=r"silent for 30 s(.|\n)*begin test_sample.py::test_hangs"):
+        run.result("test_sample.py::test_hangs")
+    assert run.qemu.poll() is not None, "the VM still runs"
+    with pytest.raises(qemu.RunFailed, match="silent"):
+        run.result("test_sample.py::test_after_the_end")
+
+
+def test_no_closing_line(runs: dict[str, qemu.Run]) -> None:
     """Every test has its result and the VM powers off in good order, but the last word is missing."""
-    with qemu.run(any_machine, tmp_path, qemu.Plan(sample("test_passes", "test_no_closing_line"), SAMPLE, ())) as run:
-        assert run.result("test_sample.py::test_passes").outcome == "passed"
-        with pytest.raises(qemu.RunFailed, match="before its closing line"):
-            run.finish()
+    run = runs["no closing line"]
+    assert run.result("test_sample.py::test_passes").outcome == "passed"
+    with pytest.raises(qemu.RunFailed, match="before its closing line"):
+        run.finish()
 
 
-def test_failed_install(any_machine: str, tmp_path: Path) -> None:
-    plan = qemu.Plan(sample("test_passes"), SAMPLE, ("echo first", "echo second; exit 3", "echo third"))
-    with qemu.run(any_machine, tmp_path, plan) as run:
-        with pytest.raises(
-            qemu.RunFailed, match=r"could not be installed(.|\n)*first\n(.|\n)*second\nexit status 3\n---"
-        ):
-            run.result("test_sample.py::test_passes")
+def test_failed_install(runs: dict[str, qemu.Run]) -> None:
+    with pytest.raises(
+        qemu.RunFailed, match=r"could not be installed(.|\n)*first\n(.|\n)*second\nexit status 3\n---"
+    ):
+        runs["failed install"].result("test_sample.py::test_passes")
 
 
 def test_a_change_makes_a_new_image() -> None:

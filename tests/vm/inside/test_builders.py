@@ -238,6 +238,7 @@ def row(device: str) -> dict[str, Any]:
     return {column: value for column, value in found.items() if column not in OWN}
 
 
+@pytest.mark.deadline(300)
 def test_setting_up_beside_the_real_one(pair: Pair) -> None:
     """What each option makes is what the real one makes, and every form of output the same on the same device."""
     for options in SETUP.split("|"):
