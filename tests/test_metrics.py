@@ -27,7 +27,7 @@ from test_deliveries import Served
 from test_install import install
 
 from loopd import client, wire
-from loopd.loop import Loop
+from loopd.loop import Loop, LoopControl
 from loopd.numbers import AHEAD
 from loopd.wire import Code
 
@@ -185,6 +185,10 @@ def test_numbers_lost_to_somebody_else(
         assert reply.code is None
         assert reply.fields["devname"] not in ahead
         assert AHEAD - 1 <= counts(served)["loopd_number_retries_total"] <= len(ahead)
+    with LoopControl() as control:  # what the host was faster with is the host's to remove
+        for devname in ahead:
+            with contextlib.suppress(OSError):
+                control.remove(int(devname.removeprefix("loop")))
 
 
 def test_a_helper_that_hangs(start_served: Callable[..., Served], tmp_path: Path, image: int, directory: int) -> None:
@@ -309,6 +313,16 @@ def test_the_unit_writes_a_file_for_each_socket(served: Served, tmp_path: Path) 
     for name in ("loopd-admin", "loopd-team"):
         assert parsed((files / f"{name}.prom").read_text())
         assert stat.S_IMODE((files / f"{name}.prom").stat().st_mode) == 0o644
+    (files / "loopd-admin.prom").unlink()
+    (files / "loopd-admin.prom").symlink_to(tmp_path)
+    (files / "loopd-team.prom").unlink()
+    (files / "loopd-team.prom").symlink_to(tmp_path / "victim")
+    (tmp_path / "victim").write_text("another's")
+    before = sorted(os.listdir(tmp_path))
+    assert write() == 0
+    assert sorted(os.listdir(files)) == ["loopd-admin.prom", "loopd-team.prom", "other.prom"]
+    assert not any(path.is_symlink() for path in files.iterdir()), "links are replaced"
+    assert (sorted(os.listdir(tmp_path)), (tmp_path / "victim").read_text()) == (before, "another's")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as closed:
         closed.bind(str(run / "loopd-silent/admin.sock"))
     (files / "loopd-team.prom").unlink()
