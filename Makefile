@@ -106,8 +106,9 @@ check-vm check-kernels: venv deb rpm
 
 # The man pages come along where docutils is there or, without DESTDIR, can be had; MANUAL= leaves them out.
 # Without DESTDIR the running system is told. A daemon that runs is restarted, its leases stay; sockets are never restarted.
+# Directories stay what they are: containers have them bind-mounted.
 install:
-	rm -rf $(LIB)/loopd
+	[ ! -d $(LIB)/loopd ] || find $(LIB)/loopd ! -type d -delete
 	install -d $(LIB)/loopd/loopd
 	install -m 644 $(MODULES) $(LIB)/loopd/loopd
 	umask 022 && $(PYTHON) -m compileall -q -s '$(DESTDIR)' -p / $(LIB)/loopd
@@ -139,6 +140,9 @@ endif
 uninstall:
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
+	    for socket in /run/loopd-*/admin.sock; do \
+	        [ ! -S "$$socket" ] || $(PREFIX)/bin/loopctl --socket "$$socket" --timeout 10 detach --all --force --wait 2 || :; \
+	    done; \
 	    systemctl disable --now loopd.socket loopd-admin.socket loopd-metrics.timer; systemctl disable loopd@.socket loopd-admin@.socket; \
 	    systemctl stop 'loopd@*.socket' 'loopd-admin@*.socket' loopd.service 'loopd@*.service' 'run-loopd\x2ddev.mount'; \
 	    systemctl clean --what=fdstore loopd.service 'loopd@*.service' 2>/dev/null || :; \

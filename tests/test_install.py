@@ -163,9 +163,12 @@ def test_unit_starts_what_was_installed(prefix: Path, service: str) -> None:
 
 def test_upgrade_leaves_no_module_of_the_old_version(prefix: Path) -> None:
     before = files(prefix)
+    folders = [prefix / "lib/loopd", *(path for path in (prefix / "lib/loopd").rglob("*") if path.is_dir())]
+    inodes = [folder.stat().st_ino for folder in folders]
     (prefix / "lib/loopd/loopd/gone.py").write_text("")
     install("DESTDIR=/", f"PREFIX={prefix}")
     assert files(prefix) == before
+    assert [folder.stat().st_ino for folder in folders] == inodes, "containers have them bind-mounted"
 
 
 def test_uninstall_takes_away_what_install_brought_and_nothing_else(tmp_path: Path) -> None:

@@ -184,7 +184,8 @@ def test_what_the_rpm_does_with_units(rpm: Path, tmp_path: Path, stage: str) -> 
         assert changing == [restart]
     else:
         assert changing == [
-            "systemctl --no-reload disable loopd.socket loopd-admin.socket loopd-metrics.timer",
+            "systemctl --no-reload disable loopd.socket loopd-admin.socket loopd-metrics.timer loopd@.socket"
+            " loopd-admin@.socket",
             "systemctl stop loopd-metrics.timer loopd.socket loopd-admin.socket loopd@*.socket loopd-admin@*.socket",
             r"systemctl stop loopd.service loopd@*.service run-loopd\x2ddev.mount",
             "systemctl clean --what=fdstore loopd.service loopd@*.service",

@@ -66,7 +66,7 @@ _loopctl() {
             else
                 case $verb in
                     attach|run) compopt -o default; return ;;
-                    detach|rescan|resize) word=$(loopctl $admin list 2>/dev/null | sed -n 's/^\(loop[0-9]*\) .*/\1/p') ;;
+                    detach|rescan|resize) word=$(loopctl $admin --timeout 2 list 2>/dev/null | sed -n 's/^\(loop[0-9]*\) .*/\1/p') ;;
                     *) return ;;
                 esac
             fi

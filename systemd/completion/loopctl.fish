@@ -38,5 +38,5 @@ complete -c loopctl -n '__fish_seen_subcommand_from attach list hello' -l json -
 complete -c loopctl -n '__fish_seen_subcommand_from detach' -s a -l all -d 'all that list shows'
 complete -c loopctl -n '__fish_seen_subcommand_from detach' -l wait -x -d 'seconds to wait until the image is free'
 complete -c loopctl -n '__fish_seen_subcommand_from detach' -l force -d 'whoever owns it'
-complete -c loopctl -n '__fish_seen_subcommand_from detach rescan resize' -a "(loopctl list 2>/dev/null | string match -r '^loop[0-9]+')"
+complete -c loopctl -n '__fish_seen_subcommand_from detach rescan resize' -a "(loopctl --timeout 2 list 2>/dev/null | string match -r '^loop[0-9]+')"
 complete -c loopctl -n '__fish_seen_subcommand_from directory' -l remove -d 'remove it'

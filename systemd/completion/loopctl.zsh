@@ -3,7 +3,7 @@
 
 _loopctl_devices() {
     local -a devices
-    devices=(${(f)"$(loopctl ${opt_args[--admin]+--admin} list 2>/dev/null | sed -n 's/^\(loop[0-9]*\) .*/\1/p')"})
+    devices=(${(f)"$(loopctl ${opt_args[--admin]+--admin} --timeout 2 list 2>/dev/null | sed -n 's/^\(loop[0-9]*\) .*/\1/p')"})
     compadd -a devices
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,13 @@ def package(request: pytest.FixtureRequest) -> Iterator[Package]:
     options = DROP_IN.with_name("options.conf")
     kept = options.read_text()
     options.unlink()
-    make("uninstall")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        disk = Path(folder, "disk")
+        disk.write_bytes(bytes(1 << 20))
+        node = Path(attach(disk))
+        make("uninstall")
+        assert not node.exists(), "leases end, and their nodes go"
+        assert not bound()
     shutil.rmtree(STATE.parent, ignore_errors=True)
     (built,) = (PROJECT / "build").glob(f"*.{request.param}")
     package = Package(request.param, built, traces())
@@ -223,7 +230,7 @@ def test_installer_of_the_cluster(package: Package) -> None:
 @pytest.mark.usefixtures("afterwards_installed")
 def test_removal_and_purge(package: Package, disk: Path, folder: Path) -> None:
     CONFIGURATION.write_text("limits.devices = 7\n")
-    run("systemctl", "start", "loopd@team.socket")
+    run("systemctl", "enable", "--now", "loopd@team.socket")
     idle = attach(disk)
     in_use = folder / "in-use.img"
     shutil.copy(disk, in_use)
