@@ -852,15 +852,18 @@ class Client:
 
     def _ask(self, stack: ExitStack, request: wire.Request, fds: Sequence[int] = (), wait: float = 0.0) -> _Answer:
         """Send `request` with `fds` (borrowed) and a socket for the reply; `stack` owns what comes back."""
-        until = time.monotonic() + self.timeout
+        until = time.monotonic() + self.timeout + wait
         pause = _FIRST_PAUSE
         while True:
             try:
-                return self._ask_once(stack, request, fds, until + wait, self.timeout + wait)
+                return self._ask_once(stack, request, fds, until, self.timeout + wait)
             except Dropped:
-                # Most likely others of this account have as many requests under way as it may have.
-                if time.monotonic() + pause > until:
+                # Most likely others of this account have as many requests under way as it may have, or loopd ended.
+                left = until - time.monotonic() - pause
+                if left < 0:
                     raise
+                if isinstance(request, wire.Detach):
+                    request = request._replace(wait=min(request.wait, left))
             time.sleep(pause * (0.5 + os.urandom(1)[0] / 510))  # no two come back at the same time
             pause = min(2 * pause, _LONGEST_PAUSE)
 

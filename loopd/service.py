@@ -242,7 +242,11 @@ class Service:
     @property
     def ending(self) -> bool:
         """Whether after `stop` something is still to be done that the fd store does not keep."""
-        return bool(self._exchanges or self._pool.busy or self._numbers.removing or self._lifecycle.transient())
+        # Who waits for the end of a lease asks the next daemon.
+        waiting = sum(len(lease.waiting) for lease in self._leases)
+        return bool(
+            self._exchanges > waiting or self._pool.busy or self._numbers.removing or self._lifecycle.transient()
+        )
 
     # peek, decode, admit ----------------------------------------------------------------------------------------------
 

@@ -660,6 +660,20 @@ def test_a_reply_without_sense_is_named_so(payload: bytes, sock: Path) -> None:
         loopd.list(socket=sock)
 
 
+def test_a_detach_that_waits_outlives_the_daemon(sock: Path) -> None:
+    """Dropped when the timeout for an answer is over, but not the wait: what is left of that is asked for."""
+
+    def hang_up(request: Request) -> None:
+        time.sleep(0.6)
+        drop(request)
+
+    with Peer(sock, hang_up, released) as peer:
+        assert loopd.Client(sock, timeout=0.5).detach("loop4096", wait=10)
+    waits = [request.fields["wait"] for request in peer.requests]
+    assert waits[0] == 10
+    assert 8 < waits[1] < 10
+
+
 def test_what_is_dropped_is_sent_again(sock: Path) -> None:
     with Peer(sock, drop, drop, lambda request: request.reply({"leases": []})) as peer:
         assert loopd.list(socket=sock) == ()

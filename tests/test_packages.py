@@ -183,9 +183,9 @@ def test_what_the_rpm_does_with_units(rpm: Path, tmp_path: Path, stage: str) -> 
     elif stage == "upgrade":
         assert changing == [restart]
     else:
+        plain = "loopd.socket loopd-admin.socket loopd-metrics.timer"
         assert changing == [
-            "systemctl --no-reload disable loopd.socket loopd-admin.socket loopd-metrics.timer loopd@.socket"
-            " loopd-admin@.socket",
+            f"systemctl --no-reload disable {plain} loopd@.socket loopd-admin@.socket",
             "systemctl stop loopd-metrics.timer loopd.socket loopd-admin.socket loopd@*.socket loopd-admin@*.socket",
             r"systemctl stop loopd.service loopd@*.service run-loopd\x2ddev.mount",
             "systemctl clean --what=fdstore loopd.service loopd@*.service",

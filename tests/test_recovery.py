@@ -22,9 +22,10 @@ import pytest
 from conftest import ask, bound_to, eventually, exists
 from kept import KINDS, Holding, Kept, Record, hold, kept_fixture, start_kept_fixture, traced  # noqa: F401
 from processes import NOBODY, Child, become, stays
-from untouched import children, helpers, pair, reply_of, state
+from untouched import children, helpers, pair, reply_of, send, state
 
 from loopd import records, wire
+from loopd.daemon import Daemon
 from loopd.leases import Slots
 from loopd.loop import Loop, backing_file
 
@@ -165,6 +166,22 @@ def test_a_device_that_was_resized(
         other = make_image(2 << 20, "other")
         assert daemon.ask(wire.Attach(0, 1, 2), [other, directory]).code == "quota"
     daemon.end()
+
+
+def test_a_detach_that_waits_holds_no_end_up(kept: Kept, image: int, directory: int, devices: Path) -> None:
+    """Its client is hung up on, and asks the next daemon."""
+    with hold(kept, "socket", image, directory) as lease, (devices / lease.name).open("rb"):
+        ours, theirs = pair()
+        with ours, theirs:
+            send(kept.path, wire.encode_request(wire.Detach(lease.name, 0, wait=60)), [theirs.fileno()]).close()
+            eventually(lambda: [row["state"] for row in kept.leases().values()] == ["held"], "it waits")
+            theirs.close()
+            began = time.monotonic()
+            kept.kill(signal.SIGTERM)
+            assert time.monotonic() - began < Daemon.STOP_TIMEOUT
+            assert ours.recv(1) == b""
+        kept.hello()
+    kept.end()
 
 
 def test_without_a_directory(kept: Kept, image: int) -> None:
