@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import os
 import sys
+from _signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal  # type: ignore[import-not-found]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
     from typing import NoReturn
 
 HERE = os.path.dirname(os.path.realpath(__file__))
@@ -30,6 +32,12 @@ NO_DEVICE = {"bind", "rbind", "move", "remount", "shared", "slave", "private", "
 """Options with which a source is no file system."""
 MOST_BYTES_IGNORED = 1024
 """A file that is no longer gets no device of mount(8)'s own accord."""
+
+
+interrupts: list[int] = []
+"""Signals that were to end this program while there was a device."""
+running: list[int] = []
+"""The program that is told of them, and ends by itself."""
 
 
 class Failure(Exception):
@@ -125,8 +133,9 @@ def nodev(file_system: str) -> bool:
 
 def program(name: str, first: str) -> str:
     """The program of that name in the directory `first`, else in PATH, but for this one and its copies."""
-    for directory in (first, *os.environ.get("PATH", "").split(":"), "/usr/bin", "/bin"):
-        path = os.path.join(directory or ".", name)
+    # An empty element would be the working directory, which may be a tree that is being built.
+    for directory in filter(None, (first, *os.environ.get("PATH", "").split(":"), "/usr/bin", "/bin")):
+        path = os.path.join(directory, name)
         if os.access(path, os.X_OK) and not is_copy(path):
             return path
     raise Failure(f"there is no {name} in PATH")
@@ -154,7 +163,9 @@ def run(path: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def status(pid: int) -> int:
+    running.append(pid)
     code = os.waitpid(pid, 0)[1]
+    running.clear()
     return os.WEXITSTATUS(code) if os.WIFEXITED(code) else 128 + os.WTERMSIG(code)
 
 
@@ -177,15 +188,25 @@ def attach(losetup: str, plan: Plan) -> tuple[str, bool]:
     return device, device in before
 
 
+def pass_on(number: int, frame: FrameType | None) -> None:
+    """Have the program that runs end, and this one after it."""
+    interrupts.append(number)
+    for pid in running:
+        os.kill(pid, number)
+
+
 def mount_file(mount: str, plan: Plan) -> int:
     """Attach, mount, detach; the exit code of mount(8)."""
     losetup = program("losetup", HERE)
+    for number in (SIGHUP, SIGINT, SIGTERM):
+        if getsignal(number) != SIG_IGN:
+            signal(number, pass_on)
     device, there_before = attach(losetup, plan)
     options = [option for option in plan.options if option.partition("=")[0] not in ("loop", "offset", "sizelimit")]
     arguments = plan.kept + (["-o", ",".join(options)] if options else [])
     arguments += ["--source", device] if plan.target else [device, *plan.operands]
     try:
-        return status(os.posix_spawn(mount, ["mount", *arguments], os.environ))
+        return 128 + interrupts[0] if interrupts else status(os.posix_spawn(mount, ["mount", *arguments], os.environ))
     finally:
         if not there_before:
             run(losetup, ["--detach", device])

@@ -846,6 +846,29 @@ def test_a_mount_that_fails_leaves_no_device(file_system: Box) -> None:
     assert "systemctl enable --now loopd.socket" in result.err
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_mount_that_is_interrupted_leaves_no_device(plain: Box, number: int) -> None:
+    """mount(8) is told, and what it says is the end; here it is one that takes its time."""
+    slow = plain.folder / "slow"
+    slow.mkdir()
+    (slow / "mount").write_text("#!/bin/sh\ntrap 'exit 9' HUP INT TERM\ntouch started\nsleep 10 & wait\n")
+    (slow / "mount").chmod(0o755)
+    plain.environment["PATH"] = f"{plain.programs}:{slow}:{plain.environment['PATH']}"
+    with subprocess.Popen([*plain.inside, "mount", "-o", "loop", "image", "mnt"], env=plain.environment) as process:
+        eventually((plain.folder / "started").exists, "it is being mounted")
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), number)
+        assert process.wait(20) == 9
+    eventually(lambda: not bound_to(plain.folder), "the device is gone")
+
+
+def test_without_path_nothing_of_the_working_directory_runs(plain: Box) -> None:
+    (plain.folder / "mount").write_text("#!/bin/sh\necho trap\n")
+    (plain.folder / "mount").chmod(0o755)
+    done = plain("env", "-i", plain.programs / "mount", "--version")
+    assert done.out.startswith("mount from util-linux")
+
+
 def test_mounted_twice_is_refused_or_shared(file_system: Box) -> None:
     """Two devices of one file system would destroy it."""
     box = file_system
