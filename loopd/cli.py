@@ -37,7 +37,9 @@ class _Failure(Exception):
 
 def _clean(text: str) -> str:
     """`text` on one line and harmless to a terminal: a backing file's name is for anybody to choose."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _say(text: str) -> None:

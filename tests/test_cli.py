@@ -408,6 +408,12 @@ def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
         assert ctl("list") == (0, "", "")
 
 
+def test_a_name_that_the_locale_has_no_characters_for_hides_no_device(ctl: Ctl) -> None:
+    with Peer(ctl.sock, lambda request: request.reply({"leases": [dict(LEASE, backing_file="/\u0436.img"), LEASE]})):
+        lines = ctl("list", before=("env", "PYTHONIOENCODING=latin-1")).out.splitlines()
+    assert [line.split()[-1] for line in lines] == ["BACK-FILE", r"/\u0436.img", "/disk.img"]
+
+
 def test_list_of_everybodys_devices_says_who_has_them_open(ctl: Ctl, loop: Loop) -> None:
     """Whatever named the administrator's socket."""
     pages = iter([{"leases": [{**LEASE, **loop.reply, "account": "/a.scope"}]}, GREETING])

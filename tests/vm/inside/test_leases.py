@@ -95,7 +95,7 @@ WATCH = """
 import select, sys
 leases = [word.partition("=") for word in sys.argv[1:]]
 turns = 0
-while not select.select([sys.stdin], [], [], 0.01)[0]:
+while not select.select([sys.stdin], [], [], 0.2)[0]:
     for name, _, diskseq in leases:
         if diskseq != "None":  # Linux 5.15
             with open(f"/sys/block/{name}/diskseq") as file:
