@@ -409,7 +409,8 @@ def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
 
 
 def test_a_name_that_the_locale_has_no_characters_for_hides_no_device(ctl: Ctl) -> None:
-    with Peer(ctl.sock, lambda request: request.reply({"leases": [dict(LEASE, backing_file="/\u0436.img"), LEASE]})):
+    named = dict(LEASE, devname="loop10", backing_file="/\u0436.img")
+    with Peer(ctl.sock, lambda request: request.reply({"leases": [named, LEASE]})):
         lines = ctl("list", before=("env", "PYTHONIOENCODING=latin-1")).out.splitlines()
     assert [line.split()[-1] for line in lines] == ["BACK-FILE", r"/\u0436.img", "/disk.img"]
 
