@@ -90,15 +90,17 @@ class Owner(NamedTuple):
 class Bucket:
     """What may be used up: so much at once, and more as time passes."""
 
-    __slots__ = ("_spent", "at")
+    __slots__ = ("_burst", "_per_second", "_spent", "at")
 
     def __init__(self) -> None:
+        self._burst = self._per_second = 0.0
         self._spent = 0.0
         self.at = 0.0
 
     def spend(self, burst: float, per_second: float) -> bool:
         """Charge one: `burst` of them at once, and then `per_second`; False when they are used up."""
         now = max(time.monotonic(), self.at)
+        self._burst, self._per_second = burst, per_second
         self._spent = max(0.0, self._spent - (now - self.at) * per_second)
         self.at = now
         if self._spent + 1 > burst:
@@ -109,6 +111,12 @@ class Bucket:
     def pause(self, until: float) -> None:
         """Have nothing come back until then (monotonic clock)."""
         self.at = until
+
+    @property
+    def half_spent(self) -> bool:
+        """Whether more than half of what may be spent at once is spent now."""
+        back = max(0.0, time.monotonic() - self.at) * self._per_second
+        return self._spent - back > self._burst / 2
 
     def unspend(self) -> None:
         """Give the charge of one back."""
@@ -189,6 +197,11 @@ class Accounts:
                 self._accounts = {key: value for key, value in self._accounts.items() if value.in_use}
             account = self._accounts[name] = Account(name)
         return account
+
+    @property
+    def burning(self) -> bool:
+        """Whether one has just used up many numbers: forgotten, it could go on at once."""
+        return any(account.numbers.half_spent for account in self._accounts.values())
 
     def end(self, name: str) -> None:
         """The account's cgroup has ended: whoever comes by that name is another."""

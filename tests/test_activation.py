@@ -86,6 +86,26 @@ def test_patience_of_years(start_daemon: Callable[..., Daemon]) -> None:
     assert start_daemon("--idle-timeout", "1e9").hello().code is None
 
 
+def test_an_account_that_burns_numbers_is_not_forgotten(
+    activated: Callable[..., Activated], image: int, directory: int, tmp_path: Path
+) -> None:
+    """Else it would have new ones as soon as loopd is idle; who has used less than half of them holds nothing up."""
+    config = tmp_path / "loopd.toml"
+    config.write_text("limits.new_numbers = 4\nlimits.new_numbers_per_minute = 30\n")
+    daemon = activated("--idle-timeout", "0.5", f"--config={config}")
+    daemon.start()
+    for count, ends in ((2, True), (3, False)):
+        for _ in range(count):
+            name = daemon.attach(image, directory).fields["devname"]
+            assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
+        if ends:
+            assert daemon.wait(10) == 0
+            daemon.start()
+        else:
+            stays(lambda: daemon.running, 1.2, "it remembers")
+            assert daemon.wait(10) == 0, "a number comes back after two seconds"
+
+
 def test_requests_end_the_idleness(activated: Callable[..., Activated]) -> None:
     daemon = activated("--idle-timeout", "1")
     daemon.start()
