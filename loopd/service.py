@@ -3,8 +3,8 @@
     peek -> decode -> admit -> (a helper: take, vet, perform) -> book -> reply -> audit
 
 Part of the main process, the one writer of leases, accounts and numbers; never holds an fd that a helper has not
-vetted. Everything that waits for a disk, a client or the kernel happens in a helper. What becomes of a lease is
-`lifecycle`'s.
+vetted. Everything that waits for a disk, a client or the kernel happens in a helper, but for `numbers.Counter`. What
+becomes of a lease is `lifecycle`'s.
 """
 
 from __future__ import annotations
