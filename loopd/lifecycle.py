@@ -123,6 +123,10 @@ class Lifecycle:
         """Take a new lease into the books, and end it when what keeps it ends."""
         self.leases.add(lease)
         self._watch(lease)
+        if lease.account.ended:
+            self.release(lease, "expired")
+        else:
+            self._cgroups.watch(lease.holder.account)
 
     def _watch(self, lease: Lease) -> None:
         assert lease.keeper is not None
@@ -131,10 +135,6 @@ class Lifecycle:
         self._poller.add(lease.keeper, lambda: self.release(lease, "expired"), events)
         if lease.watch is not None:
             self._watched[lease.watch] = lease
-        if lease.account.ended:
-            self.release(lease, "expired")
-        else:
-            self._cgroups.watch(lease.holder.account)
 
     def _unwatch(self, lease: Lease) -> None:
         if lease.watch is not None:
@@ -224,7 +224,8 @@ class Lifecycle:
                     answer = wire.encode_reply(refusal or attached(lease), lease.holder.id)
                     delivered = transport.reply(reply, answer, client)
                     transport.mark(reply, transport.ANSWERED)
-            if refusal is not None or not delivered:
+            # Of one that was answered long ago a refusal says no more than that the look at its nodes did not work.
+            if (complete and refusal is not None) or not delivered:
                 self.release(lease, "undeliverable")
 
         self._arrange(lease, restored, complete=complete, changed=True)

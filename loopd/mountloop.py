@@ -34,10 +34,11 @@ MOST_BYTES_IGNORED = 1024
 """A file that is no longer gets no device of mount(8)'s own accord."""
 
 
+ENDS = (SIGHUP, SIGINT, SIGTERM)
 interrupts: list[int] = []
 """Signals that were to end this program while there was a device."""
 running: list[int] = []
-"""The program that is told of them, and ends by itself."""
+"""mount(8), which is told of them, and ends by itself."""
 
 
 class Failure(Exception):
@@ -163,9 +164,7 @@ def run(path: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def status(pid: int) -> int:
-    running.append(pid)
     code = os.waitpid(pid, 0)[1]
-    running.clear()
     return os.WEXITSTATUS(code) if os.WIFEXITED(code) else 128 + os.WTERMSIG(code)
 
 
@@ -189,16 +188,19 @@ def attach(losetup: str, plan: Plan) -> tuple[str, bool]:
 
 
 def pass_on(number: int, frame: FrameType | None) -> None:
-    """Have the program that runs end, and this one after it."""
+    """Have mount(8) end, and this program after it."""
     interrupts.append(number)
     for pid in running:
-        os.kill(pid, number)
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return  # it has ended by itself
 
 
 def mount_file(mount: str, plan: Plan) -> int:
     """Attach, mount, detach; the exit code of mount(8)."""
     losetup = program("losetup", HERE)
-    for number in (SIGHUP, SIGINT, SIGTERM):
+    for number in ENDS:
         if getsignal(number) != SIG_IGN:
             signal(number, pass_on)
     device, there_before = attach(losetup, plan)
@@ -206,8 +208,16 @@ def mount_file(mount: str, plan: Plan) -> int:
     arguments = plan.kept + (["-o", ",".join(options)] if options else [])
     arguments += ["--source", device] if plan.target else [device, *plan.operands]
     try:
-        return 128 + interrupts[0] if interrupts else status(os.posix_spawn(mount, ["mount", *arguments], os.environ))
+        if interrupts:
+            return 128 + interrupts[0]
+        running.append(os.posix_spawn(mount, ["mount", *arguments], os.environ))
+        for number in interrupts:  # while it was made
+            os.kill(running[0], number)
+        return status(running[0])
     finally:
+        running.clear()
+        for number in ENDS:  # for losetup too
+            signal(number, SIG_IGN)
         if not there_before:
             run(losetup, ["--detach", device])
 

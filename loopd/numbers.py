@@ -489,7 +489,7 @@ class Numbers:
         `held`: numbers are in use still. A block is one instance's, so that all of it stays this one's.
         """
         self._stopping = True
-        if not (held or self._lingering):
+        if not (held or self._removing or self._lingering):
             self._give_back()
         self.retry()
         while self._made:

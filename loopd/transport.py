@@ -343,8 +343,8 @@ def seal(fd: int, name: str) -> None:
         raise wire.Refusal(wire.Code.BAD_FD, f"{name}: something was sent into it, which is for loopd to answer")
 
 
-ASKED, ANSWERING, ANSWERED = 0, 1, 2
-"""How far the answer to a request is: not begun, it may have been sent, it was sent."""
+ASKED, ANSWERED, ANSWERING = 0, 1, 2
+"""How far the answer to a request is: not begun, it was sent, it may have been sent. They are kept in the fd store."""
 
 
 def mark(fd: int, progress: int) -> None:

@@ -381,6 +381,17 @@ def start_kept_fixture(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
         yield start
 
 
+def once_there(flag: Path, *options: str) -> list[str]:
+    """A wrapper that has strace tamper with every process of a daemon that starts while `flag` is there."""
+    script = """
+        if [ -e "$0" ]; then exec strace -D -f -o /dev/null "$@"; fi
+        while [ "$1" != -- ]; do shift; done
+        shift
+        exec "$@"
+    """
+    return ["sh", "-c", script, str(flag), *options, "--"]
+
+
 @pytest.fixture(name="kept")
 def kept_fixture(start_kept: Callable[..., Kept]) -> Kept:
     """One with the defaults."""

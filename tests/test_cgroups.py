@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import Daemon, ask, bound_to, eventually, exists, prompt, require
-from kept import Kept, hold, kept_fixture, start_kept_fixture, traced  # noqa: F401
+from kept import Kept, hold, kept_fixture, once_there, start_kept_fixture, traced  # noqa: F401
 from processes import Child, stays
 from untouched import cgroup as entered
 from untouched import children, elsewhere, helpers, pair, reply_of, send
@@ -415,6 +415,28 @@ def cpu_time(pid: int) -> float:
     """Seconds that a process has run."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_daemon_that_cannot_watch_it_starts_all_the_same(
+    start_kept: Callable[..., Kept], cgroup: Cgroup, image: int, directory: int, tmp_path: Path, outside: int
+) -> None:
+    """The host has no more watches (fs.inotify.max_user_watches); the next one can."""
+    flag = tmp_path / "flag"
+    daemon = start_kept(
+        wrapper=once_there(flag, "-etrace=inotify_add_watch", "-einject=inotify_add_watch:error=ENOSPC")
+    )
+    with client(daemon.path, cgroup, image, directory, outside) as child:
+        name = child.hear()["devname"]
+        flag.touch()
+        daemon.kill()
+        assert list(daemon.leases()) == [name]
+        assert [record for record in daemon.records("warned") if "cannot be watched" in record["MESSAGE"]]
+        flag.unlink()
+        daemon.kill()
+        assert list(daemon.leases()) == [name]
+        child.kill()
+        eventually(lambda: not bound_to(tmp_path), "the file is free", SOON)
+    daemon.end()
 
 
 def test_it_ends_after_a_restart(

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import ask, bound_to, eventually, exists
-from kept import KINDS, Holding, Kept, Record, hold, kept_fixture, start_kept_fixture, traced  # noqa: F401
+from kept import KINDS, Holding, Kept, Record, hold, kept_fixture, once_there, start_kept_fixture, traced  # noqa: F401
 from processes import NOBODY, Child, become, stays
 from untouched import children, helpers, pair, reply_of, send, state
 
@@ -182,6 +182,24 @@ def test_a_detach_that_waits_holds_no_end_up(kept: Kept, image: int, directory: 
             assert ours.recv(1) == b""
         kept.hello()
     kept.end()
+
+
+def test_a_lease_stays_although_its_nodes_cannot_be_looked_at(
+    start_kept: Callable[..., Kept], image: int, directory: int, devices: Path, tmp_path: Path
+) -> None:
+    """Every helper of the next daemon ends as soon as it takes a client's rights."""
+    flag = tmp_path / "flag"
+    daemon = start_kept(wrapper=once_there(flag, "-etrace=setfsuid", "-einject=setfsuid:signal=KILL"))
+    with hold(daemon, "socket", image, directory, partscan=True) as lease:
+        flag.touch()
+        daemon.kill()
+        assert list(daemon.leases()) == [lease.name]
+        stays(lease.bound, 1, "it is the client's")
+        assert [row["state"] for row in daemon.leases().values()] == ["bound"]
+        flag.unlink()
+        daemon.kill()
+        assert (devices / lease.name).is_block_device()
+    daemon.end()
 
 
 def test_without_a_directory(kept: Kept, image: int) -> None:
