@@ -220,7 +220,7 @@ ERRORS: dict[Code, type[Refused]] = {
 
 _UNAVAILABLE = {
     errno.ENOENT: "on the host: systemctl enable --now loopd.socket; "
-    "into a container, bind-mount the directory /run/loopd",
+    "into a container, bind-mount the directory /run/loopd, read-only",
     errno.ECONNREFUSED: "on the host: systemctl restart loopd.socket; "
     "into a container, bind-mount the directory /run/loopd: the socket in it is another one after a restart",
     errno.EACCES: "add the user to the group loopd; "
@@ -852,18 +852,18 @@ class Client:
 
     def _ask(self, stack: ExitStack, request: wire.Request, fds: Sequence[int] = (), wait: float = 0.0) -> _Answer:
         """Send `request` with `fds` (borrowed) and a socket for the reply; `stack` owns what comes back."""
-        until = time.monotonic() + self.timeout + wait
+        over = time.monotonic() + wait
+        until = over + self.timeout
         pause = _FIRST_PAUSE
         while True:
             try:
                 return self._ask_once(stack, request, fds, until, self.timeout + wait)
             except Dropped:
                 # Most likely others of this account have as many requests under way as it may have, or loopd ended.
-                left = until - time.monotonic() - pause
-                if left < 0:
+                if time.monotonic() + pause > until:
                     raise
                 if isinstance(request, wire.Detach):
-                    request = request._replace(wait=min(request.wait, left))
+                    request = request._replace(wait=min(request.wait, max(0.0, over - time.monotonic())))
             time.sleep(pause * (0.5 + os.urandom(1)[0] / 510))  # no two come back at the same time
             pause = min(2 * pause, _LONGEST_PAUSE)
 

@@ -82,7 +82,7 @@ def _socket(asked: client.Client) -> Finding:
     return Finding("OK", "socket", f"loopd {greeting.loopd} answers at {asked.socket}")
 
 
-def _group(asked: client.Client) -> Finding:
+def _group(asked: client.Client, place: _Place | None) -> Finding:
     try:
         status = os.stat(asked.socket)
     except OSError as error:
@@ -91,6 +91,10 @@ def _group(asked: client.Client) -> Finding:
         f"{asked.socket} is of uid {status.st_uid} and gid {status.st_gid}, {stat.filemode(status.st_mode)}"
     )
     if os.access(asked.socket, os.W_OK, effective_ids=True):
+        folder = os.path.dirname(asked.socket) or "."
+        if os.access(folder, os.W_OK, effective_ids=True) and not (place and place.host):
+            text = f"{folder} can be written here: another socket in the place of loopd's would get the files of others"
+            return Finding("WARN", "group", text, "bind it in read-only: podman run -v /run/loopd:/run/loopd:ro")
         return Finding("OK", "group", text)
     remedy = (
         "add the user to that group; a container with --group-add, in rootless podman --group-add keep-groups"
@@ -204,8 +208,8 @@ def _max_loop() -> Finding:
 def examine(asked: client.Client) -> Iterator[Finding]:
     """Every check, in the order in which a request meets them."""
     yield _socket(asked)
-    yield _group(asked)
     place = _place()
+    yield _group(asked, place)
     if place is None:
         yield Finding("FAIL", "directory", "/dev cannot be opened")
         return

@@ -24,7 +24,7 @@ ACL_USER = 0x02  # of <linux/posix_acl_xattr.h>
 
 BIND = (
     "on the host, bind a directory of loopd's into the container: "
-    "podman run -v /run/loopd:/run/loopd -v $(loopctl directory NAME):/dev/loopd:ro"
+    "podman run -v /run/loopd:/run/loopd:ro -v $(loopctl directory NAME):/dev/loopd:ro"
 )
 """The remedy that is recommended: works in every kind of container."""
 

@@ -369,7 +369,7 @@ def columns(text: str, given: Sequence[str]) -> Sequence[str]:
 
 UNAVAILABLE = {
     errno.ENOENT: "on the host: systemctl enable --now loopd.socket; into a container, bind-mount the directory "
-    "/run/loopd",
+    "/run/loopd, read-only",
     errno.ECONNREFUSED: "on the host: systemctl restart loopd.socket; into a container, bind-mount the directory "
     "/run/loopd, not the socket in it",
     errno.EACCES: "add the user to the group loopd, a container with --group-add",

@@ -29,6 +29,7 @@ mknod -m 666 /dev/urandom c 1 9
 mount -t tmpfs tmpfs /run
 mkdir /run/loopd
 mount --bind "$1" /run/loopd
+mount -o remount,bind,ro /run/loopd
 echo ready
 exec sleep infinity
 """

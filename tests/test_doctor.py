@@ -119,6 +119,16 @@ def test_a_directory_of_another_user(world: World) -> None:
     assert f"loopctl: /dev/loopd: it is not for uid {UID}; " in done.stderr
 
 
+def test_a_socket_that_could_be_replaced(world: World) -> None:
+    """Its directory is the client's to write in, as it is that of root in a rootful container."""
+    folder = str(Path(world.daemon.path).parent)
+    os.chown(folder, UID, UID)
+    report = examined(world, *BWRAP, "--bind", folder, folder)
+    assert report["group"][0] == "WARN"
+    assert "read-only" in report["group"][1]
+    assert examined(world, *BWRAP)["group"][0] == "OK"
+
+
 def test_a_directory_that_can_be_written(world: World) -> None:
     """Bound in without :ro, where root of the container is the host's."""
     report = examined(world, uid=0, LOOPD_DIRECTORY=str(world.grant("build", 0)))

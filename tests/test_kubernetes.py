@@ -68,8 +68,8 @@ def test_the_socket_gets_from_the_unit_into_the_pod() -> None:
     assert claim["spec"]["volumeName"] == volume["metadata"]["name"]
     job = pod("job.yaml", "Job")
     (mounted,) = (each["name"] for each in job["volumes"] if "persistentVolumeClaim" in each)
-    mounts = {each["name"]: each["mountPath"] for each in job["containers"][0]["volumeMounts"]}
-    assert mounts[mounted] == "/run/loopd"
+    (mount,) = (each for each in job["containers"][0]["volumeMounts"] if each["name"] == mounted)
+    assert (mount["mountPath"], mount["readOnly"]) == ("/run/loopd", True)
     assert job["runtimeClassName"] == objects("runtimeclass.yaml")["RuntimeClass"]["metadata"]["name"]
     assert "MKNOD" in job["containers"][0]["securityContext"]["capabilities"]["drop"]
     exporter = pod("node-exporter.yaml", "DaemonSet")["volumes"][0]["hostPath"]["path"]
@@ -122,7 +122,7 @@ def test_daemonset_and_job_on_a_node(tmp_path: Path) -> None:
     prepare = f"""
         mount -t tmpfs tmpfs /run
         mkdir -p {SOCKET_DIRECTORY} /run/loopd
-        mount --bind {SOCKET_DIRECTORY} /run/loopd
+        mount --bind -o ro {SOCKET_DIRECTORY} /run/loopd
         mount --bind {tmp_path}/state /var/lib
         PATH={tmp_path}:$PATH
         exec "$@"

@@ -52,8 +52,24 @@ def test_docker() -> None:
     """What the others are compared with is itself what the document says of it."""
     assert DOCKER.dropped == {"MKNOD"}
     assert DOCKER.rules == {"b 7:* rw"}
-    assert {"/run/loopd:/run/loopd", "/run/loopd-dev/0-build:/dev/loopd:ro"} < DOCKER.volumes
+    assert {"/run/loopd:/run/loopd:ro", "/run/loopd-dev/0-build:/dev/loopd:ro"} < DOCKER.volumes
     assert run("Podman, rootful") == DOCKER
+
+
+def test_the_socket_is_nobodys_to_replace() -> None:
+    """Its directory is read-only wherever it is bound into a container: root there may be its owner."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.*"), *(ROOT / "loopd").glob("*.py")]
+    lines = [
+        line
+        for page in pages
+        if page.suffix in (".md", ".rst", ".yaml", ".py")
+        for line in page.read_text().splitlines()
+    ]
+    bound = r":/run/loopd\b|bind=/run/loopd|bind /run/loopd |mountPath: /run/loopd\b(?!-)|^lxc.*run/loopd "
+    found = [line for line in lines if re.search(bound, line)]
+    assert len(found) > 15
+    read_only = r":/run/loopd:ro|--ro-bind|--bind-ro=|bind,ro|readOnly: true"
+    assert [line for line in found if not re.search(read_only, line)] == []
 
 
 def test_compose() -> None:

@@ -25,7 +25,7 @@ REAL = "/usr/sbin/losetup"
 
 
 def container(work: Path, *command: str, options: tuple[str, ...] = ()) -> str:
-    given = ["--rm", "--log-driver=none", "--network=none", "--cap-add=SYS_ADMIN", "--volume=/run/loopd:/run/loopd"]
+    given = ["--rm", "--log-driver=none", "--network=none", "--cap-add=SYS_ADMIN", "--volume=/run/loopd:/run/loopd:ro"]
     for rule in ("b 7:* rw", "b 259:* rw"):
         given += ["--device-cgroup-rule", rule]
     given += [f"--volume={BIN}/{name}:/usr/local/sbin/{name}:ro" for name in ("losetup", "mount")]

@@ -46,7 +46,7 @@ def test_a_container(folder: Path) -> None:
     assert found["directory"][0] == "WARN"
     assert "read-only" in found["directory"][1]
 
-    found = examined(folder, "--volume=/run/loopd:/run/loopd", "")
+    found = examined(folder, "--volume=/run/loopd:/run/loopd:ro", "")
     assert found["socket"][0] == "FAIL"
     assert "bind-mount the directory /run/loopd" in found["socket"][1]
 

@@ -177,7 +177,7 @@ def test_a_container(instance: None, folder: Path) -> None:
     grant = loopctl("directory", "instances").strip()
     script = "truncate -s 8M disk.img; loopctl run --directory /dev/loopd disk.img -- sh -c 'echo mine >{}; echo {}'"
     command = "podman run --rm --log-driver=none --network=none --cap-drop=MKNOD --device-cgroup-rule".split()
-    command += ["b 7:* rw", f"--volume={FOLDER}/sock:/run/loopd", f"--volume={grant}:/dev/loopd:ro"]
+    command += ["b 7:* rw", f"--volume={FOLDER}/sock:/run/loopd:ro", f"--volume={grant}:/dev/loopd:ro"]
     for program in ("/usr/local/bin/loopctl", "/usr/local/lib/loopd"):
         command.append(f"--volume={program}:{program}:ro")
     before = Journal()

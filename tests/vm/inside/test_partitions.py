@@ -129,7 +129,7 @@ def test_after_a_tool_in_a_container_without_a_command(folder: Path, grant: Path
     first, second = TOOLS[tool]
     (folder / "script").write_text(IN_CONTAINER.format(first=first, second=second))
     command = ["podman", "run", "--rm", "--log-driver=none", "--network=none", "--cap-drop=MKNOD"]
-    command += ["--device-cgroup-rule=b 7:* rw", "--volume=/run/loopd:/run/loopd", f"--volume={grant}:/dev/loopd:ro"]
+    command += ["--device-cgroup-rule=b 7:* rw", "--volume=/run/loopd:/run/loopd:ro", f"--volume={grant}:/dev/loopd:ro"]
     command += [f"--volume=/usr/local/{path}:/usr/local/{path}:ro" for path in ("bin/loopctl", "lib/loopd")]
     command += [f"--volume={folder}:/work", "--workdir=/work", "--rootfs", ROOTFS, "sh", "script"]
     run(*command, timeout=200)
