@@ -16,7 +16,8 @@
 
 PREFIX = /usr/local
 DESTDIR =
-# The interpreter that the installed programs run on, named by its path: an environment's must not get in.
+# The interpreter that loopd runs on, named by its path: an environment's must not get in. loopctl runs on what is /usr/bin/python3
+# wherever it is bound into.
 PYTHON = /usr/bin/python3
 VM_PYTHON = $(CURDIR)/.venv/bin/python
 
@@ -108,13 +109,16 @@ check-vm check-kernels: venv deb rpm
 # Without DESTDIR the running system is told. A daemon that runs is restarted, its leases stay; sockets are never restarted.
 # Directories stay what they are: containers have them bind-mounted.
 install:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'make: loopd needs Python 3.11 or later: make install PYTHON=/usr/bin/python3.X' >&2; exit 1; }
 	[ ! -d $(LIB)/loopd ] || find $(LIB)/loopd ! -type d -delete
 	install -d $(LIB)/loopd/loopd
 	install -m 644 $(MODULES) $(LIB)/loopd/loopd
 	umask 022 && $(PYTHON) -m compileall -q -s '$(DESTDIR)' -p / $(LIB)/loopd
 	umask 022 && for pair in $(PROGRAMS); do \
 	    program=$(DESTDIR)$(PREFIX)/$${pair%:*} && install -d $${program%/*} && \
-	    printf '%s\n' '#!$(PYTHON) -IS' 'import sys' 'sys.path.insert(0, "$(PREFIX)/lib/loopd")' \
+	    case $$pair in bin/*) python=/usr/bin/python3 ;; *) python=$(PYTHON) ;; esac && \
+	    printf '%s\n' "#!$$python -IS" 'import sys' 'sys.path.insert(0, "$(PREFIX)/lib/loopd")' \
 	        "from loopd.$${pair#*:} import main" 'sys.exit(main())' >$$program && chmod 755 $$program || exit; \
 	done
 	for pair in $(STAND_INS); do install -D -m 755 loopd/$${pair%:*}.py $(LIB)/loopd/bin/$${pair#*:} || exit; done

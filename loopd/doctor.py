@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 import stat
+import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from glob import glob
 from typing import NamedTuple
 
 from loopd import client, layers
@@ -190,16 +190,24 @@ def _mknod(place: _Place) -> Finding:
     return Finding("WARN", "CAP_MKNOD", text, "podman or docker run --cap-drop MKNOD")
 
 
+def _modprobes_configuration() -> str:
+    """As modprobe itself has it: which folders it reads, and which file hides another, is a matter of its version."""
+    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["modprobe", "--showconfig"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10, check=True).stdout
+    return ""
+
+
 def _max_loop() -> Finding:
     """The kernel's parameter tells nothing: its value is 8 also where it was not given, and the limit not in force."""
     given = re.search(r"\bloop\.max_loop=[1-9]", _read("/proc/cmdline"))
     # Where loop is built in, modprobe's configuration is not read.
     if re.search(r"^loop ", _read("/proc/modules"), re.MULTILINE):
-        for folder in ("/etc", "/run", "/usr/local/lib", "/usr/lib", "/lib"):
-            for path in glob(f"{folder}/modprobe.d/*.conf"):
-                given = given or re.search(r"(?m)^options\s+loop\b.*\bmax_loop=[1-9]", _read(path))
+        given = given or re.search(r"(?m)^options\s+loop\b.*\bmax_loop=[1-9]", _modprobes_configuration())
     if given:
-        return Finding("OK", "loop.max_loop", given[0])
+        text = f"{given[0]}; if loop was loaded before that was there, loopd warns in the journal until the next boot"
+        return Finding("OK", "loop.max_loop", text)
     text = "not set: opening a node that was kept can make a removed device again"
     remedy = "loop.max_loop=8 on the kernel's command line; where loop is a module, max_loop=8 in modprobe.d"
     return Finding("WARN", "loop.max_loop", text, remedy)

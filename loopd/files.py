@@ -211,7 +211,8 @@ def check_backing(
         kind = _TYPES.get(stat.S_IFMT(identity.mode), "no regular file")
         raise Refusal(Code.BAD_FD, f"fd: {kind}; a backing file is a regular file")
     else:
-        if not _is_shmem(fd):
+        # A memfd is on no mount that anybody has in his table, and always allowed.
+        if not _is_shmem(fd) or ("tmpfs" not in allowed and mounts.find(fd, identity) is not None):
             _check_file_system(fd, identity, "fd", mounts, allowed)
         size = os.fstat(fd).st_size
     if size == 0:

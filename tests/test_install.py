@@ -152,6 +152,19 @@ def test_what_cannot_make_pages_installs_the_rest(tmp_path: Path) -> None:
     found = files(tmp_path / "root")
     assert "usr/local/lib/systemd/system/loopd.service" in found
     assert not [name for name in found if "/man/" in name]
+    # A container has loopctl bound into it, and its own Python.
+    for program, interpreter in (("sbin/loopd", python), ("bin/loopctl", "/usr/bin/python3")):
+        assert (tmp_path / "root/usr/local" / program).read_text().startswith(f"#!{interpreter} -IS\n")
+
+
+def test_python_that_is_too_old_is_told_of(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    done = make("install", f"DESTDIR={tmp_path}/root", f"PYTHON={python}")
+    assert done.returncode != 0
+    assert "Python 3.11" in done.stderr
+    assert not (tmp_path / "root").exists()
 
 
 @pytest.mark.parametrize("service", ["loopd.service", "loopd@.service"])

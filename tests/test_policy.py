@@ -377,6 +377,15 @@ def test_permissions(configured: Callable[..., Daemon], make_image: Callable[...
     with open(os.memfd_create("memory"), "r+b") as memory:
         os.truncate(memory.fileno(), 1 << 16)
         assert code(TAKEN["file_systems"], memory.fileno()) is None  # on none
+    subprocess.run(["mount", "--mkdir", "-t", "tmpfs", "loopd-test", tmp_path / "tmpfs"], check=True)
+    try:
+        with (tmp_path / "tmpfs/image").open("w+b") as file:
+            os.truncate(file.fileno(), 1 << 16)
+            assert code(TAKEN["file_systems"], file.fileno()) == refused
+            assert code(other, file.fileno()) is None
+        eventually(lambda: not leases(daemon), "every lease is over", SOON)
+    finally:
+        subprocess.run(["umount", tmp_path / "tmpfs"], check=True)
     with _loop_device(tmp_path) as device:
         assert code(other, device) == "bad-fd"
         assert code(TAKEN["block_devices"], device) is None
