@@ -322,6 +322,10 @@ def check_lease(fd: int) -> str:
     return "socket"
 
 
+MOST_EMPTY = 64
+"""How often a socket that was shut before is asked for what may be in it."""
+
+
 def seal(fd: int, name: str) -> None:
     """Have nothing come in through a client's socket any more; a refusal if something has.
 
@@ -330,21 +334,35 @@ def seal(fd: int, name: str) -> None:
     other end is told EPIPE, and its close is a hang-up as before; of both ends of one pair each hangs up at once, for
     the other is sealed.
     """
+    sent = wire.Refusal(wire.Code.BAD_FD, f"{name}: something was sent into it, which is for loopd to answer")
+    poll = select.poll()
+    poll.register(fd, select.POLLIN | select.POLLRDHUP)
+    state = poll.poll(0)
+    sealed = bool(state and state[0][1] & (select.POLLRDHUP | select.POLLHUP))
+    if state and not sealed:
+        raise sent
     with borrowed(fd) as peer:
         with contextlib.suppress(OSError):  # ENOTCONN: closed at the other end, so that nothing can come either
             peer.shutdown(socket.SHUT_RD)
-        # A message of no bytes looks like the end of all, but for the time of its arrival, for which there is no room.
-        peer.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        try:
-            payload, _, told, _ = peer.recvmsg(1, 0, MSG_PEEK | MSG_DONTWAIT)
-        except OSError:  # EAGAIN, ECONNRESET: there is nothing
-            return
-    if payload or told & _CTRUNC:
-        raise wire.Refusal(wire.Code.BAD_FD, f"{name}: something was sent into it, which is for loopd to answer")
+        # Taken, not looked at: the client may have set where looking begins (SO_PEEK_OFF). A message of no bytes is
+        # like the end of all, but for the time of its arrival, for which there is no room; and that is an option, too,
+        # which the client may take away each time. In one that was open until now is what came in the last moment.
+        for _ in range(MOST_EMPTY if sealed else 4):
+            peer.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+            try:
+                payload, _, told, _ = peer.recvmsg(1, 0, MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                continue  # told once, before what is there
+            if payload or told & _CTRUNC:
+                raise sent
 
 
 ASKED, ANSWERED, ANSWERING = 0, 1, 2
-"""How far the answer to a request is: not begun, it was sent, it may have been sent. They are kept in the fd store."""
+"""How far the answer to a request is: none was delivered, it was sent, it may have been. The fd store has them, so they
+stay.
+"""
 
 
 def mark(fd: int, progress: int) -> None:

@@ -228,13 +228,22 @@ def test_nothing_can_be_sent_into_a_lease_socket(
 
 @pytest.mark.parametrize("sent", [b"x", b""], ids=["a byte", "no byte"])
 @pytest.mark.parametrize("name", ["reply_fd", "lease_fd"])
+@pytest.mark.parametrize("state", ["open", "looked at elsewhere", "shut", "closed", "reset"])
 def test_a_socket_with_something_in_its_queue_is_refused(
-    daemon: Daemon, image: int, directory: int, tmp_path: Path, name: str, sent: bytes
+    daemon: Daemon, image: int, directory: int, tmp_path: Path, name: str, sent: bytes, state: str
 ) -> None:
     daemon.hello()  # before it has started, nobody attests who sends
     ours, theirs = seqpacket()
     with ours, theirs:
-        ours.send(sent)
+        if state == "reset":  # what was sent the other way is lost with the other end, which is told first
+            theirs.send(b"y")
+        _send_fd(ours, image, sent)
+        if state != "open":
+            theirs.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 1000)
+        if state == "shut":
+            theirs.shutdown(socket.SHUT_RD)
+        elif state in ("closed", "reset"):
+            ours.close()
         if name == "lease_fd":
             reply = daemon.ask(wire.Attach(0, 1, 3, 2), [image, directory, theirs.fileno()])
             assert reply.code == "bad-fd"
@@ -281,8 +290,11 @@ def test_both_ends_of_one_pair_as_reply_sockets(
     gone(devices, tmp_path)
 
 
-def _send_fd(channel: socket.socket, fd: int) -> None:
-    channel.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]).tobytes())])
+SO_PEEK_OFF = 42
+
+
+def _send_fd(channel: socket.socket, fd: int, payload: bytes = b"x") -> None:
+    channel.sendmsg([payload], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]).tobytes())])
 
 
 def test_an_end_queued_in_the_other_does_not_keep_the_lease(
