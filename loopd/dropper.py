@@ -70,7 +70,8 @@ class Dropper:
 
     def _hangs(self) -> None:
         if self._channel is not None:
-            os.kill(self._pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
         self.rest()
         self._finish(None)
 

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import struct
 
 from .files import identify
 from .nodes import READ, SEARCH, WRITE, access_list
@@ -113,7 +114,10 @@ class Grants:
 
 
 SYS_OPEN_TREE = 428  # the same on every architecture; Linux 5.2
+SYS_MOUNT_SETATTR = 442  # likewise; Linux 5.12
 OPEN_TREE_CLONE = 1
+MOUNT_ATTR_RDONLY = 0x1
+_READ_ONLY = struct.pack("=QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)  # struct mount_attr: set, clear, propagation, namespace
 AT_EMPTY_PATH = 0x1000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -121,12 +125,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def detached_mount(directory: int) -> int:
     """A mount of the directory that is attached nowhere yet: whoever has CAP_SYS_ADMIN in its own user namespace can
-    attach it there (move_mount(2)). Needs CAP_SYS_ADMIN, and a tmpfs that is attached in this mount namespace.
+    attach it there (move_mount(2)). Needs CAP_SYS_ADMIN, and a tmpfs that is attached in this mount namespace. It is
+    read-only, for root of a container may be the host's (mount_setattr(2), Linux 5.12; before that it is not).
     """
     fd = int(_libc.syscall(SYS_OPEN_TREE, directory, b"", OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH))
     if fd < 0:
         error = ctypes.get_errno()
         raise Refusal(Code.UNDELIVERABLE, f"deliver: the directory cannot be made a mount: {os.strerror(error)}")
+    if _libc.syscall(SYS_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, _READ_ONLY, len(_READ_ONLY)) < 0:
+        error = ctypes.get_errno()
+        if error != errno.ENOSYS:
+            os.close(fd)
+            raise Refusal(Code.UNDELIVERABLE, f"deliver: the mount cannot be made read-only: {os.strerror(error)}")
     return fd
 
 

@@ -213,10 +213,12 @@ class Helper:
                 undo.callback(nodes.displace, directory, made)
             client = self._client_fds(request, bound, directory, grant, packet.sender.uid, held)
             flags = (directory is not None, lock is not None, len(client))
-            last = passed.issuperset(packet.fds)
+            last = passed.issuperset(packet.fds) and not client
             done = Done(None, bound.binding, tuple(made), warnings, watch, table, grant, *flags, last)
             self._send(done, bound.device, place, lock, *client)
             undo.pop_all()
+            if client:  # the last close of one that was not delivered is here
+                self._receive()  # Closed
             return last
 
     def _directory(

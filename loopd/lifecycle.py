@@ -212,17 +212,14 @@ class Lifecycle:
         complete = reply is not None and progress != transport.ANSWERED and not transport.hung_up(reply)
 
         def restored(refusal: Refusal | None) -> None:
-            with FdSet(() if reply is None else (reply,)) as fds:
+            with FdSet(() if reply is None else (reply,)):
                 delivered = complete or progress != transport.ASKED
                 if reply is not None and complete:
-                    if "mount" in lease.holder.deliver:
+                    # To open a device may wait for its client, so that the main process can make no fd of it.
+                    if set(lease.holder.deliver) & {"fd", "mount"}:
                         refusal = Refusal(Code.INTERNAL, "loopd ended in the middle of the request: ask again")
-                    client = []
-                    if "fd" in lease.holder.deliver and lease.device is not None and refusal is None:
-                        client = [fds.add(devices.reopen(lease.device, lease.binding.read_only))]
                     transport.mark(reply, transport.ANSWERING)
-                    answer = wire.encode_reply(refusal or attached(lease), lease.holder.id)
-                    delivered = transport.reply(reply, answer, client)
+                    delivered = transport.reply(reply, wire.encode_reply(refusal or attached(lease), lease.holder.id))
                     transport.mark(reply, transport.ANSWERED)
             # Of one that was answered long ago a refusal says no more than that the look at its nodes did not work.
             if (complete and refusal is not None) or not delivered:
@@ -303,15 +300,14 @@ class Lifecycle:
         lease.again.add(changed)
 
         def arrange() -> None:
-            lease.again.discard(changed)
             if lease.state is State.BOUND:
-                self._arrange(lease, void, changed=changed)
+                self._arrange(lease, void, changed=changed, begun=lambda: lease.again.discard(changed))
 
         self._poller.later(pause, arrange)
 
     def _arrange(
         self, lease: Lease, done: Callable[[Refusal | None], None], *,
-        complete: bool = False, rescan: bool = False, changed: bool = False,
+        complete: bool = False, rescan: bool = False, changed: bool = False, begun: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         def arranged(message: messages.Arranged | None) -> None:
             if message is None:
@@ -330,6 +326,7 @@ class Lifecycle:
             done(late if message is None else message.refusal)
 
         def start() -> None:
+            begun()
             job = messages.Arrange(
                 lease.binding, lease.holder.client, lease.nodes, complete, rescan, changed, lease.table
             )

@@ -97,7 +97,9 @@ class Nudge(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """Word to a helper that has said Released: the main process has closed its own fds of the device."""
+    """Word to a helper that has said Released, or Done with fds for the client: the main process has closed its own fds
+    of the device.
+    """
 
 
 class UseNumber(NamedTuple):

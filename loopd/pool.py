@@ -219,7 +219,8 @@ class Pool:
         task = worker.task
         self._forget(worker)
         # In an uninterruptible wait it stays until the file system answers, with the fds of this one request.
-        os.kill(worker.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGKILL)
         if task is not None:
             self._lost[worker.pid] = task
             task.timed_out()

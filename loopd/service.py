@@ -113,6 +113,10 @@ class Exchange:
             self.service.answer(self, refusal)
         except Exception as error:  # noqa: BLE001  # the one boundary for bugs on this side
             self.service.bug(self, described(error))
+        finally:
+            if isinstance(message, messages.Done) and message.client:
+                fds.close()
+                worker.send(messages.Closed())
 
     def ready(self) -> None:
         self.account.helpers.discard(self)
@@ -729,7 +733,7 @@ class Service:
                 # If there is a copy in the fd store, a new daemon does not answer again.
                 transport.mark(exchange.reply_fd, transport.ANSWERING)
                 delivered = transport.reply(exchange.reply_fd, payload, fds)
-                transport.mark(exchange.reply_fd, transport.ANSWERED)
+                transport.mark(exchange.reply_fd, transport.ANSWERED if delivered else transport.ASKED)
             else:
                 delivered = transport.reply(exchange.reply_fd, payload, fds)
         finally:
