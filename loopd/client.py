@@ -783,7 +783,11 @@ class Client:
         """
         with ExitStack() as stack:
             try:
-                return _parsed(Granted, self._ask(stack, wire.Directory(name, remove=remove)).fields).path
+                path = _parsed(Granted, self._ask(stack, wire.Directory(name, remove=remove)).fields).path
+                # What it names is bound into containers, by root: no other answer than that of a loopd will do.
+                if not os.path.isabs(path) or os.path.basename(path) != f"{os.getuid()}-{name}":
+                    raise BadReply(f"{path} is no directory {name} of loopd's")
+                return path
             except NotFound as error:
                 error.hint = "as root, `ls /run/loopd-dev` shows those that there are"
                 raise

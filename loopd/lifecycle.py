@@ -208,15 +208,18 @@ class Lifecycle:
 
     def _restore(self, lease: Lease, reply: int | None) -> None:
         progress = transport.ANSWERED if reply is None else transport.progress(reply)
-        # A client that closed its end of the reply socket waits for no answer any more.
-        complete = reply is not None and progress != transport.ANSWERED and not transport.hung_up(reply)
+        # To open a device may wait for its client, so that the main process can make no fd of it to send along.
+        with_fds = bool(set(lease.holder.deliver) & {"fd", "mount"})
+        # A client that closed its end of the reply socket waits for no answer any more. Where one may have been sent it
+        # is sent again, but for one with fds: a refusal would take the device away.
+        open_questions = (transport.ASKED,) if with_fds else (transport.ASKED, transport.ANSWERING)
+        complete = reply is not None and progress in open_questions and not transport.hung_up(reply)
 
         def restored(refusal: Refusal | None) -> None:
             with FdSet(() if reply is None else (reply,)):
                 delivered = complete or progress != transport.ASKED
                 if reply is not None and complete:
-                    # To open a device may wait for its client, so that the main process can make no fd of it.
-                    if set(lease.holder.deliver) & {"fd", "mount"}:
+                    if with_fds:
                         refusal = Refusal(Code.INTERNAL, "loopd ended in the middle of the request: ask again")
                     transport.mark(reply, transport.ANSWERING)
                     delivered = transport.reply(reply, wire.encode_reply(refusal or attached(lease), lease.holder.id))

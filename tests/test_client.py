@@ -866,6 +866,13 @@ def test_a_directory_is_asked_for(sock: Path) -> None:
         loopd.directory("build", remove=True, socket=sock)
 
 
+@pytest.mark.parametrize("path", ["/", "/run/loopd-dev/0-other", "/run/loopd-dev/7-build", "0-build", "/etc/0-build/.."])
+def test_a_directory_that_was_not_asked_for_is_none(sock: Path, path: str) -> None:
+    """Root binds it into a container: whoever answers in the place of loopd must not choose it."""
+    with Peer(sock, lambda request: request.reply({"path": path})), pytest.raises(loopd.BadReply):
+        loopd.directory("build", socket=sock)
+
+
 def test_what_to_do_about_a_directory_that_cannot_be_removed(sock: Path) -> None:
     def path(request: Request) -> None:
         assert "remove" not in request.fields

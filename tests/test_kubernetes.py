@@ -80,7 +80,8 @@ def test_the_runtimes_handler(tmp_path: Path) -> None:
     """The page's command adds a rule to a specification, and its configuration names the file for the handler."""
     command = recipe("The device cgroup", page="kubernetes.md")
     (ctr := tmp_path / "ctr").write_text(
-        '#!/bin/sh\n[ "$*" = "oci spec" ] && echo \'{"linux": {"resources": {"devices": []}}}\'\n'
+        '#!/bin/sh\n[ "$*" = "oci spec" ] && echo \'{"linux": {"resources": {"devices": []}},'
+        ' "process": {"capabilities": {"bounding": ["CAP_CHOWN", "CAP_MKNOD"]}}}\'\n'
     )
     ctr.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
@@ -88,6 +89,7 @@ def test_the_runtimes_handler(tmp_path: Path) -> None:
     subprocess.run(["/bin/sh", "-euc", script], check=True, env=environment)
     specification = yaml.safe_load((tmp_path / "loopd.json").read_text())
     assert specification["linux"]["resources"]["devices"] == [{"allow": True, "type": "b", "major": 7, "access": "rw"}]
+    assert specification["process"]["capabilities"] == {"bounding": ["CAP_CHOWN"]}
     handler = objects("runtimeclass.yaml")["RuntimeClass"]["handler"]
     settings = recipe("The device cgroup", "toml", page="kubernetes.md")
     runtimes = tomllib.loads(settings)["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]

@@ -380,27 +380,18 @@ def test_an_attach_whose_client_waits_no_more_is_undone(
     kept.end()
 
 
-def test_a_mount_is_not_delivered_again(
-    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path
+@pytest.mark.parametrize("deliver", [["node", "fd"], ["mount", "fd"]], ids=lambda words: words[0])
+def test_what_comes_with_fds_is_not_delivered_again(
+    kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path, deliver: list[str]
 ) -> None:
-    """What is answered has the fds that it says: a client would take another one for the mount."""
+    """A client would take another fd for the mount; and to open a device may wait for a client."""
     with hold(kept, "pidfd", image, directory) as lease:
         with kept.outage():
-            change(kept, lambda fields: fields["holder"].update(deliver=["mount", "fd"]))
+            change(kept, lambda fields: fields["holder"].update(deliver=deliver))
             ours = in_flight(kept, devices, lease.name)
         with ours, contextlib.closing(reply_of(ours)) as reply:
             assert (reply.code, reply.fds) == ("internal", [])
         gone(devices, tmp_path)
-    kept.end()
-
-
-def test_an_open_fd_is_delivered_after_all(kept: Kept, image: int, directory: int, devices: Path) -> None:
-    with hold(kept, "pidfd", image, directory, deliver=("node", "fd")) as lease:
-        with kept.outage():
-            ours = in_flight(kept, devices, lease.name)
-        with ours, contextlib.closing(reply_of(ours)) as reply:
-            assert reply.code is not None or len(reply.fds) == 1
-            assert bool(reply.code) is not lease.bound()
     kept.end()
 
 
