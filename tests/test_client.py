@@ -866,7 +866,7 @@ def test_a_directory_is_asked_for(sock: Path) -> None:
         loopd.directory("build", remove=True, socket=sock)
 
 
-@pytest.mark.parametrize("path", ["/", "/run/loopd-dev/0-other", "/run/loopd-dev/7-build", "0-build", "/etc/0-build/.."])
+@pytest.mark.parametrize("path", ["/", "/run/loopd-dev/0-other", "/run/loopd-dev/7-build", "0-build", "/0-build/.."])
 def test_a_directory_that_was_not_asked_for_is_none(sock: Path, path: str) -> None:
     """Root binds it into a container: whoever answers in the place of loopd must not choose it."""
     with Peer(sock, lambda request: request.reply({"path": path})), pytest.raises(loopd.BadReply):
