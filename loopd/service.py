@@ -320,7 +320,10 @@ class Service:
         allowance = account.requests_of(sender.pid)
         too_fast = not allowance.spend(max(self.AT_ONCE, rate * self.AT_ONCE / 1000), rate)
         why = ""
-        if account.stuck >= limits.stuck or account.slow >= self.MOST_SLOW or len(account.flights) >= limits.requests:
+        # One that was answered, and whose helper has files to close, stands in nobody's way who waits for each answer.
+        answered = any(flight.finished for flight in account.flights)
+        crowded = len(account.flights) >= limits.requests + answered
+        if account.stuck >= limits.stuck or account.slow >= self.MOST_SLOW or crowded:
             why = "too many of its requests are under way or hang"
         # Who waits for each answer cannot fill the queue, however fast it asks.
         elif too_fast and any(flight.sender.pid == sender.pid and not flight.finished for flight in account.flights):
