@@ -64,7 +64,10 @@ def bound() -> dict[str, str]:
     """
     found = {}
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):
-        name, file = path.parts[3], path.read_text().strip()
+        try:
+            name, file = path.parts[3], path.read_text().strip()
+        except OSError:  # it has gone since: ENOENT, ENODEV
+            continue
         if int(name[4:]) >= FIRST_NUMBER and not file.startswith("/memfd:loopd-parked"):
             found[name] = file
     return found
