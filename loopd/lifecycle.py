@@ -221,9 +221,7 @@ class Lifecycle:
                 if reply is not None and complete:
                     if with_fds:
                         refusal = Refusal(Code.INTERNAL, "loopd ended in the middle of the request: ask again")
-                    transport.mark(reply, transport.ANSWERING)
-                    delivered = transport.reply(reply, wire.encode_reply(refusal or attached(lease), lease.holder.id))
-                    transport.mark(reply, transport.ANSWERED)
+                    delivered = transport.answer(reply, wire.encode_reply(refusal or attached(lease), lease.holder.id))
             # Of one that was answered long ago a refusal says no more than that the look at its nodes did not work.
             if (complete and refusal is not None) or not delivered:
                 self.release(lease, "undeliverable")

@@ -734,9 +734,7 @@ class Service:
                 delivered = self._send_to(exchange, payload)
             elif isinstance(reply, wire.Attached):
                 # If there is a copy in the fd store, a new daemon does not answer again.
-                transport.mark(exchange.reply_fd, transport.ANSWERING)
-                delivered = transport.reply(exchange.reply_fd, payload, fds)
-                transport.mark(exchange.reply_fd, transport.ANSWERED if delivered else transport.ASKED)
+                delivered = transport.answer(exchange.reply_fd, payload, fds)
             else:
                 delivered = transport.reply(exchange.reply_fd, payload, fds)
         finally:

@@ -365,14 +365,21 @@ stay.
 """
 
 
-def mark(fd: int, progress: int) -> None:
-    """Have `progress` tell of a reply socket, and of each copy of it in the fd store, how far its answer is."""
+def answer(fd: int, payload: bytes, fds: Iterable[int] = ()) -> bool:
+    """As `reply`, and have `progress` tell of the socket, and of each copy of it in the fd store, how far it is."""
+    _mark(fd, ANSWERING)
+    delivered = reply(fd, payload, fds)
+    _mark(fd, ANSWERED if delivered else ASKED)
+    return delivered
+
+
+def _mark(fd: int, progress: int) -> None:
     with borrowed(fd) as peer, contextlib.suppress(OSError):
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, progress)
 
 
 def progress(fd: int) -> int:
-    """What `mark` has left."""
+    """How far the answer on a reply socket is."""
     with borrowed(fd) as peer:
         return peer.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY)
 

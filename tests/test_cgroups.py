@@ -15,7 +15,7 @@ from conftest import Daemon, ask, bound_to, eventually, exists, prompt, require
 from kept import Kept, hold, kept_fixture, once_there, start_kept_fixture, traced  # noqa: F401
 from processes import Child, stays
 from untouched import cgroup as entered
-from untouched import children, elsewhere, helpers, pair, reply_of, send
+from untouched import elsewhere, helpers, maker, pair, paused, reply_of, send, stopped
 
 from loopd import cgroups, wire
 from loopd.accounts import cgroup_of, membership
@@ -311,15 +311,12 @@ def test_it_is_another_although_nobody_saw_the_end(
 
     with client(daemon.path, cgroup, image, directory, outside) as child:
         child.hear()
-        os.kill(daemon.pid, signal.SIGSTOP)
-        try:
+        with stopped(daemon):
             child.kill()
             cgroup.remove()
             cgroup.path.mkdir()
             second = Child(stay)
             second.hear()
-        finally:
-            os.kill(daemon.pid, signal.SIGCONT)
         with second:
             eventually(lambda: not bound_to(tmp_path), "the file is free", SOON)
 
@@ -345,13 +342,11 @@ def test_nor_a_number_that_was_being_removed(
     with Child(attach, [directory, outside, *images]) as child:
         first, second = (child.hear()["devname"] for _ in range(2))
         assert child.hear()["error"]["code"] == "quota"
-        (numbers,) = set(children(daemon.pid)) - set(helpers(daemon))
-        os.kill(numbers, signal.SIGSTOP)
-        assert daemon.admin(wire.Detach(first, 0, force=True, wait=5)).fields == {"state": "released"}
-        child.kill()
-        eventually(lambda: not bound_to(tmp_path), "the other lease is over: the account has ended", SOON)
+        with paused(maker(daemon)):
+            assert daemon.admin(wire.Detach(first, 0, force=True, wait=5)).fields == {"state": "released"}
+            child.kill()
+            eventually(lambda: not bound_to(tmp_path), "the other lease is over: the account has ended", SOON)
     cgroup.remove()
-    os.kill(numbers, signal.SIGCONT)
     eventually(lambda: not exists(first) and not exists(second), "the numbers are gone", SOON)
     cgroup.path.mkdir()
     with Child(attach, [directory, outside, *images]) as child:

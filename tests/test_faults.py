@@ -23,7 +23,7 @@ from typing import NamedTuple, Self
 
 import pytest
 from conftest import Daemon, Reply, bound_to, eventually, require
-from untouched import Untouched, children, helpers, honest, pair, reply_of, send
+from untouched import Untouched, helpers, honest, maker, pair, paused, reply_of, send
 
 from loopd import wire
 from loopd.poller import ONCE, Poller
@@ -340,9 +340,7 @@ def test_every_call_fails_once(rig: Rig, role: str) -> None:
 
 def test_making_the_number_fails(rig: Rig) -> None:
     """No number is ahead of need, so the helper makes it: LOOP_CTL_ADD as any other call."""
-    (maker,) = set(children(rig.daemon.pid)) - set(helpers(rig.daemon))
-    os.kill(maker, signal.SIGSTOP)
-    try:
+    with paused(maker(rig.daemon)):
         for _ in range(10):  # more than are made ahead
             reply = rig.attach()
             reply.close()
@@ -350,8 +348,6 @@ def test_making_the_number_fails(rig: Rig) -> None:
         assert calls
         outcomes = {error: rig.outcome("helper", calls[0], error) for error in ERRNOS["ioctl LOOP_CTL_ADD"]}
         assert set(outcomes.values()) == {""}, outcomes
-    finally:
-        os.kill(maker, signal.SIGCONT)
     assert not rig.harm()
 
 

@@ -25,7 +25,7 @@ import pytest
 from conftest import Daemon, ask, bound_to, eventually, exists, require
 from kept import Kept, hold, next_block, start_at, start_kept_fixture  # noqa: F401
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, become
-from untouched import cgroup, children, droppers, helpers
+from untouched import cgroup, maker, paused
 
 from loopd import numbers, wire
 from loopd.accounts import Account
@@ -522,13 +522,9 @@ def test_an_idle_device_that_a_client_holds_is_not_the_hosts(start_kept: Callabl
     try:
         name = daemon.attach(image, directory).fields["devname"]
         os.link(place / name, place / "kept")
-        (maker,) = set(children(daemon.pid)) - set(helpers(daemon))
-        os.kill(maker, signal.SIGSTOP)  # the removal takes its time
-        try:
+        with paused(maker(daemon)):  # the removal takes its time
             assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
             caught = (place / "kept").open("rb", buffering=0)
-        finally:
-            os.kill(maker, signal.SIGCONT)
         with caught:
             daemon.hello()
             time.sleep(0.2)
@@ -550,18 +546,15 @@ def test_a_device_that_stays_open_costs_no_file(
     daemon = start_kept(wrapper=[*IN_NAMESPACE, prepare, "sh"])
     name = daemon.attach(image, directory).fields["devname"]
     os.link(devices / name, devices / "kept")
-    (maker,) = set(children(daemon.pid)) - set(droppers(daemon))  # helpers count as such: loop-control is elsewhere
-    os.kill(maker, signal.SIGSTOP)  # the removal takes its time
-    try:
+    process = maker(daemon)
+    with paused(process):  # the removal takes its time
         assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
         caught = (devices / "kept").open("rb", buffering=0)
-    finally:
-        os.kill(maker, signal.SIGCONT)
     found = []
     with caught:
         eventually(lambda: (backing_file(int(name[4:])) or "").startswith(PARKED), "it is bound to nothing", 8)
         for _ in range(6):
-            found.append(len(os.listdir(f"/proc/{maker}/fd")))
+            found.append(len(os.listdir(f"/proc/{process}/fd")))
             Path(f"/sys/block/{name}/uevent").write_text("change")  # after which it is tried again
             time.sleep(0.3)
     assert max(found) == found[0], found

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
 from processes import CLONE_NEWNS, Activated, become, unshare
-from untouched import cgroup, children, elsewhere, helpers, leases, pair, reply_of, send, stopped
+from untouched import cgroup, elsewhere, helpers, leases, maker, pair, paused, reply_of, send, stopped
 
 from loopd import numbers, policy, wire
 from loopd.policy import Allow, ConfigurationError, Limits, Policy
@@ -563,9 +563,7 @@ def test_an_attach_that_waited_for_a_number_has_none(
     timeouts = "request_timeout = 1" if end == "timeout" else ""
     daemon = configured(f"{timeouts}\nlimits.new_numbers = 1\nlimits.new_numbers_per_minute = 0")
     name = daemon.attach(image, directory).fields["devname"]
-    (maker,) = set(children(daemon.pid)) - set(helpers(daemon))
-    os.kill(maker, signal.SIGSTOP)  # the removal takes its time
-    try:
+    with paused(maker(daemon)):  # the removal takes its time
         assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
         ours, theirs = pair()
         with theirs:
@@ -577,8 +575,6 @@ def test_an_attach_that_waited_for_a_number_has_none(
                 os.kill(helper, signal.SIGKILL)
         with contextlib.closing(reply_of(ours)) as reply:
             assert reply.code == ("timeout" if end == "timeout" else "internal")
-    finally:
-        os.kill(maker, signal.SIGCONT)
     time.sleep(0.1)
     assert daemon.attach(image, directory).fields.get("devname") == name
     assert daemon.records("stuck") == []

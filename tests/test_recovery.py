@@ -22,7 +22,7 @@ import pytest
 from conftest import ask, bound_to, eventually, exists
 from kept import KINDS, Holding, Kept, Record, hold, kept_fixture, once_there, start_kept_fixture, traced  # noqa: F401
 from processes import NOBODY, Child, become, stays
-from untouched import children, helpers, pair, reply_of, send, state
+from untouched import children, helpers, maker, pair, reply_of, send, state
 
 from loopd import records, wire
 from loopd.daemon import Daemon
@@ -729,7 +729,7 @@ def test_the_process_that_makes_numbers_may_end(kept: Kept, make_image: Callable
     with hold(kept, "reply", make_image(), directory) as lease:
         pid = kept.pid
         with hold(kept, "reply", make_image(name="other"), directory) as other:
-            (child,) = set(children(pid)) - set(helpers(kept))
+            child = maker(kept)
             os.kill(child, signal.SIGSTOP)
             assert kept.ask(wire.Detach(other.name, 0, wait=5), []).fields == {"state": "released"}
         assert exists(other.name)

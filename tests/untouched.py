@@ -88,14 +88,25 @@ def _takers(daemon: Daemon) -> list[tuple[int, list[str]]]:
     return found
 
 
+def maker(daemon: Daemon) -> int:
+    """The process that makes and removes numbers: the child that has nothing to do with requests."""
+    (found,) = set(children(daemon.pid)) - {child for child, _ in _takers(daemon)}
+    return found
+
+
 @contextlib.contextmanager
-def stopped(daemon: Daemon) -> Iterator[None]:
-    """Let requests gather in the queue: once sent, clients need not hold the files any more, nor hang in them."""
-    os.kill(daemon.pid, signal.SIGSTOP)
+def paused(pid: int) -> Iterator[None]:
+    """Have a process do nothing."""
+    os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        os.kill(daemon.pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
+
+
+def stopped(daemon: Daemon) -> contextlib.AbstractContextManager[None]:
+    """Let requests gather in the queue: once sent, clients need not hold the files any more, nor hang in them."""
+    return paused(daemon.pid)
 
 
 def _free(place: Path) -> bool:
