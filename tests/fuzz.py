@@ -36,7 +36,7 @@ from conftest import Daemon, bound_to, eventually, require
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from processes import NOBODY, Child, become, own_user_namespace
-from untouched import Untouched, cgroup, helpers, honest, pair
+from untouched import Untouched, cgroup, droppers, helpers, honest, pair
 
 from loopd import numbers, wire
 
@@ -587,12 +587,12 @@ requests_per_second = 1000000
 
 
 def registered(daemon: Daemon) -> Counter[str]:
-    """What the main process waits for: epoll's and inotify's entries, but for the helpers' channels."""
+    """What the main process waits for: epoll's and inotify's entries, but for the channels of its children."""
     found: Counter[str] = Counter()
     for info in Path(f"/proc/{daemon.pid}/fdinfo").iterdir():
         with contextlib.suppress(OSError):
             found += Counter(re.findall(r"^(tfd:|inotify wd)", info.read_text(), re.MULTILINE))
-    found["tfd:"] -= len(helpers(daemon))
+    found["tfd:"] -= len(helpers(daemon)) + len(droppers(daemon))
     return found
 
 
