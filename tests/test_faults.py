@@ -50,6 +50,7 @@ ERRNOS: dict[str, tuple[str, ...]] = {
     "ioctl BLKROGET": ("ENXIO",),
     "ioctl BLKSSZGET": ("ENXIO",),
     "ioctl BLKGETDISKSEQ": ("EINVAL", "ENOTTY"),  # before Linux 5.15
+    "ioctl FIONREAD": ("EINVAL", "EACCES"),
     "ioctl LOOP_CONFIGURE": ("EBUSY", "EINVAL", "EBADF", "ENOMEM", "ENXIO", "EPERM", "EIO", "EINTR", "EOVERFLOW"),
     "ioctl LOOP_CTL_ADD": ("EEXIST", "ENOMEM", "ENOSPC", "EINTR", "EPERM"),
     "ioctl LOOP_GET_STATUS64": ("ENXIO", "EINTR"),
@@ -75,7 +76,7 @@ ERRNOS: dict[str, tuple[str, ...]] = {
     "sendmsg": ("EAGAIN", "ENOBUFS", "ENOMEM", "EPIPE", "ETOOMANYREFS", "EINTR"),
     "sendto": ("EAGAIN", "ENOBUFS", "ENOMEM", "EPIPE"),
     "setsockopt": ("ENOMEM",),
-    "shutdown": ("ENOTCONN",),
+    "shutdown": ("EACCES",),  # a security module's
     "socket": (*NO_ROOM, "EACCES"),
     "socketpair": NO_ROOM,
     "stat": ("ENOENT", "EACCES", "ENOMEM"),

@@ -22,7 +22,7 @@ from conftest import ROOT, Daemon, Reply, ask, bound_to, eventually, exists, pro
 from processes import Child, become, injected, stays
 from untouched import send
 
-from loopd import wire
+from loopd import transport, wire
 
 SOON = 10.0
 """Seconds within which that is noticed on a machine however busy; how prompt it is, `prompt` shows."""
@@ -251,6 +251,43 @@ def test_a_socket_with_something_in_its_queue_is_refused(
             send(daemon.path, wire.encode_request(wire.Attach(0, 1, 2)), [image, directory, theirs.fileno()]).close()
         eventually(lambda: f"{name}: something was sent into it" in daemon.log(), "it is in the journal")
         assert not bound_to(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["reply_fd", "lease_fd"])
+def test_nor_is_what_comes_in_at_the_last_moment(
+    daemon: Daemon, image: int, directory: int, tmp_path: Path, name: str
+) -> None:
+    """Messages without bytes are like the end of all, but for what the client can take away: options of its socket."""
+    daemon.hello().close()
+    ours, theirs = seqpacket()
+
+    def spoil() -> None:
+        while True:
+            theirs.setsockopt(socket.SOL_SOCKET, transport.SO_TIMESTAMPNS, 0)
+
+    with ours, theirs, Child(lambda tell: spoil(), keep=[theirs.fileno()]):
+        helpers = [pid for pid in daemon.family() if pid != daemon.pid]
+        mine, answer = seqpacket()
+        with mine, answer, injected(helpers, "shutdown:delay_enter=500ms", "recvmsg:delay_enter=50ms"):
+            # The reply socket is shut first.
+            sockets, wait = ([theirs], 0.3) if name == "reply_fd" else ([answer, theirs], 0.8)
+            order = range(2, 2 + len(sockets))
+            fds = [image, directory, *(channel.fileno() for channel in sockets)]
+            send(daemon.path, wire.encode_request(wire.Attach(0, 1, *order)), fds).close()
+            time.sleep(wait)  # looked at, and not shut yet
+            for _ in range(100):
+                ours.send(b"")
+            _send_fd(ours, image, b"")
+            eventually(lambda: f"{name}: something was sent into it" in daemon.log(), "it is in the journal")
+        assert not bound_to(tmp_path)
+
+
+def test_bytes_that_were_sent_into_a_socket_are_not_overlooked(daemon: Daemon, image: int, directory: int) -> None:
+    ours, theirs = seqpacket()
+    with ours, theirs:
+        ours.send(b"")
+        ours.send(b"x")
+        assert daemon.ask(wire.Attach(0, 1, 3, 2), [image, directory, theirs.fileno()]).code == "bad-fd"
 
 
 def test_both_ends_of_one_pair_never_keep_each_other(
