@@ -1,6 +1,7 @@
 /* What an attach costs at the least, and a client that costs next to nothing, for both sides to be measured with.
  *
  *   floor serve SOCKET                               a broker without a check, a record or a lease: the floor
+ *   floor burn SOCKET                                the same, which makes a number for each device and removes it
  *   floor attach SOCKET IMAGE DIR COUNT PAUSE CLIENTS   so many clients at once, each with so many round trips
  *   floor raw IMAGE DIR COUNT PAUSE                  the bare system calls, with no broker
  *
@@ -9,6 +10,7 @@
  */
 #define _GNU_SOURCE
 #include <err.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/loop.h>
 #include <linux/major.h>
@@ -32,7 +34,7 @@ enum { IMAGE, DIRECTORY, REPLY, FDS };
 static const char REQUEST[] = "{\"fd\": 0, \"dir_fd\": 1, \"reply_fd\": 2}";
 
 struct binding {
-    int device, fds[FDS];
+    int number, device, fds[FDS];
     char name[32];
 };
 
@@ -49,14 +51,47 @@ static int open_or_die(const char *path, int flags) {
     return fd;
 }
 
+/* The numbers that `burn` makes, again and again: below those of loopd, above those that a host has. */
+enum { FIRST = 2048, NUMBERS = 2048, REMOVERS = 32 };
+static int remover = -1;
+
+static int next_number(int control) {
+    static int made;
+    int number;
+    if (remover < 0)
+        return ioctl(control, LOOP_CTL_GET_FREE);
+    do
+        number = ioctl(control, LOOP_CTL_ADD, FIRST + made++ % NUMBERS);
+    while (number < 0 && errno == EEXIST);
+    return number;
+}
+
+/* Removing one is mostly a wait in the kernel, so other processes do it, many at once. */
+static void start_removers(int control) {
+    int number, ends[2];
+    if (pipe2(ends, O_CLOEXEC))
+        err(1, "pipe2");
+    for (int i = 0; i < REMOVERS; i++)
+        if (fork() == 0) {
+            close(ends[1]);
+            while (read(ends[0], &number, sizeof number) == sizeof number)
+                while (ioctl(control, LOOP_CTL_REMOVE, number) < 0 && errno == EBUSY)
+                    usleep(1000);
+            _exit(0);
+        }
+    close(ends[0]);
+    remover = ends[1];
+}
+
 /* The next free device, locked, bound, with a node in the directory; retried when another was faster. */
 static int bind_device(int control, struct binding *binding) {
     for (int attempt = 0; attempt < 1000; attempt++) {
         struct loop_config config = {.fd = binding->fds[IMAGE], .info.lo_flags = LO_FLAGS_AUTOCLEAR};
         char path[48];
-        int number = ioctl(control, LOOP_CTL_GET_FREE);
+        int number = next_number(control);
         if (number < 0)
             return -1;
+        binding->number = number;
         snprintf(binding->name, sizeof binding->name, "loop%d", number);
         snprintf(path, sizeof path, "/dev/%s", binding->name);
         binding->device = open(path, O_RDWR | O_CLOEXEC);
@@ -77,6 +112,8 @@ static int bind_device(int control, struct binding *binding) {
 static void unbind_device(struct binding *binding) {
     unlinkat(binding->fds[DIRECTORY], binding->name, 0);
     close(binding->device);
+    if (remover >= 0 && write(remover, &binding->number, sizeof binding->number) < 0)
+        warn("the remover");
 }
 
 union control {
@@ -119,12 +156,14 @@ static struct sockaddr_un address(const char *path) {
     return address;
 }
 
-static void serve(const char *path) {
+static void serve(const char *path, int burn) {
     struct sockaddr_un name = address(path);
     int control = open_or_die("/dev/loop-control", O_RDWR), poll = epoll_create1(EPOLL_CLOEXEC);
     int listener = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     struct epoll_event event = {.events = EPOLLIN};
     struct rlimit files;
+    if (burn)
+        start_removers(control);
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;
     setrlimit(RLIMIT_NOFILE, &files);
@@ -205,10 +244,10 @@ static void raw(const char *image, const char *directory, int count, int pause, 
 int main(int argc, char **argv) {
     long long *took;
     int count, clients = 1;
-    if (argc == 3 && !strcmp(argv[1], "serve"))
-        serve(argv[2]);
+    if (argc == 3 && (!strcmp(argv[1], "serve") || !strcmp(argv[1], "burn")))
+        serve(argv[2], !strcmp(argv[1], "burn"));
     if (argc != 6 && argc != 8)
-        errx(2, "usage: floor serve SOCKET | attach SOCKET IMAGE DIR COUNT PAUSE CLIENTS | raw IMAGE DIR COUNT PAUSE");
+        errx(2, "usage: floor serve|burn SOCKET | attach SOCKET IMAGE DIR COUNT PAUSE CLIENTS | raw IMAGE DIR COUNT PAUSE");
     count = atoi(argv[argc == 8 ? 5 : 4]);
     clients = argc == 8 ? atoi(argv[7]) : 1;
     took = mmap(NULL, sizeof *took * count * clients, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
