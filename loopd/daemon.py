@@ -183,12 +183,10 @@ class Daemon:
         grants = Grants(options.grant_directory, options.instance)
         tools = Tools([listener.socket for listener in listeners], self._control, self._access, grants, watches.fd)
         self._pool = Pool(self._poller, tools, self._helper_ready)
-        self._lifecycle = Lifecycle(
-            self._poller, self._pool, watches, self._numbers, slots, grants, self._audit, self._policy
-        )
+        self._lifecycle = Lifecycle(self._poller, self._pool, watches, self._numbers, slots, self._audit, self._policy)
         self._service = Service(
-            self._poller, listeners, self._pool, self._lifecycle, self._numbers, slots, grants, self._audit,
-            self._metrics, self._policy, options.instance,
+            self._poller, listeners, self._pool, self._lifecycle, self._numbers, slots, self._audit, self._metrics,
+            self._policy, options.instance,
         )  # fmt: skip
         for name, fd in passed:
             if name == SLOT:

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Callable, Collection
 
 from .files import identify
 from .nodes import READ, SEARCH, WRITE, access_list
@@ -54,12 +55,20 @@ class Grants:
         return "" if found.startswith(".") else found
 
     def make_for(self, devname: str) -> tuple[str, int]:
-        """A directory for the nodes of one device, to be handed over as a mount: its name, and loopd's own fd of it."""
+        """A directory for the nodes of one device, to be handed over as a mount: its name, and loopd's own fd of it.
+
+        It lies in one that no client ever sees: whoever reads a directory can keep it locked, and removing it waits for
+        that with its parent locked.
+        """
         if self._fd is None:
             raise Refusal(Code.UNSUPPORTED, f"deliver: there is nothing to mount without {self.root}: {START}")
-        key = f".{self._instance}:{devname}"
+        key = self._key_for(devname)
+        os.mkdir(os.path.dirname(key), 0o700, dir_fd=self._fd)
         os.mkdir(key, 0o700, dir_fd=self._fd)
         return key, self.open(key)
+
+    def _key_for(self, devname: str) -> str:
+        return f".{self._instance}:{devname}/:{devname}"  # by whose end the client knows the mount in its mountinfo
 
     def admit(self, key: str, uid: int) -> None:
         """Let `uid` look into the directory."""
@@ -68,14 +77,24 @@ class Grants:
 
     def unmake(self, key: str) -> None:
         """Remove a directory of `make_for`; one with a node in it stays."""
-        with contextlib.suppress(OSError):
-            os.rmdir(key, dir_fd=self._fd)
+        for path in (key, os.path.dirname(key)):
+            with contextlib.suppress(OSError):  # ENOENT: whoever removed it was killed between the two
+                os.rmdir(path, dir_fd=self._fd)
 
-    def sweep(self, known: set[str]) -> None:
-        """Remove the empty directories of devices that are not among the `known` ones."""
-        for key in [] if self._fd is None else os.listdir(self._fd):
-            if key.startswith(f".{self._instance}:") and key not in known:
+    def sweep(self, known: Collection[str], bound: Callable[[str], bool]) -> None:
+        """Remove the empty directories of devices that are not among the `known` ones, nor `bound` by now."""
+        prefix = f".{self._instance}:"
+        for outer in [] if self._fd is None else os.listdir(self._fd):
+            devname = outer.removeprefix(prefix)
+            key = self._key_for(devname)
+            if devname != outer and devname[4:].isdecimal() and key not in known and not bound(devname):
                 self.unmake(key)
+
+    def change(self, uid: int, name: str, *, remove: bool) -> str:
+        """Make or remove the directory `name` of `uid`; its path. For helpers: its owner can keep it locked for as long
+        as it likes (getdents64 into memory that never comes).
+        """
+        return self.remove(uid, name) if remove else self.create(uid, name)
 
     def open(self, key: str) -> int:
         """loopd's own fd of a grant, which can be written through whatever the client's mount of it allows."""

@@ -17,10 +17,11 @@ from . import devices, files, inotify, messages, nodes, records, rights, transpo
 from .bugs import described
 from .devices import Access, Binding, Number
 from .grants import Grants, detached_mount
-from .loop import Loop, LoopControl
+from .loop import Loop, LoopControl, backing_file
 from .messages import (
     Arrange,
     Arranged,
+    Changed,
     Done,
     Nudge,
     NumberPlease,
@@ -29,6 +30,7 @@ from .messages import (
     Released,
     Resize,
     Resized,
+    Sweep,
     Take,
     Taken,
     Terms,
@@ -84,6 +86,7 @@ class Helper:
             Arrange: self._arrange,
             Resize: self._resize,
             Nudge: self._nudge,
+            Sweep: self._sweep,
         }
         while True:
             payload, fds = transport.receive(self._channel, messages.MAX_MESSAGE, messages.MAX_FDS)
@@ -121,14 +124,21 @@ class Helper:
             vetted = self._vet_sockets(job, packet)
             # The fds of which it is known that closing them cannot hang.
             passed = {fd for fd in (vetted.reply, vetted.lease_fd) if fd is not None}
-            work = vetted.refusal is None and job.attach is not None and job.terms is not None
+            work = vetted.refusal is None and not (job.attach is None and job.change is None)
             last = not work and passed.issuperset(fds)
             flags = (vetted.pidfd is not None, vetted.reply is not None)
             taken = Taken(vetted.refusal, *flags, vetted.lease, vetted.grant, last)
             self._send(taken, vetted.pidfd, vetted.reply, vetted.lease_fd)
-            if not work or job.attach is None or job.terms is None:
+            if not work:
                 return last
             try:
+                if job.change is not None:
+                    uid, name, remove = job.change
+                    path = self._tools.grants.change(uid, name, remove=remove)
+                    last = passed.issuperset(fds)
+                    self._send(Changed(path, last))
+                    return last
+                assert job.attach is not None and job.terms is not None  # noqa: PT018
                 return self._attach(job, job.attach, job.terms, packet, vetted, own, passed)
             except Refusal as refusal:
                 done = Done(refusal)
@@ -365,6 +375,10 @@ class Helper:
             except OSError as error:
                 self._send(Resized(Refusal(Code.IO, f"the size cannot be taken over: {error}")))
         return True
+
+    def _sweep(self, job: Sweep, fds: FdSet) -> bool:
+        self._tools.grants.sweep(job.known, lambda devname: backing_file(int(devname[4:])) is not None)
+        return False
 
     def _nudge(self, job: Nudge, fds: FdSet) -> bool:
         devices.nudge(self._tools.access, job.binding)

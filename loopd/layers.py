@@ -303,7 +303,7 @@ def attach_mount(mount: int, point: str) -> None:
 
 def mount_points(devname: str) -> list[str]:
     """Where a mount of this device's own is attached; one whose directory loopd has removed counts as well."""
-    roots = (f":{devname}", f":{devname}//deleted")  # loopd's directory is /.INSTANCE:loopN
+    roots = (f":{devname}", f":{devname}//deleted")  # loopd's directory is /.INSTANCE:loopN/:loopN
     return [mount.point for mount in mounts() if mount.type == "tmpfs" and mount.root.endswith(roots)]
 
 

@@ -16,7 +16,6 @@ from . import cgroups, devices, inotify, leases, messages, records, transport, w
 from .accounts import Account, Accounts, Owner
 from .audit import Audit, Event
 from .devices import Binding
-from .grants import Grants
 from .inotify import Inotify
 from .leases import Lease, Leases, Slots, State
 from .loop import backing_file
@@ -92,8 +91,8 @@ class Lifecycle:
     """Seconds after a look at a partition table before the next one: closing the node is free for the client."""
 
     def __init__(
-        self, poller: Poller, pool: Pool, watches: Inotify, numbers: Numbers, slots: Slots, grants: Grants,
-        audit: Audit, policy: Policy,
+        self, poller: Poller, pool: Pool, watches: Inotify, numbers: Numbers, slots: Slots, audit: Audit,
+        policy: Policy,
     ) -> None:  # fmt: skip
         self.policy = policy
         self.accounts = Accounts()
@@ -103,7 +102,6 @@ class Lifecycle:
         self._watches = watches
         self._numbers = numbers
         self._slots = slots
-        self._grants = grants
         self._audit = audit
         self._cgroups = cgroups.Watcher(self._account_ended)
         self._held: dict[str, Lease] = {}
@@ -200,11 +198,21 @@ class Lifecycle:
                 self._after_close(lease)
             if reply is not None:
                 os.close(reply)
-        self._grants.sweep({lease.holder.grant for lease in self.leases})
+        self._sweep()
         self._numbers.sweep({lease.binding.number for lease in self.leases})
         self._numbers.keep_low_free()
         # Takes a block of numbers, with a wait for the disk: whoever started the daemon is served first.
         self._poller.later(self.PROBE_PAUSE, self._numbers.probe)
+
+    def _sweep(self) -> None:
+        """Have the directories removed that an earlier daemon left: their clients may keep them locked."""
+
+        def stuck() -> None:
+            self._audit.record(Event.STUCK, "A directory that was delivered as a mount cannot be removed: it is locked")
+
+        known = frozenset(lease.holder.grant for lease in self.leases)
+        task = LeaseTask(void, None, stuck, nothing, nothing)
+        self._pool.submit(task, messages.Sweep(known), [], self.policy.request_timeout)
 
     def _restore(self, lease: Lease, reply: int | None) -> None:
         progress = transport.ANSWERED if reply is None else transport.progress(reply)
@@ -568,6 +576,10 @@ class Lifecycle:
             pid=holder.pid, uid=holder.uid, gid=holder.gid,
             reason=lease.reason or None, lease=lease.lease, **details,
         )  # fmt: skip
+
+
+def nothing() -> None:
+    """For who needs not be told."""
 
 
 def void(_: object) -> None:

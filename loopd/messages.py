@@ -34,8 +34,16 @@ class Terms(NamedTuple):
     number: Number | None
 
 
+class Change(NamedTuple):
+    """Make a directory of loopd's own for a uid, or remove it."""
+
+    uid: int
+    name: str
+    remove: bool
+
+
 class Take(NamedTuple):
-    """Take the datagram that was peeked; if `attach` is there, perform it.
+    """Take the datagram that was peeked; if `attach` or `change` is there, perform it.
 
     `reply`, `lease` and `directory` are indices of its fds. `holder` is for the record. Fds: a free slot, where there
     is one.
@@ -50,6 +58,7 @@ class Take(NamedTuple):
     attach: Attach | None = None
     terms: Terms | None = None
     holder: dict[str, Any] | None = None
+    change: Change | None = None
 
 
 class Release(NamedTuple):
@@ -96,6 +105,12 @@ class Nudge(NamedTuple):
     binding: Binding
 
 
+class Sweep(NamedTuple):
+    """Remove the directories of devices that are neither bound nor among the `known` ones."""
+
+    known: frozenset[str]
+
+
 class Closed(NamedTuple):
     """Word to a helper that has said Released, or Done with fds for the client: the main process has closed its own fds
     of the device.
@@ -109,7 +124,7 @@ class UseNumber(NamedTuple):
     refusal: Refusal | None = None
 
 
-Job = Take | Release | Arrange | Resize | Nudge
+Job = Take | Release | Arrange | Resize | Nudge | Sweep
 
 # Answers ----------------------------------------------------------------------------------------------------------
 #
@@ -135,8 +150,17 @@ class NumberPlease(NamedTuple):
     """The last number was lost to somebody else, or there was none yet."""
 
 
+class Changed(NamedTuple):
+    """The directory is there, or gone."""
+
+    path: str
+    last: bool
+
+
 class Done(NamedTuple):
-    """The attach is done, or refused. Fds: device; then, if so flagged, directory, lock, the client's fds."""
+    """The attach is done, or what was asked for is refused. Fds: device; then, if so flagged, directory, lock, the
+    client's fds.
+    """
 
     refusal: Refusal | None
     binding: Binding | None = None
@@ -188,7 +212,7 @@ class Ready(NamedTuple):
 # A class in a pickle is one byte instead of two names to be looked up.
 for _code, _kind in enumerate((
     Take, Release, Arrange, Resize, Nudge, UseNumber, Taken, NumberPlease, Done, Released, Arranged, Resized, Ready,
-    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code,
+    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code, Change, Changed, Sweep,
 ), 1):  # fmt: skip
     copyreg.add_extension(_kind.__module__, _kind.__qualname__, _code)
 

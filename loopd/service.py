@@ -23,7 +23,6 @@ from .audit import Audit, Event
 from .bugs import described
 from .devices import Number
 from .dropper import Dropped, Dropper
-from .grants import Grants
 from .leases import Holder, Lease, Slots, State
 from .lifecycle import Lifecycle, attached
 from .metrics import Gauges, Metrics
@@ -105,6 +104,8 @@ class Exchange:
         try:
             if isinstance(message, messages.Taken):
                 self.service.on_taken(self, message, fds)
+            elif isinstance(message, messages.Changed):
+                self.service.answer(self, wire.Granted(message.path))
             elif isinstance(message, messages.NumberPlease):
                 self.service.on_number_please(self, worker)
             else:
@@ -194,7 +195,7 @@ class Service:
 
     def __init__(
         self, poller: Poller, listeners: list[Listener], pool: Pool, lifecycle: Lifecycle, numbers: Numbers,
-        slots: Slots, grants: Grants, audit: Audit, metrics: Metrics, policy: Policy, instance: str,
+        slots: Slots, audit: Audit, metrics: Metrics, policy: Policy, instance: str,
     ) -> None:  # fmt: skip
         self._poller = poller
         self._listeners = listeners
@@ -203,7 +204,6 @@ class Service:
         self._leases = lifecycle.leases
         self._numbers = numbers
         self._slots = slots
-        self._grants = grants
         self._audit = audit
         self._metrics = metrics
         self._instance = instance
@@ -344,12 +344,7 @@ class Service:
                 )
         undecoded = isinstance(request, Refusal) and not envelope.op
         reply = messages.SEARCH if undecoded else envelope.reply_fd
-        job = messages.Take(index, payload, sender, reply, envelope.dir_fd)
-        if isinstance(request, Attach):
-            try:
-                job = self._admit_attach(exchange, request, job)
-            except Refusal as refusal:
-                exchange.request = refusal
+        job = self._complete(exchange, messages.Take(index, payload, sender, reply, envelope.dir_fd))
         account.flights.add(exchange)
         account.helpers.add(exchange)
         self._exchanges += 1
@@ -362,6 +357,18 @@ class Service:
         if len(self._floods) >= self.MOST_FLOODS:
             self._floods = {pid: other for pid, other in self._floods.items() if other.until > self.last_activity}
         self._floods[flood.sender.pid] = flood
+
+    def _complete(self, exchange: Exchange, job: messages.Take) -> messages.Take:
+        """The job of a request's helper, with what it is to do beside taking the datagram."""
+        request = exchange.request
+        try:
+            if isinstance(request, Attach):
+                return self._admit_attach(exchange, request, job)
+            if isinstance(request, Directory):
+                return job._replace(change=self._admit_change(exchange, request))
+        except Refusal as refusal:
+            exchange.request = refusal
+        return job
 
     def _admit_attach(self, exchange: Exchange, request: Attach, job: messages.Take) -> messages.Take:
         """Charge an attach before anything is allocated, or refuse it."""
@@ -395,6 +402,13 @@ class Service:
             terms=messages.Terms(allow.file_systems, allow.write, allow.block_devices, allow.mknod, number),
             holder=exchange.holder._asdict(),
         )
+
+    def _admit_change(self, exchange: Exchange, request: Directory) -> messages.Change:
+        if not (self._admin(exchange) or files.on_host(exchange.sender.pid)):
+            raise Refusal(
+                Code.NOT_PERMITTED, "a directory is made from the host, and bound into the container from there"
+            )
+        return messages.Change(exchange.sender.uid, request.name, request.remove)
 
     def _check_room(self) -> None:
         """Refuse what the daemon itself has no room for, and warn the administrator before that."""
@@ -532,8 +546,9 @@ class Service:
             raise exchange.request
         if message.refusal is not None:
             raise message.refusal
-        if not isinstance(exchange.request, Attach):
-            self._OPERATIONS[type(exchange.request)](self, exchange, exchange.request)
+        perform = self._OPERATIONS.get(type(exchange.request))
+        if perform is not None:  # else the helper goes on with it
+            perform(self, exchange, exchange.request)
 
     def on_done(self, exchange: Exchange, message: messages.Done, fds: FdSet) -> None:
         """The device is there with its nodes, or the attach was refused: book, reply, audit."""
@@ -660,14 +675,6 @@ class Service:
         else:
             self._lifecycle.release(lease, "detached")
 
-    def _directory(self, exchange: Exchange, request: Directory) -> None:
-        if not (self._admin(exchange) or files.on_host(exchange.sender.pid)):
-            raise Refusal(
-                Code.NOT_PERMITTED, "a directory is made from the host, and bound into the container from there"
-            )
-        change = self._grants.remove if request.remove else self._grants.create
-        self.answer(exchange, wire.Granted(change(exchange.sender.uid, request.name)))
-
     def _rescan(self, exchange: Exchange, request: Rescan) -> None:
         def done(result: Refusal | tuple[str, ...]) -> None:
             self.answer(exchange, result if isinstance(result, Refusal) else wire.Rescanned(result))
@@ -692,7 +699,6 @@ class Service:
         Hello: _hello,
         Leases: _list,
         Detach: _detach,
-        Directory: _directory,
         Rescan: _rescan,
         Resize: _resize,
         wire.Metrics: _count,

@@ -332,14 +332,9 @@ def test_directories_that_their_owner_keeps_locked(
             tell([reply.code for reply in kept])
             time.sleep(60)
 
-        def list_it(memory: mmap.mmap) -> None:
-            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-            listed = os.open(devices, os.O_RDONLY)
-            ctypes.CDLL(None).getdents64(listed, ctypes.c_void_p(address), ctypes.c_size_t(SIZE))
-
         with Child(attach, keep=[image, directory]) as client:
             assert client.hear() == [None] * LEASES
-            with _locking(never, list_it):
+            with _locking(never, _listing(devices)):
                 client.kill()
                 for _ in range(3):
                     _served(daemon)
@@ -351,6 +346,63 @@ def test_directories_that_their_owner_keeps_locked(
                 assert len(bound_to(tmp_path)) == LEASES, "until the device is really gone it stays charged"
         eventually(lambda: not list(devices.iterdir()), "the nodes are gone", 20)
     before.check(tmp_path)
+
+
+def _listing(directory: Path) -> Callable[[mmap.mmap], object]:
+    """Have a directory locked by whoever may read it."""
+
+    def hold(memory: mmap.mmap) -> None:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        listed = os.open(directory, os.O_RDONLY)
+        ctypes.CDLL(None).getdents64(listed, ctypes.c_void_p(address), ctypes.c_size_t(SIZE))
+
+    return hold
+
+
+@pytest.mark.parametrize("remove", [False, True], ids=["made again", "removed"])
+def test_a_grant_that_its_user_keeps_locked(
+    quick: Callable[..., Daemon], never: Never, tmp_path: Path, *, remove: bool
+) -> None:
+    """It is a helper that waits for it."""
+    grants = tmp_path / "grants"
+    grants.mkdir()
+    daemon = quick(f"--grant-directory={grants}")
+    before = Untouched(daemon)
+    grant = Path(daemon.ask(wire.Directory("build", 0), []).fields["path"])
+    with cgroup(f"loopd-test-{os.getpid()}") as enter:
+        require(enter, "needs a cgroup hierarchy to make a second account in")
+        assert enter is not None
+        with _locking(never, _listing(grant)):
+
+            def change(tell: Callable[[object], None]) -> None:
+                enter()
+                tell(ask(daemon.path, wire.encode_request(wire.Directory("build", 0, remove=remove)), []).code)
+
+            with Child(change) as client:
+                stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 2, "the daemon serves")
+                assert client.hear() == "timeout"
+                assert daemon.hello().code is None
+    eventually(lambda: grant.exists() != remove, "what was asked for is done")
+    before.check(tmp_path)
+
+
+def test_a_mount_that_is_kept_locked_across_a_restart(
+    quick: Callable[..., Daemon], never: Never, tmp_path: Path
+) -> None:
+    """What an earlier daemon left behind is removed by a helper, and nobody waits for that."""
+    left = tmp_path / "grants/.:loop999/:loop999"
+    left.mkdir(parents=True)
+    with _locking(never, _listing(left)):
+        daemon = quick(f"--grant-directory={tmp_path}/grants")
+        stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 2, "the daemon serves")
+        assert left.exists()
+        assert daemon.ask(wire.Directory("build", 0), []).code is None, "its parent is not locked"
+        eventually(lambda: daemon.records("stuck"), "the helper is written off", WRITTEN_OFF + 3)
+    eventually(lambda: not left.exists(), "it is gone")
+    daemon.stop()
+    daemon.start()
+    daemon.hello()
+    eventually(lambda: not left.parent.exists(), "and so is what it lay in")
 
 
 def test_a_file_that_its_owner_keeps_locked(
