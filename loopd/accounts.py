@@ -127,8 +127,8 @@ class Account:
     """What one account has in use. Changed by the main process alone."""
 
     __slots__ = (
-        "attaching", "bytes", "devices", "ended", "flights", "helpers", "jobs", "name", "numbers", "queue", "refusals",
-        "refused_at", "senders", "shed", "stuck",
+        "attaching", "bytes", "devices", "ended", "flights", "helpers", "hung", "jobs", "name", "numbers", "queue",
+        "refusals", "refused_at", "senders", "shed", "stuck",
     )  # fmt: skip
 
     MOST_SENDERS = 64
@@ -147,6 +147,7 @@ class Account:
         self.refusals = 0
         self.refused_at = 0.0
         self.stuck = 0
+        self.hung = 0
         self.shed = 0
         self.numbers = Bucket()
         self.senders: dict[int, Bucket] = {}
@@ -177,7 +178,7 @@ class Account:
     @property
     def in_use(self) -> bool:
         """Whether anything is charged to it now."""
-        return bool(self.devices or self.flights or self.stuck or self.shed or self.jobs)
+        return bool(self.devices or self.flights or self.stuck or self.hung or self.shed or self.jobs)
 
 
 class Accounts:

@@ -3,6 +3,9 @@
 The kernel releases those in whoever drops them, and that can wait: for a TCP socket as long as SO_LINGER says, for the
 last close of a block device until its backing file answers, which not even SIGKILL ends. So the main process drops
 nothing itself. Decides nothing: which processes' datagrams go arrives with the order.
+
+A dropper that hangs is a process for as long as it does. So what comes from one that hung a dropper is parked: a child
+takes it and closes none of the files, until it is full.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Collection
@@ -20,6 +24,8 @@ from .pool import fork
 
 Dropped = dict[int, int]
 """How many datagrams of which process were dropped."""
+OWN = 16
+"""Files that such a process has open itself, or for a moment."""
 
 
 class Dropper:
@@ -30,16 +36,19 @@ class Dropper:
     MOST = 512
     """Datagrams of one order, which take a few milliseconds."""
 
-    def __init__(self, poller: Poller, listener: socket.socket) -> None:
+    def __init__(self, poller: Poller, listener: socket.socket, *, parks: bool = False) -> None:
         self._poller = poller
         self._listener = listener
+        self._parks = parks
         self._channel: socket.socket | None = None
         self._pid = 0
-        self._done: Callable[[Dropped | None], None] | None = None
+        self._done: Callable[[Dropped | int], None] | None = None
         self._deadline: Timer | None = None
 
-    def drop(self, pids: Collection[int], most: int, done: Callable[[Dropped | None], None]) -> None:
-        """Drop what is at the head of the queue from any of `pids`, and call `done`: with None when it hangs."""
+    def drop(self, pids: Collection[int], most: int, done: Callable[[Dropped | int], None]) -> None:
+        """Drop what is at the head of the queue from any of `pids`, and call `done`: when it hangs, with the pid of the
+        process that does.
+        """
         self._done = done
         # TasksMax=, memory, or it has just ended: it is tried again after the deadline.
         with contextlib.suppress(OSError):
@@ -53,7 +62,8 @@ class Dropper:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                self._pid = fork([theirs.fileno(), self._listener.fileno()], lambda: work(theirs, self._listener))
+                fds = [theirs.fileno(), self._listener.fileno()]
+                self._pid = fork(fds, lambda: work(theirs, self._listener, parks=self._parks))
             except OSError:
                 ours.close()
                 raise
@@ -69,13 +79,15 @@ class Dropper:
         self._finish({pid: count for pid, count in zip(answer[::2], answer[1::2], strict=True) if count})
 
     def _hangs(self) -> None:
-        if self._channel is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+        if self._channel is None:  # there was none: nothing is dropped
+            self._finish({})
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
         self.rest()
-        self._finish(None)
+        self._finish(self._pid)
 
-    def _finish(self, dropped: Dropped | None) -> None:
+    def _finish(self, dropped: Dropped | int) -> None:
         done, self._done = self._done, None
         if self._deadline is not None:
             self._deadline.cancel()
@@ -90,10 +102,14 @@ class Dropper:
             self._channel = None
 
 
-def work(channel: socket.socket, listener: socket.socket) -> None:
-    """Be the dropper, until the main process closes its end."""
+def work(channel: socket.socket, listener: socket.socket, *, parks: bool) -> None:
+    """Be the dropper, until the main process closes its end, or there is no room to park more."""
+    kept: list[int] | None = [] if parks else None
+    room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OWN
     while order := channel.recv(65536):
         most, *pids = array.array("i", order)
-        dropped = transport.drop(listener, pids, most)
+        dropped = transport.drop(listener, pids, most, kept, room)
         answer = array.array("i", [number for item in dropped.items() for number in item] or [0, 0])
         channel.send(answer.tobytes())
+        if kept is not None and len(kept) + transport.SCM_MAX_FD > room:
+            return

@@ -24,7 +24,14 @@ from .poller import Poller, Timer
 from .transport import FdSet
 
 
-class Task(Protocol):
+class Lost(Protocol):
+    """Who is told of the end of a child that hung and was killed."""
+
+    def reaped(self) -> None:
+        """It has really ended, and with it every fd that it held."""
+
+
+class Task(Lost, Protocol):
     """What a helper is busy with, told how it goes."""
 
     slow_at: float
@@ -41,9 +48,6 @@ class Task(Protocol):
 
     def timed_out(self) -> None:
         """The helper was not ready again in time and is written off; nothing more will come, until `reaped`."""
-
-    def reaped(self) -> None:
-        """The helper that was written off has really ended, and with it every fd that it held."""
 
 
 class Worker:
@@ -91,7 +95,7 @@ class Pool:
         self._ready = ready
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
-        self._lost: dict[int, Task] = {}
+        self._lost: dict[int, Lost] = {}
         self._pending: deque[tuple[Task, messages.Job, list[int], float]] = deque()
         self._trying = False
         self._jobs_first = False
@@ -225,6 +229,10 @@ class Pool:
             self._lost[worker.pid] = task
             task.timed_out()
         self._proceed()
+
+    def lose(self, pid: int, task: Lost) -> None:
+        """Child `pid`, of another kind, hangs and was killed."""
+        self._lost[pid] = task
 
     def reap(self, pid: int) -> None:
         """Process `pid` has ended."""

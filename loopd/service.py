@@ -140,6 +140,17 @@ class Exchange:
         self.service.on_helper_reaped(self)
 
 
+class Hung:
+    """A dropper that hangs in what an account has sent, until it is reaped; a `pool.Lost`."""
+
+    def __init__(self, account: Account) -> None:
+        self._account = account
+        account.hung += 1
+
+    def reaped(self) -> None:
+        self._account.hung -= 1
+
+
 class Waiter:
     """A detach that is to be answered when its lease is over, or else at its deadline."""
 
@@ -215,6 +226,7 @@ class Service:
         self._taking: set[int] = set()
         self._exchanges = 0
         self._droppers = [Dropper(poller, listener.socket) for listener in listeners]
+        self._parkers = [Dropper(poller, listener.socket, parks=True) for listener in listeners]
         self._floods: dict[int, Unwanted] = {}
         self._stopping = False
         self.last_activity = time.monotonic()
@@ -497,23 +509,29 @@ class Service:
             }  # fmt: skip
         self._taking.add(index)
 
-        def dropped(counts: Dropped | None) -> None:
-            hangs = "" if counts is not None else ", and what is in it hangs"
-            for pid, count in ({unwanted.sender.pid: 1} if counts is None else counts).items():
+        def dropped(counts: Dropped | int) -> None:
+            hangs = ""
+            if isinstance(counts, int):
+                self._pool.lose(counts, Hung(unwanted.account))
+                counts, hangs = {unwanted.sender.pid: 1}, ", and what is in it hangs"
+            for pid, count in counts.items():
                 self._metrics.dropped += count
                 found = pids[pid]
                 self._shed(found.account, found.member, found.sender, f"dropped, {found.why}{hangs}", count)
             self._taking.discard(index)
             self._serve(index)
 
-        self._droppers[index].drop(pids, Dropper.MOST if unwanted.until else 1, dropped)
+        droppers = self._parkers if unwanted.account.hung else self._droppers
+        droppers[index].drop(pids, Dropper.MOST if unwanted.until else 1, dropped)
 
     def rest(self) -> None:
         """End the child processes that nothing is to be done for."""
         self._pool.shrink()
-        for index, dropper in enumerate(self._droppers):
-            if index not in self._taking:
-                dropper.rest()
+        hanging = self._pool.lost > 0  # what is parked might
+        for droppers in [self._droppers] if hanging else [self._droppers, self._parkers]:
+            for index, dropper in enumerate(droppers):
+                if index not in self._taking:
+                    dropper.rest()
 
     def _shed(self, account: Account, member: Membership, sender: Sender, why: str, count: int = 1) -> None:
         """Count what is dropped unanswered; one record for each account and second."""

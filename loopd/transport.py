@@ -169,11 +169,14 @@ def peek(listener: socket.socket) -> Peeked | None:
     return Peeked(payload, _sender(control, address))
 
 
-def drop(listener: socket.socket, pids: Collection[int], most: int) -> dict[int, int]:
+def drop(
+    listener: socket.socket, pids: Collection[int], most: int, kept: list[int] | None = None, room: int = 0
+) -> dict[int, int]:
     """Discard what is at the head of the queue from any of these processes, at most so many datagrams; how many there
     were of which. For the dropper only: releasing what is in them may take for ever.
 
-    No fd of theirs is ever opened, so that at least no FUSE server is asked to flush it.
+    No fd of theirs is ever opened, so that at least no FUSE server is asked to flush it. With `kept` the fds are not
+    released but added to it, until there is no `room` for those of one datagram more.
     """
     dropped, payload = dict.fromkeys(pids, 0), bytearray(1)
     look = MSG_PEEK | MSG_DONTWAIT
@@ -185,7 +188,14 @@ def drop(listener: socket.socket, pids: Collection[int], most: int) -> dict[int,
             pid = int.from_bytes(control[-1][2][:4], sys.byteorder) if known else 0
             if pid not in dropped:
                 break
-            listener.recv_into(payload, 1, MSG_DONTWAIT)
+            if kept is None:
+                listener.recv_into(payload, 1, MSG_DONTWAIT)
+            elif len(kept) + SCM_MAX_FD > room:
+                break
+            else:
+                rights, pidfds = _received(listener.recvmsg(1, _EVERYTHING, MSG_DONTWAIT | _CLOEXEC)[1])
+                kept += rights
+                FdSet(pidfds).close()
             dropped[pid] += 1
     return {pid: count for pid, count in dropped.items() if count}
 

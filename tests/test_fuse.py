@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -477,6 +478,10 @@ def test_a_device_in_the_queue_of_a_reply_socket(
     before.check(tmp_path)
 
 
+def _sent(daemon: Daemon, fd: int) -> None:
+    send(daemon.path, b'{"op": "hello"}', [fd]).close()
+
+
 def test_a_device_in_a_datagram_that_is_dropped(
     quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:
@@ -488,10 +493,31 @@ def test_a_device_in_a_datagram_that_is_dropped(
     with _locking(never, _writing(tmp_path / "image")):
         os.pwrite(device, b"late" * 1024, 4096)
         with stopped(daemon):
-            elsewhere(lambda: send(daemon.path, b'{"op": "hello"}', [device]).close())
+            elsewhere(partial(_sent, daemon, device))
             os.close(device)
         stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 2, "the daemon serves")
         record = eventually(lambda: daemon.records("shed"), "it is in the journal")[0]
         assert "their senders had ended or are unknown, and what is in it hangs" in record["MESSAGE"]
     eventually(lambda: not bound_to(tmp_path), "the device is gone")
+    before.check(tmp_path)
+
+
+def test_many_devices_in_datagrams_that_are_dropped(
+    quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
+) -> None:
+    """The first is a process that hangs. The others are parked, until that has ended."""
+    daemon = quick("--idle-timeout=1")
+    before = Untouched(daemon)
+    opened = [_let_go(daemon, image, directory, devices) for _ in range(5)]
+
+    with _locking(never, _writing(tmp_path / "image")):
+        for device in opened:
+            os.pwrite(device, b"late" * 1024, 4096)
+            with stopped(daemon):
+                elsewhere(partial(_sent, daemon, device))
+                os.close(device)
+            assert daemon.hello().code is None
+        stays(lambda: daemon.hello().code is None, 1, "the daemon serves")
+        assert [state(pid) for pid in children(daemon.pid)].count("D") == 1
+    eventually(lambda: not bound_to(tmp_path), "the devices are gone", 20)
     before.check(tmp_path)
