@@ -198,7 +198,6 @@ class Helper:
         warnings = _check_mknod(packet.sender.pid, terms)
         fd = borrow(packet.fds, request.fd, "fd")
         backing = files.check_backing(fd, request, mounts, terms.file_systems, block_devices=terms.block_devices)
-        passed.add(fd)
         if not (terms.write or backing.read_only):
             raise Refusal(
                 Code.NOT_PERMITTED, "the administrator allows this client read-only devices alone (loopd.toml)"
@@ -223,6 +222,7 @@ class Helper:
                 undo.callback(nodes.displace, directory, made)
             client = self._client_fds(request, bound, directory, grant, packet.sender.uid, held)
             flags = (directory is not None, lock is not None, len(client))
+            passed.add(fd)  # the device has it open, too
             last = passed.issuperset(packet.fds) and not client
             done = Done(None, bound.binding, tuple(made), warnings, watch, table, grant, *flags, last)
             self._send(done, bound.device, place, lock, *client)
@@ -365,9 +365,11 @@ class Helper:
     def _resize(self, job: Resize, fds: FdSet) -> bool:
         with Loop.from_fd(fds.steal(0)) as loop:
             try:
+                if loop.get_status().lo_sizelimit != job.binding.sizelimit:  # a resize was refused before
+                    loop.set_status(sizelimit=job.binding.sizelimit)
                 loop.set_capacity()
                 if job.room is not None and loop.size() > job.room:
-                    loop.set_status(sizelimit=job.binding.size)
+                    loop.set_status(sizelimit=max(1, job.binding.size))  # 0 is no limit; less than a sector is none
                     raise Refusal(Code.QUOTA, "the devices of this account would have more bytes than its limit")
                 self._send(Resized(None, job.binding._replace(size=loop.size())))
             except Refusal as refusal:

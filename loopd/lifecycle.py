@@ -355,7 +355,7 @@ class Lifecycle:
 
     def _submit(
         self, lease: Lease, job: messages.Job, done: Callable[[Any], None], after: Callable[[], None] = lambda: None,
-        ended: Callable[[], None] = lambda: None, tries: int = 2,
+        ended: Callable[[], None] = lambda: None, tries: int = 5,
     ) -> None:  # fmt: skip
         account = lease.account
 
@@ -400,8 +400,10 @@ class Lifecycle:
 
         def released(message: messages.Released | None) -> None:
             # Without an answer the helper hangs with its own copy of the device, or has ended and closed it.
+            diskseq = devices.sequence(lease.binding.devname) if message is None else message.diskseq
+            lease.binding = lease.binding._replace(diskseq=diskseq)
             if message is not None:
-                lease.nodes, lease.binding = message.left, lease.binding._replace(diskseq=message.diskseq)
+                lease.nodes = message.left
             self._close(lease)
 
         def start() -> None:
@@ -552,7 +554,13 @@ class Lifecycle:
 
     def retire(self, number: int, account: Account, owner: Owner) -> None:
         """A number that a client may have kept a node of goes; if ever, only the same owner gets it again."""
-        self._numbers.retire(number, None if account.ended else owner)
+        try:
+            self._cgroups.watch(account.name)  # its end is also that of what it had
+        except OSError:
+            known = None
+        else:
+            known = None if account.ended else owner
+        self._numbers.retire(number, known)
 
     def _tell(self, lease: Lease) -> None:
         for told in list(lease.waiting):

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from . import transport
 from .accounts import Owner
 from .devices import Access, Number
-from .loop import Loop, LoopControl, UnexpectedDevice
+from .loop import Loop, LoopControl, UnexpectedDevice, backing_file
 
 FIRST = 4096
 LAST = 2**20 - 1
@@ -225,6 +225,10 @@ def _remove(control: LoopControl, access: Access, number: int) -> None:
     parked = _parked.pop(number, None)
     if parked is not None:
         parked.close()
+    # LOOP_CTL_REMOVE takes the device's lock before it looks, which a client may hold for as long as it likes
+    # (LOOP_CHANGE_FD); and what is bound is not to be parked.
+    if backing_file(number) is not None:
+        raise OSError(errno.EBUSY, "it is bound")
     try:
         control.remove(number)
     except OSError as error:

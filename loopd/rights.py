@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from . import proc
 
 CAP_MKNOD = 27
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 _CAPABILITY_VERSION_3 = 0x20080522
 _HEADER = struct.Struct("=Ii")
 _DATA = struct.Struct(
@@ -104,6 +104,8 @@ class Rights:
             _libc.setfsgid(self._gid)
             _call("capset", self._header, self._all)
             die_with_parent(self._parent)  # the kernel forgets the wish with every change of fsuid or capabilities
+            # It also gives /proc/self to root then: /proc/self/fdinfo would be out of reach (until Linux 5.14).
+            _call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
 _ID = 0xFFFFFFFF

@@ -235,7 +235,7 @@ class Service:
     def busy(self) -> bool:
         """Whether there is anything to hold, to do or to remember."""
         at_work = self._exchanges or len(self._leases) or self._pool.busy or self._numbers.removing
-        return bool(at_work or self._lifecycle.accounts.burning)
+        return bool(at_work or self._numbers.lingering or self._lifecycle.accounts.burning)
 
     @property
     def status(self) -> str:

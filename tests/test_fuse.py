@@ -5,10 +5,12 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import fcntl
 import mmap
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,6 +29,7 @@ from untouched import (
     helpers,
     honest,
     leases,
+    maker,
     pair,
     reply_of,
     send,
@@ -428,6 +431,47 @@ def test_a_file_that_its_owner_keeps_locked(
     eventually(lambda: not bound_to(tmp_path), "the device is gone")
     assert os.pread(image, 8, 4096) == b"latelate"
     before.check(tmp_path)
+
+
+LOOP_CHANGE_FD = 0x4C06
+
+
+def test_a_device_whose_lock_its_client_holds(
+    quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
+) -> None:
+    """LOOP_CHANGE_FD waits for what is being read, and has the device's lock meanwhile: one helper waits for that, and
+    the lease stays its account's.
+    """
+    daemon = quick()
+    reply = daemon.attach(image, directory, read_only=True)
+    file, (waits, go) = never.file(), os.pipe()
+
+    def body(tell: Callable[[object], None]) -> None:
+        device = os.open(devices / reply.fields["devname"], os.O_RDONLY)
+        fcntl.ioctl(device, LOOP_CHANGE_FD, file)
+        tell("changed")
+        os.read(waits, 1)
+        threading.Thread(target=os.pread, args=(device, 4096, 0), daemon=True).start()
+        time.sleep(0.3)
+        fcntl.ioctl(device, LOOP_CHANGE_FD, image)
+
+    with Child(body, keep=[image, file, waits]) as client:
+        try:
+            assert client.hear() == "changed"
+            never.mute()
+            os.write(go, b"x")
+            eventually(lambda: state(client.pid) == "D", "it waits with the lock")
+            reply.close()
+            eventually(lambda: daemon.records("stuck"), "the helper is written off", WRITTEN_OFF + 3)
+            stays(lambda: daemon.hello().code is None, 1, "the daemon serves")
+            assert [lease["state"] for lease in leases(daemon)] == ["held"]
+            assert not daemon.records("expired")
+            threads = Path(f"/proc/{maker(daemon)}/task").iterdir()
+            assert not any(") D " in (thread / "stat").read_text() for thread in threads)
+        finally:
+            never.end()
+    eventually(lambda: daemon.records("expired"), "the device is gone")
+    assert not bound_to(tmp_path)
 
 
 def test_the_last_close_of_a_lock_is_a_helpers_too(daemon: Daemon, image: int, directory: int, tmp_path: Path) -> None:

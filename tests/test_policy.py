@@ -24,7 +24,7 @@ from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
 from processes import CLONE_NEWNS, Activated, become, unshare
 from untouched import cgroup, elsewhere, helpers, leases, maker, pair, paused, reply_of, send, stopped
 
-from loopd import numbers, policy, wire
+from loopd import devices, numbers, policy, wire
 from loopd.policy import Allow, ConfigurationError, Limits, Policy
 
 EXAMPLE = ROOT / "docs/loopd.toml.example"
@@ -597,6 +597,9 @@ def test_bytes_after_a_resize(configured: Callable[..., Daemon], image: int, dir
     name = daemon.attach(image, directory).fields["devname"]
     os.truncate(image, 3 << 20)
     assert daemon.ask(wire.Resize(name, 0), []).code == "quota"
+    assert devices.size(name) == 1 << 20
+    os.truncate(image, 3 << 19)
+    assert daemon.ask(wire.Resize(name, 0), []).fields["size"] == devices.size(name) == 3 << 19
 
 
 def lingering(seconds: int) -> tuple[socket.socket, socket.socket]:
