@@ -6,6 +6,7 @@ each lease. Knows no requests: who may ask for what is decided before.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -554,13 +555,12 @@ class Lifecycle:
 
     def retire(self, number: int, account: Account, owner: Owner) -> None:
         """A number that a client may have kept a node of goes; if ever, only the same owner gets it again."""
-        try:
-            self._cgroups.watch(account.name)  # its end is also that of what it had
-        except OSError:
-            known = None
-        else:
-            known = None if account.ended else owner
-        self._numbers.retire(number, known)
+        again = False
+        with contextlib.suppress(OSError):  # where its end would not be told, who has its name next is not known
+            if not account.ended:
+                self._cgroups.watch(account.name)
+                again = not account.ended
+        self._numbers.retire(number, owner if again else None)
 
     def _tell(self, lease: Lease) -> None:
         for told in list(lease.waiting):
