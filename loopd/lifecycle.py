@@ -87,7 +87,7 @@ class Lifecycle:
     directory, and its own file, locked for as long as it likes.
     """
     PROBE_PAUSE = 0.05
-    """Seconds after the start before it is tried whether a kept node brings its number back."""
+    """Seconds after the start until it is tried whether a kept node brings its number back, and left directories go."""
     ARRANGE_PAUSE = 0.05
     """Seconds after a look at a partition table before the next one: closing the node is free for the client."""
 
@@ -199,10 +199,10 @@ class Lifecycle:
                 self._after_close(lease)
             if reply is not None:
                 os.close(reply)
-        self._sweep()
         self._numbers.sweep({lease.binding.number for lease in self.leases})
         self._numbers.keep_low_free()
-        # Takes a block of numbers, with a wait for the disk: whoever started the daemon is served first.
+        # Whoever started the daemon is served first: one takes a helper, the other waits for the disk.
+        self._poller.later(self.PROBE_PAUSE, self._sweep)
         self._poller.later(self.PROBE_PAUSE, self._numbers.probe)
 
     def _sweep(self) -> None:
