@@ -203,7 +203,7 @@ def _client(args: argparse.Namespace) -> client.Client:
 
 
 def _attached(args: argparse.Namespace, lifetime: client.Lifetime) -> client.Device:
-    device = _client(args).attach(
+    return _client(args).attach(
         args.image,
         args.directory,
         deliver=args.deliver and (args.deliver,),
@@ -217,6 +217,9 @@ def _attached(args: argparse.Namespace, lifetime: client.Lifetime) -> client.Dev
         ref=args.ref,
         lifetime=lifetime,
     )
+
+
+def _warn(args: argparse.Namespace, device: client.Device) -> None:
     for warning in device.warnings:
         _say(f"warning: {warning}")
     if device.read_only and not args.read_only:
@@ -224,7 +227,6 @@ def _attached(args: argparse.Namespace, lifetime: client.Lifetime) -> client.Dev
     left = _beyond_the_last_sector(args)
     if left:
         _say(f"warning: {args.image}: the last {left} bytes fill no sector of {args.sector_size}, and are left out")
-    return device
 
 
 def _beyond_the_last_sector(args: argparse.Namespace) -> int:
@@ -238,6 +240,7 @@ def _beyond_the_last_sector(args: argparse.Namespace) -> int:
 def _attach(args: argparse.Namespace) -> int:
     # Whatever fails before the path is printed detaches again.
     with _lease(args.lifetime) as lifetime, _attached(args, lifetime) as device:
+        _warn(args, device)
         path = _lasting(device) if args.deliver == "fd" else device.path
         if args.json:
             fields = {name: getattr(device, name) for name in wire.Attached._fields}
@@ -276,8 +279,8 @@ def _command(argv: list[str], environment: dict[str, str]) -> int:
                 if ended:
                     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
             # One that the kernel sent, as for ^C, has gone to the whole foreground process group, the command
-            # included.
-            elif info.si_code <= 0:
+            # included; but SIGHUP, where the terminal is gone, to the session's leader alone.
+            elif info.si_code <= 0 or info.si_signo == signal.SIGHUP:
                 os.kill(pid, info.si_signo)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -287,6 +290,7 @@ def _run(args: argparse.Namespace) -> int:
     status = 0
     try:
         with _attached(args, "device") as device:
+            _warn(args, device)
             if args.deliver == "fd":
                 os.set_inheritable(device.fd, True)  # its path is /proc/self/fd/N, in the command too
             argv = [argument.replace("{}", device.path) for argument in args.command]

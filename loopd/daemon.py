@@ -306,10 +306,17 @@ class Daemon:
         self._reported = self._service.status
         self._notifier.send(f"STATUS={self._reported}")
 
+    READY_PAUSE = 0.1
+    """Seconds before systemd is told again, where its queue was full."""
+
+    def _tell_ready(self) -> None:
+        if self._notifier.present and not self._notifier.send(f"READY=1\nSTATUS={self._reported}"):
+            self._poller.later(self.READY_PAUSE, self._tell_ready)
+
     def run(self) -> None:
         """Serve until a signal or idleness ends it."""
         self._reported = self._service.status
-        self._notifier.send(f"READY=1\nSTATUS={self._reported}")
+        self._tell_ready()
         if not self._notifier.present:
             print("loopd: runs by hand: leases end with it (no fd store)", file=sys.stderr, flush=True)
         if self._watchdog is not None:
@@ -355,7 +362,7 @@ class Daemon:
         self._collect_garbage()
         idle = time.monotonic() - self._service.last_activity
         timeout = self._policy.idle_timeout
-        if not self._service.busy and idle >= timeout:
+        if not (self._service.busy or self._audit.waiting) and idle >= timeout:
             self._stopping = True
             return
         if idle >= timeout:
@@ -383,11 +390,21 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         daemon = Daemon(options)
     except policy.ConfigurationError as error:
-        for file, key, reason in error.problems:
-            print(f"loopd: {file}: {key}: {reason}", file=sys.stderr)
-        return 1
+        return _cannot_start(options, [f"{file}: {key}: {reason}" for file, key, reason in error.problems])
     except CannotStart as error:
-        print(f"loopd: {error}", file=sys.stderr)
-        return 1
+        return _cannot_start(options, [str(error)])
     daemon.run()
     return 0
+
+
+def _cannot_start(options: argparse.Namespace, reasons: list[str]) -> int:
+    """Say why, in the audit where standard error is the journal; the exit status."""
+    if "JOURNAL_STREAM" in os.environ and not options.check_config:
+        audit = Audit(options.instance)
+        for reason in reasons:
+            audit.record(Event.FAILED, reason)
+        audit.drain(1.0)
+    else:
+        for reason in reasons:
+            print(f"loopd: {reason}", file=sys.stderr)
+    return 1

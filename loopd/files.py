@@ -128,7 +128,8 @@ class Mounts:
         line = table[start : table.find(b"\n", start)]
         kind, _, _ = line.partition(b" - ")[2].split(b" ", 2)
         dev = line.split(b" ", 3)[2]
-        return FileSystem(kind.decode(), kind != b"overlay" or self._on_host(dev))
+        # A user who mounts FUSE chooses what follows "fuse.", down to the byte.
+        return FileSystem(kind.decode(errors="backslashreplace"), kind != b"overlay" or self._on_host(dev))
 
     def _on_host(self, dev: bytes) -> bool:
         return any(line.split(b" ", 3)[2:3] == [dev] for line in self._ours.split(b"\n"))

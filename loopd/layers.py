@@ -98,8 +98,10 @@ def capable(capability: int) -> bool:
 
 def foreign_user_namespace() -> bool:
     """Whether the user namespace is another one than the host's."""
-    with open("/proc/self/uid_map", encoding="utf-8") as file:
+    # Without it there is no /proc here, or the kernel has no user namespaces.
+    with suppress(FileNotFoundError), open("/proc/self/uid_map", encoding="utf-8") as file:
         return file.read().split() != ["0", "0", str(2**32 - 1)]
+    return False
 
 
 # A directory for a node -------------------------------------------------------------------------------------

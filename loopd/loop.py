@@ -865,8 +865,8 @@ class LoopControl:
         )
         if dir_fd is not None:
             _valid_fd(dir_fd)
-        started = time.monotonic()
-        deadline = started + timeout
+        deadline = time.monotonic() + timeout
+        named: dict[int, float] = {}
         strikes: dict[int, int] = {}
         cause: OSError | None = None
         for attempt in range(_ATTEMPTS):
@@ -874,7 +874,7 @@ class LoopControl:
             if strikes.get(number, 0) >= _STRIKES:
                 number = self.add()
             try:
-                lo = _open_found(number, dir_fd, started + _NODE_WAIT)
+                lo = _open_found(number, dir_fd, named.setdefault(number, time.monotonic()) + _NODE_WAIT)
                 _take(lo, config, setup, min(time.monotonic() + _LOCK_WAIT, deadline) if lock else None)
                 return lo
             except _LostError as lost:

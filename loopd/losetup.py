@@ -731,18 +731,27 @@ def overlapping(options: Options) -> str | None:
     except OSError:
         return None  # said when it is opened
     for lease in leases():
-        if not backs(lease, file):
+        if not backs(lease, file) or let_go(lease):
             continue
         # One that was detached while it was mounted has no node any more.
         if (lease["offset"], lease["sizelimit"], lease["state"]) == (offset, limit, "bound"):
             if lease["read_only"] and not options.read_only:
                 raise Failure(f"{file}: overlapping read-only loop device exists")
-            return node(lease["devname"])
+            path = node(lease["devname"])
+            if mode(path) == S_IFBLK:
+                return path
         before = limit and offset + limit <= lease["offset"]
         behind = lease["sizelimit"] and offset >= lease["offset"] + lease["sizelimit"]
         if not before and not behind:
             raise Failure(f"{file}: overlapping loop device exists")
     return None
+
+
+def let_go(lease: Lease) -> bool:
+    """Whether the kernel has done with a device that was detached, which loopd has not heard yet."""
+    if lease["state"] == "bound" or mode("/sys/block") != S_IFDIR:
+        return False
+    return not sysfs(lease["devname"], "loop/backing_file")
 
 
 def backs(lease: Lease, file: str) -> bool:
@@ -827,11 +836,27 @@ def change(device: str, request: int, value: int, what: str) -> None:
     try:
         fd = open_image(full(device), read_only=False)
         try:
-            ioctl(fd, request, min(value, 2**31 - 1))  # a long of the kernel's, an int of Python's
+            again(lambda: ioctl(fd, request, min(value, 2**31 - 1)))  # a long of the kernel's, an int of Python's
         finally:
             posix.close(fd)
     except OSError as error:
         raise Failure(f"{full(device)}: {what} failed: {error.strerror}") from None
+
+
+def again(act: Any) -> None:
+    """Do it, as often as losetup does where the kernel says EAGAIN: pages are left to be written (until Linux 6.1)."""
+    from errno import EAGAIN  # noqa: PLC0415
+    from time import sleep  # noqa: PLC0415
+
+    for tries in range(10, -1, -1):
+        try:
+            act()
+        except OSError as error:
+            if error.errno != EAGAIN or not tries:
+                raise
+            sleep(0.25)
+        else:
+            return
 
 
 def each(action: Any, devices: Sequence[str]) -> int:
@@ -1109,6 +1134,10 @@ PERFORM: dict[str, Any] = {
 
 def run_instead(fallback: str) -> NoReturn:
     """Be the real losetup; it is not told to fall back, should it be this one."""
+    from signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal  # noqa: PLC0415
+
+    for number in (SIGPIPE, SIGXFSZ):  # which Python ignores, and it would inherit that
+        signal(number, SIG_DFL)
     environment = {name: value for name, value in posix.environ.items() if name != b"LOOPD_LOSETUP_FALLBACK"}
     try:
         posix.execve(fallback, [NAME, *sys.argv[1:]], environment)

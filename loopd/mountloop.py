@@ -13,7 +13,17 @@ from __future__ import annotations
 
 import os
 import sys
-from _signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal  # type: ignore[import-not-found]
+from _signal import (  # type: ignore[import-not-found]
+    SIG_DFL,
+    SIG_IGN,
+    SIGHUP,
+    SIGINT,
+    SIGPIPE,
+    SIGTERM,
+    SIGXFSZ,
+    getsignal,
+    signal,
+)  # fmt: skip
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +45,8 @@ MOST_BYTES_IGNORED = 1024
 
 
 ENDS = (SIGHUP, SIGINT, SIGTERM)
+IGNORED = (SIGPIPE, SIGXFSZ)
+"""By Python, and what it starts would inherit that."""
 interrupts: list[int] = []
 """Signals that were to end this program while there was a device."""
 running: list[int] = []
@@ -155,8 +167,9 @@ def run(path: str, arguments: list[str]) -> tuple[int, str]:
     """A program's exit code and output."""
     read, write = os.pipe()
     pid = os.posix_spawn(
-        path, [os.path.basename(path), *arguments], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, write, 1)]
-    )
+        path, [os.path.basename(path), *arguments], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, write, 1)],
+        setsigdef=IGNORED,
+    )  # fmt: skip
     os.close(write)
     with os.fdopen(read) as file:
         output = file.read()
@@ -210,7 +223,7 @@ def mount_file(mount: str, plan: Plan) -> int:
     try:
         if interrupts:
             return 128 + interrupts[0]
-        running.append(os.posix_spawn(mount, ["mount", *arguments], os.environ))
+        running.append(os.posix_spawn(mount, ["mount", *arguments], os.environ, setsigdef=IGNORED))
         for number in interrupts:  # while it was made
             os.kill(running[0], number)
         return status(running[0])
@@ -223,6 +236,8 @@ def mount_file(mount: str, plan: Plan) -> int:
 
 
 def replace(mount: str) -> NoReturn:
+    for number in IGNORED:
+        signal(number, SIG_DFL)
     os.execv(mount, ["mount", *sys.argv[1:]])  # noqa: S606  # no shell is wanted
 
 

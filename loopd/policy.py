@@ -169,9 +169,9 @@ def _sector_sizes(value: Any) -> frozenset[int]:
     return frozenset(value)
 
 
-def _pattern(example: str) -> Callable[[Any], str]:
+def _pattern(example: str, *, empty: bool = False) -> Callable[[Any], str]:
     def check(value: Any) -> str:
-        if type(value) is str and value:
+        if type(value) is str and (value or empty):
             return value
         raise ValueError(f'expected a pattern, as "{example}"')
 
@@ -217,7 +217,7 @@ ALLOW_KEYS: dict[str, Callable[[Any], Any]] = {
     "sector_sizes": _sector_sizes,
 }
 RULE_KEYS: dict[str, Callable[[Any], Any]] = {
-    "instance": _pattern("ci*"),
+    "instance": _pattern("ci*", empty=True),
     "account": _pattern("/machine.slice/*"),
     "uid": _ids,
     "gid": _ids,

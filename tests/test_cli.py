@@ -175,6 +175,13 @@ def test_a_device_whose_path_cannot_be_printed_is_detached(ctl: Ctl, loop: Loop,
     assert loop.image.read_bytes().startswith(b"loopd\0")  # where fd 1 is closed, the image may be it
 
 
+def test_a_device_whose_warning_cannot_be_printed_is_detached(ctl: Ctl, loop: Loop) -> None:
+    loop.reply["warnings"] = ["no direct I/O"]
+    with Peer(ctl.sock, loop.deliver, released) as peer, open("/dev/full", "w") as full:
+        assert ctl("attach", loop.image, "-d", ctl.dev, stderr=full).code == 1
+    assert peer.requests[1].fields["op"] == "detach"
+
+
 def test_a_node_that_cannot_be_opened_is_explained(ctl: Ctl) -> None:
     with Peer(ctl.sock, lambda request: request.reply(REPLY), released):
         result = ctl("attach", ctl.image, "-d", ctl.dev)
@@ -310,16 +317,31 @@ def test_run_forwards_a_signal(ctl: Ctl, loop: Loop, number: signal.Signals) -> 
     assert process.returncode == 9
 
 
+# The first terminal that the leader of a session opens is the session's.
+CLAIM = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def test_the_end_of_the_terminal_is_forwarded(ctl: Ctl, loop: Loop) -> None:
+    """The kernel tells the leader of the session alone: loopctl, as with ``ssh -t HOST loopctl run``."""
+    leader, terminal = pty.openpty()
+    command = ["run", loop.image, "-d", ctl.dev, "--", sys.executable, "-c", COUNTS]
+    with open(terminal), Peer(ctl.sock, loop.deliver, released):
+        with ctl.start(*command, before=[sys.executable, "-c", CLAIM], stdin=terminal) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            os.close(leader)
+            out, _ = process.communicate(timeout=DEADLINE)
+    assert out == f"1 times {signal.SIGHUP.value}\n"
+
+
 def test_a_ctrl_c_at_the_terminal_is_not_forwarded(ctl: Ctl, loop: Loop) -> None:
     """The terminal has sent it to the command too, if that is in the foreground; this one has left it."""
     counts = COUNTS.replace("seen = []", "seen = []; os.setpgid(0, 0)").replace("while not seen", "if False")
-    # The first terminal that the leader of a session opens is the session's.
-    claim = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execv(sys.argv[1], sys.argv[1:])"
     command = ["run", loop.image, "-d", ctl.dev, "--", sys.executable, "-c", counts]
     leader, terminal = pty.openpty()
     try:
         with Peer(ctl.sock, loop.deliver, released):
-            with ctl.start(*command, before=[sys.executable, "-c", claim], stdin=terminal) as process:
+            with ctl.start(*command, before=[sys.executable, "-c", CLAIM], stdin=terminal) as process:
                 assert process.stdout is not None
                 assert process.stdout.readline() == "ready\n"
                 os.write(leader, b"\x03")

@@ -34,7 +34,7 @@ from untouched import (
     send,
 )
 
-from loopd import wire
+from loopd import files, wire
 
 NOBODY = 65534
 ALL = b'{"fd": 0, "dir_fd": 1, "reply_fd": 2}'
@@ -867,3 +867,11 @@ def test_many_at_once(served: Daemon, image: int, directory: int, tmp_path: Path
     for ours, _ in asked:
         ours.close()
     eventually(lambda: not bound_to(tmp_path), "the file is free")
+
+
+def test_a_file_system_whose_name_is_no_text() -> None:
+    """Who mounts FUSE in a user namespace of its own chooses what follows "fuse.": any byte but a few."""
+    table = b"\n7 1 0:99 / /mnt rw - fuse.\xff source rw\n"
+    found = files.Mounts(os.getpid())._look(7, table)
+    assert found is not None
+    assert found.type == "fuse.\\xff"

@@ -325,6 +325,13 @@ def test_no_overlap(box: Box) -> None:
     assert len(bound_to(box.folder)) == 1
 
 
+def test_no_overlap_with_a_device_that_has_no_node_here(plain: Box) -> None:
+    device = plain.attach("image")
+    assert plain("rm", device).code == 0
+    refused = plain.losetup("-L", "-f", "--show", "image")
+    assert refused == Result(1, "", "losetup: image: overlapping loop device exists\n")
+
+
 def test_remove(box: Box) -> None:
     device = box.attach("image")
     busy = box.losetup("--remove", device)

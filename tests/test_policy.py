@@ -164,6 +164,19 @@ def test_check_config_names_file_key_and_reason_of_everything(tmp_path: Path) ->
     assert len(lines) == 4
 
 
+def test_a_start_that_fails_is_in_the_audit(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "loopd", f"--config={EXAMPLE}", f"--state-directory={tmp_path}"]
+    # Without a journal its records go to standard error, too.
+    environment = {**os.environ, "JOURNAL_STREAM": "1:1"}
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "sh"]
+    done = subprocess.run(
+        [*hidden, *command], check=False, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode == 1
+    assert "no socket was passed" in done.stderr
+    assert "LOOPD_EVENT='failed'" in done.stderr
+
+
 def test_check_config_of_what_is_right(tmp_path: Path) -> None:
     done = check(EXAMPLE)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
