@@ -268,9 +268,9 @@ def test_nor_is_what_comes_in_at_the_last_moment(
     with ours, theirs, Child(lambda tell: spoil(), keep=[theirs.fileno()]):
         helpers = [pid for pid in daemon.family() if pid != daemon.pid]
         mine, answer = seqpacket()
-        with mine, answer, injected(helpers, "shutdown:delay_enter=500ms", "recvmsg:delay_enter=50ms"):
+        with mine, answer, injected(helpers, "shutdown:delay_enter=1500ms", "recvmsg:delay_enter=50ms"):
             # The reply socket is shut first.
-            sockets, wait = ([theirs], 0.3) if name == "reply_fd" else ([answer, theirs], 0.8)
+            sockets, wait = ([theirs], 0.7) if name == "reply_fd" else ([answer, theirs], 2.3)
             order = range(2, 2 + len(sockets))
             fds = [image, directory, *(channel.fileno() for channel in sockets)]
             send(daemon.path, wire.encode_request(wire.Attach(0, 1, *order)), fds).close()
