@@ -144,7 +144,8 @@ class Tracer:
         )  # fmt: skip
         assert self._strace.stderr is not None
         said: list[str] = []
-        while sum("attached" in line for line in said) < len(pids):
+        # Without the second an idle helper that has just ended would be waited for.
+        while sum("attached" in line or "No such process" in line for line in said) < len(pids):
             line = self._strace.stderr.readline()
             if not line:
                 self.end()
