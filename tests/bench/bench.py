@@ -41,6 +41,9 @@ BURNING = "C floor, each number once"
 """The same with what else the promise takes that a node which somebody kept leads nowhere: a new number is made for
 each device, and removed. loopd makes them ahead.
 """
+PYTHON = "Python floor"
+IN_TWO = "Python floor, two processes"
+"""The C floor's steps in Python, without a check as there; and with a second process that touches the client's fds."""
 CONFIGURATION = """
 request_timeout = 2
 idle_timeout = {idle_timeout}
@@ -97,10 +100,13 @@ class Bench:
 
     @contextlib.contextmanager
     def floor(self, mode: str = "serve") -> Iterator[str]:
-        """The broker in C; its socket. With "burn" no number serves twice."""
+        """The broker in C; its socket. With "burn" no number serves twice; "1" and "2" are processes, in Python."""
         path = self.directory / f"{mode}.sock"
         path.unlink(missing_ok=True)
-        with subprocess.Popen([str(self._program), mode, str(path)]) as server:
+        command = [str(self._program), mode, str(path)]
+        if mode.isdigit():
+            command = [self.python, "-I", "-S", str(Path(__file__).with_name("floor.py")), str(path), mode]
+        with subprocess.Popen(command) as server:
             try:
                 eventually(path.exists, "the floor listens")
                 yield str(path)
@@ -173,12 +179,15 @@ def attach(bench: Bench) -> list[Row]:
 
     names: list[str] = []
     devices: list[loopd.Device] = []
-    with bench.daemon() as daemon, bench.floor() as floor, bench.floor("burn") as burning:
+    with bench.daemon() as daemon, bench.floor() as floor, bench.floor("burn") as burning, \
+            bench.floor("1") as python, bench.floor("2") as in_two:  # fmt: skip
         bench.attaches(daemon.path, count)
         found = in_turns(bench.size(9, 2), {
             "bare system calls": lambda: bench.raw(count),
             FLOOR: lambda: bench.attaches(floor, count),
             BURNING: lambda: bench.attaches(burning, count),
+            PYTHON: lambda: bench.attaches(python, count),
+            IN_TWO: lambda: bench.attaches(in_two, count),
             "loopd": lambda: bench.attaches(daemon.path, count),
             "loopd, Python client": with_library,
             "losetup, a process": with_losetup,
@@ -192,7 +201,7 @@ def attach(bench: Bench) -> list[Row]:
         })  # fmt: skip
     rows = []
     for name, reach in (("loopd", 2.0), ("loopd, Python client", None), ("losetup, a process", None),
-                        ("bare system calls", None), (BURNING, None)):  # fmt: skip
+                        ("bare system calls", None), (BURNING, None), (PYTHON, None), (IN_TWO, None)):  # fmt: skip
         rows += [
             compared("attach", name, found[name], FLOOR, found[FLOOR], percent, reach=reach if percent == 50 else None)
             for percent in (50, 99)
