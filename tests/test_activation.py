@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, stays
+from untouched import maker, paused
 
 from loopd import wire
 from loopd.service import Service
@@ -79,6 +80,23 @@ def test_idle_exit_and_the_next_datagram(
         daemon.start()
         assert client.hear()["protocol"] == wire.VERSION
     assert daemon.wait() == 0
+
+
+def test_a_number_that_somebody_has_open_is_not_forgotten(
+    activated: Callable[..., Activated], image: int, directory: int, devices: Path
+) -> None:
+    """Its device is bound to nothing, which nobody would do any more."""
+    daemon = activated("--idle-timeout", "0.5")
+    daemon.start()
+    name = daemon.attach(image, directory).fields["devname"]
+    os.link(devices / name, devices / "kept")
+    with paused(maker(daemon)):  # the removal takes its time
+        assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
+        caught = (devices / "kept").open("rb", buffering=0)
+    with caught:
+        stays(lambda: daemon.running, 3.0, "it stays for that")
+    assert daemon.wait() == 0
+    assert not exists(name)
 
 
 def test_patience_of_years(start_daemon: Callable[..., Daemon]) -> None:
@@ -256,6 +274,22 @@ def test_status_says_what_is_held(
     assert daemon.ask(wire.Detach(reply.fields["devname"], 0, wait=5), []).fields == {"state": "released"}
     told.until("STOPPING=1")  # idle: nothing was left in the fd store
     assert daemon.wait() == 0
+
+
+def test_it_is_ready_once_the_manager_has_room_for_it(
+    activated: Callable[..., Activated], manager: tuple[Manager, str]
+) -> None:
+    """Without READY=1 systemd would end it after a while."""
+    told, path = manager
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as others, contextlib.suppress(BlockingIOError):
+        others.setblocking(False)
+        others.connect(path)
+        while True:
+            others.send(b"FDNAME=another's")
+    daemon = activated(NOTIFY_SOCKET=path)
+    daemon.start()
+    assert daemon.hello().fields["protocol"] == wire.VERSION
+    assert "READY=1" in told.until("READY=1")[-1]
 
 
 def test_a_manager_that_does_not_read_holds_nobody_up(
@@ -457,12 +491,16 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     made.socket.close()
 
 
+def in_its_place(journal: Journal) -> tuple[str, ...]:
+    """A wrapper: a mount namespace where that journal is the system's."""
+    place = "/run/systemd/journal"
+    return in_namespace(f"mount -t tmpfs tmpfs /run; mkdir -p {place}; mount --bind {journal.path.parent} {place}")
+
+
 @pytest.fixture
 def journalled(activated: Callable[..., Activated], journal: Journal) -> Activated:
-    """A daemon in a mount namespace where that journal is the system's."""
-    place = "/run/systemd/journal"
-    prepare = f"mount -t tmpfs tmpfs /run; mkdir -p {place}; mount --bind {journal.path.parent} {place}"
-    daemon = activated(wrapper=in_namespace(prepare))
+    """A daemon that has it."""
+    daemon = activated(wrapper=in_its_place(journal))
     daemon.start()
     daemon.hello()
     return daemon
@@ -541,6 +579,19 @@ def test_a_journal_that_is_restarted(journalled: Activated, journal: Journal) ->
     journal.open()
     for _ in range(10):
         journal.of("refused")
+
+
+def test_it_is_not_idle_while_records_wait(activated: Callable[..., Activated], journal: Journal) -> None:
+    daemon = activated("--idle-timeout", "0.5", wrapper=in_its_place(journal))
+    daemon.start()
+    daemon.hello()
+    journal.socket.close()
+    refuse(daemon, 0)
+    stays(lambda: daemon.running, 3.0, "it stays for that")
+    journal.path.unlink()
+    journal.open()
+    assert journal.of("refused")["LOOPD_CODE"] == b"not-found"
+    assert daemon.wait() == 0
 
 
 def test_the_end_waits_for_the_journal_but_not_for_ever(journalled: Activated, journal: Journal) -> None:

@@ -385,6 +385,25 @@ def test_without_the_socket_it_says_what_to_do(plain: Box) -> None:
     assert "systemctl restart loopd.socket" in result.err
 
 
+def test_what_is_started_ends_as_usual_where_nobody_reads(plain: Box, make_image: Callable[..., int]) -> None:
+    """Python ignores SIGPIPE, and a program that it starts would, too."""
+    make_image()
+    others = plain.folder / "others"
+    others.mkdir()
+    for name in ("mount", "losetup"):
+        (others / name).write_text("#!/bin/sh\nkill -PIPE $$\necho it goes on\n")
+        (others / name).chmod(0o755)
+    plain.environment["PATH"] = f"{others}:{plain.environment['PATH']}"
+    ended = 128 + signal.SIGPIPE
+    for arguments in (("-t", "tmpfs", "tmpfs", "/mnt"), ("-o", "loop", "image", "/mnt")):
+        result = plain("sh", "-c", '"$@"; exit $?', "sh", plain.programs / "mount", *arguments)
+        assert (result.code, result.out) == (ended, ""), arguments
+    plain.environment["LOOPD_SOCKET"] = str(plain.folder / "nowhere")
+    plain.environment["LOOPD_LOSETUP_FALLBACK"] = str(others / "losetup")
+    result = plain("sh", "-c", '"$@"; exit $?', "sh", plain.programs / "losetup", "-a")
+    assert (result.code, result.out) == (ended, "")
+
+
 def test_without_the_socket_it_is_the_real_one_if_asked(plain: Box, real: str) -> None:
     plain.environment["LOOPD_LOSETUP_FALLBACK"] = real
     assert "(loopd " in plain.losetup("--version").out

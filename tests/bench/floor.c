@@ -218,7 +218,7 @@ static void attach(const char *path, const char *image, const char *directory, i
         took[i] = now() - start;
         reply[length > 0 ? length : 0] = '\0';
         if (!strstr(reply, "\"devname\"")) {
-            fprintf(stderr, "%s\n", reply);
+            fprintf(stderr, "%s: %s\n", path, length > 0 ? reply : length ? strerror(errno) : "no answer");
             took[i] = 0;
         }
         close(pair[0]);
