@@ -399,7 +399,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _cannot_start(options: argparse.Namespace, reasons: list[str]) -> int:
     """Say why, in the audit where standard error is the journal; the exit status."""
-    if "JOURNAL_STREAM" in os.environ and not options.check_config:
+    if sd.logs_to_journal() and not options.check_config:
         audit = Audit(options.instance)
         for reason in reasons:
             audit.record(Event.FAILED, reason)

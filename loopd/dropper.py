@@ -33,8 +33,12 @@ class Dropper:
 
     PATIENCE = 0.02
     """Seconds for an order. What takes longer hangs in a file; that datagram is off the queue by then."""
+    PATIENCE_PARKING = 2.0
+    """The same, where no file is closed."""
     MOST = 512
     """Datagrams of one order, which take a few milliseconds."""
+    MOST_PARKED = 64
+    """The same, where up to 253 files of each are kept."""
 
     def __init__(self, poller: Poller, listener: socket.socket, *, parks: bool = False) -> None:
         self._poller = poller
@@ -45,18 +49,19 @@ class Dropper:
         self._done: Callable[[Dropped | int], None] | None = None
         self._deadline: Timer | None = None
 
-    def drop(self, pids: Collection[int], most: int, done: Callable[[Dropped | int], None]) -> None:
-        """Drop what is at the head of the queue from any of `pids`, and call `done`: when it hangs, with the pid of the
-        process that does.
+    def drop(self, pids: Collection[int], *, run: bool, done: Callable[[Dropped | int], None]) -> None:
+        """Drop what is at the head of the queue from any of `pids`, or a `run` of such, and call `done`: when it hangs,
+        with the pid of the process that does.
         """
         self._done = done
+        most = (self.MOST_PARKED if self._parks else self.MOST) if run else 1
         # TasksMax=, memory, or it has just ended: it is tried again after the deadline.
         with contextlib.suppress(OSError):
             if self._channel is None:
                 self._start()
             assert self._channel is not None
             self._channel.send(array.array("i", [most, *pids]).tobytes(), transport.MSG_DONTWAIT)
-        self._deadline = self._poller.later(self.PATIENCE, self._hangs)
+        self._deadline = self._poller.later(self.PATIENCE_PARKING if self._parks else self.PATIENCE, self._hangs)
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -72,7 +77,10 @@ class Dropper:
 
     def _answered(self) -> None:
         assert self._channel is not None
-        answer = array.array("i", self._channel.recv(65536))
+        try:
+            answer = array.array("i", self._channel.recv(65536))
+        except ConnectionResetError:  # it ended, being full, with an order unread
+            answer = array.array("i")
         if not answer:
             self.rest()
             return
@@ -82,8 +90,12 @@ class Dropper:
         if self._channel is None:  # there was none: nothing is dropped
             self._finish({})
             return
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.kill(self._pid, signal.SIGKILL)
+        except ProcessLookupError:  # it had ended, and was waited for
+            self.rest()
+            self._finish({})
+            return
         self.rest()
         self._finish(self._pid)
 

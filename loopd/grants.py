@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 from .files import identify
 from .nodes import READ, SEARCH, WRITE, access_list
@@ -42,17 +42,35 @@ class Grants:
         """The fd that a helper needs to recognise a grant."""
         return [] if self._fd is None else [self._fd]
 
+    def has(self, fd: int) -> bool:
+        """Whether a client's fd may be a grant, to be told without waiting."""
+        return self._fd is not None and identify(fd).dev == self._dev
+
     def recognise(self, fd: int) -> str:
-        """The name of the grant that a client's fd leads to, by device and inode; empty for any other file."""
-        identity = identify(fd)
-        if self._fd is None or identity.dev != self._dev:
+        """The name of the grant that a client's fd leads to, by device and inode; empty for any other file.
+
+        Waits as long as somebody keeps the directory of directories locked: see `remove`.
+        """
+        if not self.has(fd):
             return ""
+        identity = identify(fd)
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
             # It took no permission on the directory itself to open it so.
             raise Refusal(Code.BAD_FD, "dir_fd: opened with O_PATH, which is no grant")
-        with os.scandir(self._fd) as entries:
+        with self._listed() as listed, os.scandir(listed) as entries:
             found = next((entry.name for entry in entries if entry.inode() == identity.inode), "")
         return "" if found.startswith(".") else found
+
+    @contextlib.contextmanager
+    def _listed(self) -> Iterator[int]:
+        """The directory of directories, to be listed: helpers share one description of it, and so one place in it that
+        a listing has come to.
+        """
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def make_for(self, devname: str) -> tuple[str, int]:
         """A directory for the nodes of one device, to be handed over as a mount: its name, and loopd's own fd of it.
@@ -63,8 +81,12 @@ class Grants:
         if self._fd is None:
             raise Refusal(Code.UNSUPPORTED, f"deliver: there is nothing to mount without {self.root}: {START}")
         key = self._key_for(devname)
-        os.mkdir(os.path.dirname(key), 0o700, dir_fd=self._fd)
-        os.mkdir(key, 0o700, dir_fd=self._fd)
+        with contextlib.suppress(FileExistsError):  # whoever removed it was killed between the two
+            os.mkdir(os.path.dirname(key), 0o700, dir_fd=self._fd)
+        try:
+            os.mkdir(key, 0o700, dir_fd=self._fd)
+        except FileExistsError as error:
+            raise Refusal(Code.BUSY, f"deliver: the last mount of {devname} is not removed yet") from error
         return key, self.open(key)
 
     def _key_for(self, devname: str) -> str:
@@ -76,19 +98,32 @@ class Grants:
         os.setxattr(path, "system.posix_acl_access", access_list(uid, READ | WRITE | SEARCH, READ | SEARCH))
 
     def unmake(self, key: str) -> None:
-        """Remove a directory of `make_for`; one with a node in it stays."""
-        for path in (key, os.path.dirname(key)):
-            with contextlib.suppress(OSError):  # ENOENT: whoever removed it was killed between the two
-                os.rmdir(path, dir_fd=self._fd)
+        """Remove a directory of `make_for`; one with a node in it stays.
+
+        So does one that lies where all do, of an earlier loopd: its client can keep it locked, and all of them with it.
+        """
+        outer = os.path.dirname(key)
+        with contextlib.suppress(OSError):
+            if outer:
+                with contextlib.suppress(FileNotFoundError):  # whoever removed it was killed between the two
+                    os.rmdir(key, dir_fd=self._fd)
+                if not os.stat(outer, dir_fd=self._fd).st_mode & 0o077:
+                    os.rmdir(outer, dir_fd=self._fd)
 
     def sweep(self, known: Collection[str], bound: Callable[[str], bool]) -> None:
         """Remove the empty directories of devices that are not among the `known` ones, nor `bound` by now."""
         prefix = f".{self._instance}:"
-        for outer in [] if self._fd is None else os.listdir(self._fd):
+        for outer in self._names():
             devname = outer.removeprefix(prefix)
             key = self._key_for(devname)
             if devname != outer and devname[4:].isdecimal() and key not in known and not bound(devname):
                 self.unmake(key)
+
+    def _names(self) -> list[str]:
+        if self._fd is None:
+            return []
+        with self._listed() as listed:
+            return os.listdir(listed)
 
     def change(self, uid: int, name: str, *, remove: bool) -> str:
         """Make or remove the directory `name` of `uid`; its path. For helpers: its owner can keep it locked for as long
@@ -105,7 +140,7 @@ class Grants:
         if self._fd is None:
             raise Refusal(Code.UNSUPPORTED, f"{self.root} is not there: {START}")
         key = _key(uid, name)
-        there = os.listdir(self._fd)
+        there = self._names()
         if key not in there and sum(entry.startswith(f"{uid}-") for entry in there) >= MOST:
             raise Refusal(Code.QUOTA, f"uid {uid} has {MOST} directories; remove some")
         with contextlib.suppress(FileExistsError):

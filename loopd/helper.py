@@ -22,10 +22,12 @@ from .messages import (
     Arrange,
     Arranged,
     Changed,
+    Clear,
     Done,
     Nudge,
     NumberPlease,
     Ready,
+    Recognised,
     Release,
     Released,
     Resize,
@@ -35,7 +37,7 @@ from .messages import (
     Taken,
     Terms,
 )
-from .nodes import Client, Directory, Node
+from .nodes import Client, Directory, Node, Numbers
 from .transport import FdSet, Packet
 from .wire import Attach, Code, Refusal
 
@@ -67,8 +69,9 @@ class _Vetted(NamedTuple):
     reply: int | None
     lease_fd: int | None
     lease: str
-    grant: str
     refusal: Refusal | None
+    granted: bool
+    grant: str = ""
 
 
 class Helper:
@@ -84,6 +87,7 @@ class Helper:
             Take: self._take,
             Release: self._release,
             Arrange: self._arrange,
+            Clear: self._clear,
             Resize: self._resize,
             Nudge: self._nudge,
             Sweep: self._sweep,
@@ -118,17 +122,22 @@ class Helper:
     def _take(self, job: Take, own: FdSet) -> bool:
         packet = transport.take(self._tools.listeners[job.listener])
         if packet is None:
-            self._send(Taken(messages.bug("the queue was empty"), False, False, "", "", last=True))
+            self._send(Taken(messages.bug("the queue was empty"), False, False, "", last=True))
             return True
         with packet.own, packet.fds as fds:
             vetted = self._vet_sockets(job, packet)
             # The fds of which it is known that closing them cannot hang.
             passed = {fd for fd in (vetted.reply, vetted.lease_fd) if fd is not None}
             work = vetted.refusal is None and not (job.attach is None and job.change is None)
-            last = not work and passed.issuperset(fds)
+            last = not work and not vetted.granted and passed.issuperset(fds)
             flags = (vetted.pidfd is not None, vetted.reply is not None)
-            taken = Taken(vetted.refusal, *flags, vetted.lease, vetted.grant, last)
+            taken = Taken(vetted.refusal, *flags, vetted.lease, vetted.granted, last)
             self._send(taken, vetted.pidfd, vetted.reply, vetted.lease_fd)
+            if vetted.granted:
+                vetted = self._recognise(vetted, packet, job)
+                work = work and vetted.refusal is None
+                last = not work and passed.issuperset(fds)
+                self._send(Recognised(vetted.refusal, vetted.grant, last))
             if not work:
                 return last
             try:
@@ -153,7 +162,7 @@ class Helper:
     def _vet_sockets(self, job: Take, packet: Packet) -> _Vetted:
         """Check what the main process answers on and watches. None of it can block."""
         reply, refusal = self._reply_socket(job.reply, packet)
-        pidfd, lease_fd, lease, grant = packet.pidfd, None, "sender" if reply is None else "reply", ""
+        pidfd, lease_fd, lease, granted = packet.pidfd, None, "sender" if reply is None else "reply", False
         try:
             pidfd = _living_sender(job, packet)
             if job.lease is not None:
@@ -163,16 +172,25 @@ class Helper:
                     transport.seal(candidate, "lease_fd")
                 lease, lease_fd = kind, candidate
             if job.directory is not None:
-                grant = self._tools.grants.recognise(borrow(packet.fds, job.directory, "dir_fd"))
+                granted = self._tools.grants.has(borrow(packet.fds, job.directory, "dir_fd"))
         except Refusal as error:
             refusal = refusal or error
         except ProcessLookupError:
             # Its pid may belong to another process by now, and the account that was read for it to another tenant.
             refusal = refusal or Refusal(Code.NOT_PERMITTED, "the sender has ended")
         except OSError as error:
-            why = Refusal(Code.BAD_FD, f"an fd cannot be looked at: {error.strerror}")
-            refusal = refusal or (_no_room(error) if error.errno in nodes.NO_ROOM else why)
-        return _Vetted(pidfd, reply, lease_fd, lease, grant, refusal)
+            refusal = refusal or _unseen(error)
+        return _Vetted(pidfd, reply, lease_fd, lease, refusal, granted and refusal is None)
+
+    def _recognise(self, vetted: _Vetted, packet: Packet, job: Take) -> _Vetted:
+        """Which directory of loopd's was sent along. All of them may be locked: it was said that the head is off."""
+        assert job.directory is not None
+        try:
+            return vetted._replace(grant=self._tools.grants.recognise(packet.fds.borrow(job.directory)))
+        except Refusal as refusal:
+            return vetted._replace(refusal=refusal)
+        except OSError as error:
+            return vetted._replace(refusal=_unseen(error))
 
     def _reply_socket(self, index: int | None, packet: Packet) -> tuple[int | None, Refusal | None]:
         """The reply socket, or why there is none although there should be."""
@@ -314,7 +332,7 @@ class Helper:
         if job.directory:
             directory = nodes.directory(fds.borrow(1), job.client)
             with contextlib.suppress(OSError):
-                left = nodes.displace(directory, _known(directory, job.nodes, job.binding))
+                left = nodes.displace(directory, _there(directory, job, {}))
             if job.grant.startswith("."):
                 self._tools.grants.unmake(job.grant)
         with Loop.from_fd(fds.steal(0)) as loop:
@@ -335,7 +353,7 @@ class Helper:
     def _arranged(self, job: Arrange, fds: FdSet) -> Arranged:
         binding, refusal = job.binding, None
         directory = nodes.directory(fds.borrow(1), job.client) if len(fds) > 1 else None
-        there = [] if directory is None else _known(directory, job.nodes, binding)
+        there = [] if directory is None else _there(directory, job, _wanted(binding, partitions=binding.partscan))
         with Loop.from_fd(fds.steal(0)) as loop:
             table = _table(loop, job)
             if job.rescan or job.table not in (None, table):
@@ -351,7 +369,7 @@ class Helper:
             return Arranged(refusal, (), None, table)
         wanted = _wanted(binding, partitions=binding.partscan)
         there = nodes.prune(directory, there, wanted)
-        if job.nodes is None:
+        if not job.sure:
             nodes.finish(directory, there, read_only=binding.read_only)
         names = {node.name for node in there}
         missing = {name: device for name, device in wanted.items() if name not in names}
@@ -361,6 +379,11 @@ class Helper:
             there += nodes.add(directory, missing, read_only=binding.read_only)
         watch = self._watch(directory, binding) if binding.partscan else None
         return Arranged(refusal, tuple(there), watch, table)
+
+    def _clear(self, job: Clear, fds: FdSet) -> bool:
+        with contextlib.suppress(OSError):
+            nodes.displace(nodes.directory(fds.borrow(0), job.client), job.nodes)
+        return False
 
     def _resize(self, job: Resize, fds: FdSet) -> bool:
         with Loop.from_fd(fds.steal(0)) as loop:
@@ -411,6 +434,13 @@ def _living_sender(job: Take, packet: Packet) -> int:
     return pidfd
 
 
+def _unseen(error: OSError) -> Refusal:
+    """A client's fd that cannot be looked at."""
+    if error.errno in nodes.NO_ROOM:
+        return _no_room(error)
+    return Refusal(Code.BAD_FD, f"an fd cannot be looked at: {error.strerror}")
+
+
 def _no_room(error: OSError) -> Refusal:
     """What the host has no more of is no bug; any other errno that nobody gave a meaning is."""
     if error.errno in nodes.NO_ROOM:
@@ -418,10 +448,13 @@ def _no_room(error: OSError) -> Refusal:
     return messages.bug(described(error))
 
 
-def _known(directory: Directory, known: tuple[Node, ...] | None, binding: Binding) -> list[Node]:
-    if known is not None:
-        return list(known)
-    return nodes.find(directory, binding.devname, _wanted(binding, partitions=True))
+def _there(directory: Directory, job: Arrange | Release, wanted: dict[str, Numbers]) -> list[Node]:
+    """The nodes that are there, of which the `wanted` ones stay."""
+    if job.sure:
+        return list(job.nodes)
+    # First: to look into the directory may take as long as its client likes.
+    nodes.revoke(directory, (node for node in job.nodes if wanted.get(node.name) != (node.major, node.minor)))
+    return nodes.find(directory, job.binding.devname, _wanted(job.binding, partitions=True))
 
 
 def _table(loop: Loop, job: Arrange) -> int | None:
@@ -432,7 +465,7 @@ def _table(loop: Loop, job: Arrange) -> int | None:
     return job.table
 
 
-def _wanted(binding: Binding, *, partitions: bool) -> dict[str, tuple[int, int]]:
+def _wanted(binding: Binding, *, partitions: bool) -> dict[str, Numbers]:
     """The nodes that a binding has, by name."""
     disk = {binding.devname: (binding.major, binding.minor)}
     return disk | devices.partitions(binding.devname) if partitions else disk

@@ -62,15 +62,15 @@ class State(enum.Enum):
 class Lease:
     """One binding and what belongs to it. The fds are owned here; `lease` says what the keeper fd is.
 
-    `nodes` is None as long as it is not known which there are. `jobs` are done one after the other: two helpers at once
-    in one directory would undo each other's work.
+    `nodes` are those that there are, or, unless `sure`, that there were. `jobs` are done one after the other: two
+    helpers at once in one directory would undo each other's work.
     """
 
     FDS = ("device", "directory", "lock", "keeper")
 
     __slots__ = (
         *FDS, "account", "again", "binding", "holder", "jobs", "lease", "nodes", "reason", "slot",
-        "state", "table", "waiting", "watch", "working",
+        "state", "sure", "table", "waiting", "watch", "working",
     )  # fmt: skip
 
     def __init__(self, binding: Binding, holder: Holder, account: Account, lease: str, fds: dict[str, int]) -> None:
@@ -82,7 +82,8 @@ class Lease:
         self.directory = fds.get("directory")
         self.lock = fds.get("lock")
         self.keeper = fds.get("keeper")
-        self.nodes: tuple[Node, ...] | None = None
+        self.nodes: tuple[Node, ...] = ()
+        self.sure = False
         self.watch: int | None = None
         self.table: int | None = None
         self.slot: socket.socket | None = None
@@ -98,7 +99,7 @@ class Lease:
         """Names of the partition nodes that are there; of the partitions, where the lease has no directory."""
         if self.directory is None and self.binding.partscan:
             return tuple(partitions(self.binding.devname))
-        return tuple(node.name for node in self.nodes or () if node.name != self.binding.devname)
+        return tuple(node.name for node in self.nodes if node.name != self.binding.devname)
 
     @property
     def age(self) -> float:

@@ -211,7 +211,7 @@ class Lifecycle:
         def stuck() -> None:
             self._audit.record(Event.STUCK, "A directory that was delivered as a mount cannot be removed: it is locked")
 
-        known = frozenset(lease.holder.grant for lease in self.leases)
+        known = frozenset(lease.holder.grant for lease in self.leases if lease.state is not State.BOUND)
         task = LeaseTask(void, None, stuck, nothing, nothing)
         self._pool.submit(task, messages.Sweep(known), [], self.policy.request_timeout)
 
@@ -290,8 +290,8 @@ class Lifecycle:
         for lease in self.leases:
             if lease.binding.partscan and lease.state is State.BOUND:
                 devname = lease.binding.devname
-                known = {node.name: (node.major, node.minor) for node in lease.nodes or () if node.name != devname}
-                if lease.nodes is None or known != devices.partitions(devname):
+                known = {node.name: (node.major, node.minor) for node in lease.nodes if node.name != devname}
+                if not lease.sure or known != devices.partitions(devname):
                     self.on_partitions(devname)
 
     def _on_watches(self) -> None:
@@ -321,9 +321,9 @@ class Lifecycle:
     ) -> None:  # fmt: skip
         def arranged(message: messages.Arranged | None) -> None:
             if message is None:
-                lease.nodes = None  # the helper may have made some before it ended or hung
+                lease.sure = False  # the helper may have made some before it ended or hung
             elif message.nodes is not None:
-                lease.nodes, lease.table = message.nodes, message.table
+                lease.nodes, lease.sure, lease.table = message.nodes, True, message.table
                 if message.watch is not None:
                     if lease.watch not in (None, message.watch):
                         self._unwatch(lease)  # the name leads to another node by now
@@ -338,7 +338,7 @@ class Lifecycle:
         def start() -> None:
             begun()
             job = messages.Arrange(
-                lease.binding, lease.holder.client, lease.nodes, complete, rescan, changed, lease.table
+                lease.binding, lease.holder.client, lease.nodes, lease.sure, complete, rescan, changed, lease.table
             )
             self._submit(lease, job, arranged)
 
@@ -367,7 +367,7 @@ class Lifecycle:
         def again() -> None:
             unsure = job
             if isinstance(job, messages.Arrange | messages.Release):
-                unsure = job._replace(nodes=None)  # the first one may have made or removed some
+                unsure = job._replace(sure=False)  # the first one may have made or removed some
             self._submit(lease, unsure, done, after, ended, tries - 1)
 
         def landed() -> None:
@@ -399,20 +399,43 @@ class Lifecycle:
             self._poller.remove(lease.keeper)
         self._unwatch(lease)
 
+        left: list[int] = []
+
         def released(message: messages.Released | None) -> None:
             # Without an answer the helper hangs with its own copy of the device, or has ended and closed it.
             diskseq = devices.sequence(lease.binding.devname) if message is None else message.diskseq
             lease.binding = lease.binding._replace(diskseq=diskseq)
             if message is not None:
                 lease.nodes = message.left
+            elif lease.directory is not None:
+                with contextlib.suppress(OSError):  # EMFILE, ENFILE
+                    left.append(os.dup(lease.directory))
             self._close(lease)
+
+        def landed() -> None:
+            while left:
+                self._clear(lease, left.pop())
 
         def start() -> None:
             binding, holder = lease.binding, lease.holder
-            job = messages.Release(binding, holder.client, lease.nodes, holder.grant, lease.directory is not None)
-            self._submit(lease, job, released, lambda: self._after_close(lease))
+            job = messages.Release(
+                binding, holder.client, lease.nodes, lease.sure, holder.grant, lease.directory is not None
+            )
+            self._submit(lease, job, released, lambda: self._after_close(lease), landed)
 
         self._job(lease, start)
+
+    def _clear(self, lease: Lease, directory: int) -> None:
+        """Have nodes removed that a helper left which hung, and takes over the directory. They are known by their
+        inodes: another device of the number may have some there.
+        """
+
+        def stuck() -> None:
+            self.record(Event.STUCK, lease, "left nodes in a directory that is kept locked", code=Code.TIMEOUT.value)
+
+        job = messages.Clear(lease.holder.client, lease.nodes)
+        task = LeaseTask(void, None, stuck, nothing, lambda: os.close(directory))
+        self._pool.submit(task, job, [directory], self.policy.request_timeout)
 
     def refuse(self, lease: Lease) -> None:
         """Release a lease that is larger than its account may have: a smaller one need not wait for its end."""

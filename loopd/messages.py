@@ -65,12 +65,13 @@ class Release(NamedTuple):
     """Take a lease's nodes, partitions and binding away. Fds: the device, the `directory` if it has one, and the lock
     if it is kept, so that the last close of that is the helper's too.
 
-    Without `nodes` it is not known which there are.
+    Unless `sure`, there may be others than the `nodes`.
     """
 
     binding: Binding
     client: Client
-    nodes: tuple[Node, ...] | None
+    nodes: tuple[Node, ...]
+    sure: bool
     grant: str
     directory: bool
 
@@ -78,18 +79,26 @@ class Release(NamedTuple):
 class Arrange(NamedTuple):
     """Bring a lease's nodes in line with the partitions that the kernel has. Fds: the device, and the directory if any.
 
-    Without `nodes` it is not known which there are. `complete`: the client still waits for the answer to its attach, so
-    a node that cannot be made is a refusal. `rescan`: have the kernel read the table first; `changed`: only if that is
-    not what it was at the last look, `table`.
+    Unless `sure`, there may be others than the `nodes`. `complete`: the client still waits for the answer to its
+    attach, so a node that cannot be made is a refusal. `rescan`: have the kernel read the table first; `changed`: only
+    if that is not what it was at the last look, `table`.
     """
 
     binding: Binding
     client: Client
-    nodes: tuple[Node, ...] | None
+    nodes: tuple[Node, ...]
+    sure: bool
     complete: bool = False
     rescan: bool = False
     changed: bool = False
     table: int | None = None
+
+
+class Clear(NamedTuple):
+    """Remove nodes that a helper left which hung and has ended. Fds: the directory."""
+
+    client: Client
+    nodes: tuple[Node, ...]
 
 
 class Resize(NamedTuple):
@@ -124,7 +133,7 @@ class UseNumber(NamedTuple):
     refusal: Refusal | None = None
 
 
-Job = Take | Release | Arrange | Resize | Nudge | Sweep
+Job = Take | Release | Arrange | Clear | Resize | Nudge | Sweep
 
 # Answers ----------------------------------------------------------------------------------------------------------
 #
@@ -134,16 +143,25 @@ Job = Take | Release | Arrange | Resize | Nudge | Sweep
 class Taken(NamedTuple):
     """The datagram is off the queue. Fds, each if its flag says so: the sender's pidfd, the reply socket, the lease fd.
 
-    `lease` is what keeps a lease: "pidfd" or "socket" (the lease fd), "reply", or "sender". `grant` is the directory of
-    loopd's that was sent along. With a refusal nothing more is done with the request.
+    `lease` is what keeps a lease: "pidfd" or "socket" (the lease fd), "reply", or "sender". With `granted` a directory
+    of loopd's seems to have been sent along, and `Recognised` follows. With a refusal nothing more is done with the
+    request.
     """
 
     refusal: Refusal | None
     pidfd: bool
     reply: bool
     lease: str
-    grant: str
+    granted: bool = False
     last: bool = False
+
+
+class Recognised(NamedTuple):
+    """Which directory of loopd's was sent along; to find that out may have taken long."""
+
+    refusal: Refusal | None
+    grant: str
+    last: bool
 
 
 class NumberPlease(NamedTuple):
@@ -212,7 +230,7 @@ class Ready(NamedTuple):
 # A class in a pickle is one byte instead of two names to be looked up.
 for _code, _kind in enumerate((
     Take, Release, Arrange, Resize, Nudge, UseNumber, Taken, NumberPlease, Done, Released, Arranged, Resized, Ready,
-    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code, Change, Changed, Sweep,
+    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code, Change, Changed, Sweep, Recognised, Clear,
 ), 1):  # fmt: skip
     copyreg.add_extension(_kind.__module__, _kind.__qualname__, _code)
 

@@ -157,8 +157,7 @@ def place(directory: Directory, devname: str, wanted: dict[str, Numbers], *, rea
                 if name == devname:
                     _prove(directory, made[-1])
         except BaseException:
-            for node in made:
-                _remove(directory, node)
+            _remove_all(directory, made)
             raise
     return made
 
@@ -166,15 +165,27 @@ def place(directory: Directory, devname: str, wanted: dict[str, Numbers], *, rea
 def displace(directory: Directory, nodes: Iterable[Node]) -> list[Node]:
     """Remove nodes; returns those that could not be removed."""
     with directory.rights():
-        return [node for node in nodes if not _remove(directory, node)]
+        return _remove_all(directory, list(nodes))
+
+
+def revoke(directory: Directory, nodes: Iterable[Node]) -> None:
+    """Close nodes to everybody: whoever kept another way to one (a mount, a hard link) cannot open it any more, but for
+    its owner, in a client's directory the client itself. Unlike all else here it does not wait for who has the
+    directory locked.
+    """
+    with directory.rights():
+        for node in nodes:
+            with contextlib.suppress(OSError):
+                _revoke(directory, node)
 
 
 def prune(directory: Directory, nodes: Iterable[Node], wanted: dict[str, Numbers]) -> list[Node]:
     """Remove nodes that are not `wanted`, by name and numbers; returns those that are there."""
+    there = list(nodes)
+    gone = [node for node in there if wanted.get(node.name) != (node.major, node.minor)]
     with directory.rights():
-        return [
-            node for node in nodes if wanted.get(node.name) == (node.major, node.minor) or not _remove(directory, node)
-        ]
+        left = _remove_all(directory, gone)
+    return [node for node in there if node not in gone or node in left]
 
 
 def add(directory: Directory, wanted: dict[str, Numbers], *, read_only: bool) -> list[Node]:
@@ -196,7 +207,7 @@ def find(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> list
     """
     found = []
     with directory.rights():
-        for name in os.listdir(directory.fd) if directory.own else wanted:
+        for name in _names(directory) if directory.own else wanted:
             if name != devname and not re.fullmatch(rf"{devname}p\d+", name):
                 continue
             with contextlib.suppress(OSError):
@@ -205,6 +216,15 @@ def find(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> list
                 if stat.S_ISBLK(status.st_mode) and (directory.own or wanted[name] == (node.major, node.minor)):
                     found.append(node)
     return found
+
+
+def _names(directory: Directory) -> list[str]:
+    # By a description of its own: on the other one a helper that was killed may have left off in the middle.
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory.fd)
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
 
 
 def finish(directory: Directory, nodes: Iterable[Node], *, read_only: bool) -> None:
@@ -258,26 +278,43 @@ def _prove(directory: Directory, node: Node) -> None:
         raise Refusal(Code.UNDELIVERABLE, why) from error
 
 
-def _remove(directory: Directory, node: Node) -> bool:
+def _remove_all(directory: Directory, gone: list[Node]) -> list[Node]:
+    """Remove nodes; returns those that could not be removed.
+
+    Every one is closed before the first goes: a client can keep the directory locked, so that unlink(2) waits, and the
+    numbers of the others become another's meanwhile.
+    """
+    if len(gone) > 1:
+        for node in gone:
+            with contextlib.suppress(OSError):
+                _revoke(directory, node)
+    return [node for node in gone if not _remove(directory, node)]
+
+
+def _revoke(directory: Directory, node: Node) -> bool:
+    """Close a node to everybody; whether its name leads to it. OSError where it cannot be looked at."""
     try:
         pinned = os.open(node.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
     except FileNotFoundError:
-        return True
-    except OSError:
         return False
     try:
         if not _is(os.fstat(pinned), node):
-            return True  # the client's own, by that name
+            return False  # the client's own, by that name
         with contextlib.suppress(OSError):
-            # Whoever kept another way to the node (a mount, a hard link) cannot open it any more, but for its owner: in
-            # a client's directory the client itself. By way of the pinned inode: a name may have become a symbolic
-            # link, to be followed in this process's namespace.
+            # By way of the pinned inode: a name may have become a symbolic link, to be followed in this process's
+            # namespace.
             os.chmod(f"/proc/self/fd/{pinned}", 0)
-        os.unlink(node.name, dir_fd=directory.fd)
+        return True
+    finally:
+        os.close(pinned)
+
+
+def _remove(directory: Directory, node: Node) -> bool:
+    try:
+        if _revoke(directory, node):
+            os.unlink(node.name, dir_fd=directory.fd)
     except FileNotFoundError:
         return True
     except OSError:
         return False
-    finally:
-        os.close(pinned)
     return True

@@ -65,14 +65,17 @@ class Worker:
     def send(self, message: Any, fds: Iterable[int] = ()) -> None:
         """Send the helper a message; that it has ended is noticed where its channel is read.
 
-        One that cannot be told what to do (ENOBUFS, ETOOMANYREFS) would be waited for in vain, so it is ended.
+        One that cannot be told what to do (ENOBUFS, ETOOMANYREFS, EMSGSIZE) would be waited for in vain: it is ended.
         """
         try:
             transport.send(self.channel, messages.pack(message), fds)
         except OSError as error:
             # Nothing else: one that has ended may have been waited for, and its pid be another's.
-            if error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN, errno.ETOOMANYREFS):
+            if error.errno in _UNTOLD:
                 os.kill(self.pid, signal.SIGKILL)
+
+
+_UNTOLD = (errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN, errno.ETOOMANYREFS, errno.EMSGSIZE)
 
 
 class Pool:

@@ -27,6 +27,15 @@ def listen_fds() -> list[tuple[str, int]]:
     return list(zip(names.split(":") if names else ["unknown"] * count, fds, strict=True))
 
 
+def logs_to_journal() -> bool:
+    """Whether standard error is what the service manager connected to the journal, and not merely below one that is."""
+    try:
+        status = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 def watchdog_interval() -> float | None:
     """Seconds within which systemd wants a sign of life (WatchdogSec=), None when it wants none."""
     microseconds = os.environ.pop("WATCHDOG_USEC", None)

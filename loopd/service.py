@@ -104,6 +104,8 @@ class Exchange:
         try:
             if isinstance(message, messages.Taken):
                 self.service.on_taken(self, message, fds)
+            elif isinstance(message, messages.Recognised):
+                self.service.on_recognised(self, message)
             elif isinstance(message, messages.Changed):
                 self.service.answer(self, wire.Granted(message.path))
             elif isinstance(message, messages.NumberPlease):
@@ -321,7 +323,8 @@ class Service:
         envelope, request = wire.decode(payload)
         cgroup = accounts.cgroup_of(sender.pid)
         member = Membership("", "") if cgroup is None else accounts.membership(cgroup)
-        account = self._lifecycle.accounts.get(member.account)
+        # A tenant's processes have uids of its own, at best.
+        account = self._lifecycle.accounts.get(f"uid {sender.uid}" if cgroup is None else member.account)
         if cgroup is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
             self._drop(index, Unwanted(sender, 0, account, member, "their senders had ended or are unknown"))
@@ -522,7 +525,7 @@ class Service:
             self._serve(index)
 
         droppers = self._parkers if unwanted.account.hung else self._droppers
-        droppers[index].drop(pids, Dropper.MOST if unwanted.until else 1, dropped)
+        droppers[index].drop(pids, run=bool(unwanted.until), done=dropped)
 
     def rest(self) -> None:
         """End the child processes that nothing is to be done for."""
@@ -558,12 +561,25 @@ class Service:
         given = iter(exchange.fds)
         exchange.pidfd = next(given) if message.pidfd else None
         exchange.reply_fd = next(given) if message.reply else None
-        exchange.lease, exchange.grant = message.lease, message.grant
+        exchange.lease = message.lease
         exchange.lease_fd = next(given) if message.lease in ("pidfd", "socket") else None
         if isinstance(exchange.request, Refusal):
             raise exchange.request
         if message.refusal is not None:
             raise message.refusal
+        if not message.granted:
+            self._perform(exchange)
+
+    def on_recognised(self, exchange: Exchange, message: messages.Recognised) -> None:
+        """The directory that was sent along has a name: go on for its owner."""
+        if message.refusal is not None:
+            raise message.refusal
+        exchange.grant = message.grant
+        self._perform(exchange)
+
+    def _perform(self, exchange: Exchange) -> None:
+        if exchange.finished:
+            return
         perform = self._OPERATIONS.get(type(exchange.request))
         if perform is not None:  # else the helper goes on with it
             perform(self, exchange, exchange.request)
@@ -603,7 +619,7 @@ class Service:
         own["keeper"] = exchange.fds.steal(list(exchange.fds).index(keeper))
         holder = exchange.holder._replace(grant=message.grant)
         lease = Lease(message.binding, holder, exchange.account, exchange.lease, own)
-        lease.nodes, lease.watch, lease.table = message.nodes, message.watch, message.table
+        lease.nodes, lease.sure, lease.watch, lease.table = message.nodes, True, message.watch, message.table
         lease.slot, exchange.slot, exchange.number = exchange.slot, None, None
         try:
             self._lifecycle.adopt(lease)

@@ -20,13 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from conftest import ROOT, Daemon, bound_to, eventually, require
-from processes import CLONE_NEWNS, Child, become, mount_tmpfs, own_user_namespace, unshare
-from untouched import stopped
+from processes import CLONE_NEWNS, Child, become, injected, mount_tmpfs, own_user_namespace, unshare
+from untouched import helpers, stopped
 
 import loopd
 from loopd import client, layers, wire
@@ -268,6 +269,25 @@ def test_two_grants_see_nothing_of_each_other(world: World) -> None:
 
 
 # Revocation -------------------------------------------------------------------------------------------------
+
+
+def test_a_grant_is_known_whoever_else_looks(world: World) -> None:
+    """All helpers have one open description of the directory of directories, and one of them is in the middle of it."""
+    grant = os.open(world.grant("build", 0), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def look(_: int) -> list[str]:
+        fields = world.daemon.ask(wire.Leases(1, dir_fd=0), [grant]).fields
+        return [lease["devname"] for lease in fields["leases"]]
+
+    try:
+        with (
+            loopd.attach(world.image(), grant, socket=world.daemon.path) as device,
+            injected(helpers(world.daemon), "getdents64:delay_exit=300000"),
+            ThreadPoolExecutor(2) as both,
+        ):
+            assert list(both.map(look, range(4))) == [[device.devname]] * 4
+    finally:
+        os.close(grant)
 
 
 def test_a_granted_node_that_was_kept_does_not_open_after_the_detach(world: World) -> None:

@@ -39,6 +39,7 @@ from untouched import (
 
 from loopd import wire
 from loopd.lifecycle import Lifecycle
+from loopd.loop import Loop
 
 WRITTEN_OFF = 6.0
 """Seconds after which the daemons here write a helper off."""
@@ -315,7 +316,11 @@ def _writing(path: Path) -> Callable[[mmap.mmap], object]:
 
 
 def _waits_for_fuse(pid: int) -> bool:
-    return "fuse" in Path(f"/proc/{pid}/stack").read_text()
+    return "fuse" in _stack(pid)
+
+
+def _stack(pid: int) -> str:
+    return Path(f"/proc/{pid}/stack").read_text()
 
 
 def test_directories_that_their_owner_keeps_locked(
@@ -367,12 +372,14 @@ def _listing(directory: Path) -> Callable[[mmap.mmap], object]:
 def test_a_grant_that_its_user_keeps_locked(
     quick: Callable[..., Daemon], never: Never, tmp_path: Path, *, remove: bool
 ) -> None:
-    """It is a helper that waits for it."""
+    """It is a helper that waits for it. Where it is removed, all others are locked with it, and helpers of those that
+    have one wait as well; nobody waits behind them.
+    """
     grants = tmp_path / "grants"
     grants.mkdir()
     daemon = quick(f"--grant-directory={grants}")
     before = Untouched(daemon)
-    grant = Path(daemon.ask(wire.Directory("build", 0), []).fields["path"])
+    grant, other = (Path(daemon.ask(wire.Directory(name, 0), []).fields["path"]) for name in ("build", "other"))
     with cgroup(f"loopd-test-{os.getpid()}") as enter:
         require(enter, "needs a cgroup hierarchy to make a second account in")
         assert enter is not None
@@ -382,11 +389,52 @@ def test_a_grant_that_its_user_keeps_locked(
                 enter()
                 tell(ask(daemon.path, wire.encode_request(wire.Directory("build", 0, remove=remove)), []).code)
 
-            with Child(change) as client:
+            def look(tell: Callable[[object], None]) -> None:
+                call = "rmdir" if remove else "setxattr"
+                eventually(lambda: any(call in _stack(pid) for pid in children(daemon.pid)), "one waits for the lock")
+                mine = os.open(other, os.O_RDONLY | os.O_DIRECTORY)
+                tell("looks")
+                tell(ask(daemon.path, wire.encode_request(wire.Leases(1, dir_fd=0)), [mine]).code)
+
+            with Child(change) as client, Child(look) as second:
+                assert second.hear() == "looks"
+                for _ in range(4):
+                    began = time.monotonic()
+                    assert daemon.hello().code is None
+                    assert time.monotonic() - began < WRITTEN_OFF / 3, "it waits behind the others"
+                    time.sleep(0.2)
                 stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 2, "the daemon serves")
                 assert client.hear() == "timeout"
+                assert second.hear() == ("timeout" if remove else None)
                 assert daemon.hello().code is None
     eventually(lambda: grant.exists() != remove, "what was asked for is done")
+    before.check(tmp_path)
+
+
+def test_nodes_in_a_grant_that_is_kept_locked(
+    quick: Callable[..., Daemon], never: Never, image: int, tmp_path: Path
+) -> None:
+    """None of them can be removed, and none opens any more: a partition's number is soon another's."""
+    grants = tmp_path / "grants"
+    grants.mkdir()
+    daemon = quick(f"--grant-directory={grants}")
+    grant = Path(daemon.ask(wire.Directory("build", 0), []).fields["path"])
+    directory = os.open(grant, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    before = Untouched(daemon)
+    reply = daemon.attach(image, directory, partscan=True)
+    os.close(directory)
+    name = reply.fields["devname"]
+    nodes = [grant / node for node in (name, f"{name}p1", f"{name}p2")]
+    with Loop(int(name[4:])) as loop:
+        for number in (1, 2):
+            loop.add_partition(number, number << 16, 1 << 16)
+    eventually(lambda: all(node.exists() for node in nodes), "the nodes are there")
+    with _locking(never, _listing(grant)):
+        reply.close()
+        eventually(lambda: {node.stat().st_mode & 0o777 for node in nodes} == {0}, "they are closed", WRITTEN_OFF / 2)
+        eventually(lambda: daemon.records("stuck"), "the helper is written off", WRITTEN_OFF + 3)
+        assert {node.stat().st_mode & 0o777 for node in nodes} == {0}
+    eventually(lambda: not list(grant.iterdir()), "they are gone")
     before.check(tmp_path)
 
 
@@ -396,6 +444,7 @@ def test_a_mount_that_is_kept_locked_across_a_restart(
     """What an earlier daemon left behind is removed by a helper, and nobody waits for that."""
     left = tmp_path / "grants/.:loop999/:loop999"
     left.mkdir(parents=True)
+    left.parent.chmod(0o700)
     with _locking(never, _listing(left)):
         daemon = quick(f"--grant-directory={tmp_path}/grants")
         daemon.hello()  # starts it; soon after that it waits for the disk once, in D as well

@@ -164,17 +164,22 @@ def test_check_config_names_file_key_and_reason_of_everything(tmp_path: Path) ->
     assert len(lines) == 4
 
 
-def test_a_start_that_fails_is_in_the_audit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inherited", [False, True], ids=["of the service", "in a terminal"])
+def test_a_start_that_fails_is_in_the_audit(tmp_path: Path, *, inherited: bool) -> None:
+    """Where standard error is the journal's; a variable of that name is in a desktop's terminals, too."""
     command = [sys.executable, "-m", "loopd", f"--config={EXAMPLE}", f"--state-directory={tmp_path}"]
     # Without a journal its records go to standard error, too.
-    environment = {**os.environ, "JOURNAL_STREAM": "1:1"}
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "sh"]
-    done = subprocess.run(
-        [*hidden, *command], check=False, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment
-    )
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        status = os.fstat(0 if inherited else file.fileno())
+        environment = {**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+        done = subprocess.run(
+            [*hidden, *command], check=False, cwd=ROOT, stderr=file, timeout=60, env=environment
+        )
     assert done.returncode == 1
-    assert "no socket was passed" in done.stderr
-    assert "LOOPD_EVENT='failed'" in done.stderr
+    assert "no socket was passed" in log.read_text()
+    assert ("LOOPD_EVENT='failed'" in log.read_text()) is not inherited
 
 
 def test_check_config_of_what_is_right(tmp_path: Path) -> None:
