@@ -98,7 +98,8 @@ class DeviceInaccessible(Error):
     it did not come to that, or another device was found in its place.
     """
 
-    def __init__(self, message: str, hint: str, layer: str, errno: int) -> None:
+    # pickle makes it from the message alone, and then sets the attributes.
+    def __init__(self, message: str, hint: str = "", layer: str = "device", errno: int = 0) -> None:
         super().__init__(message, hint)
         self.layer = layer
         self.errno = errno
@@ -218,13 +219,14 @@ ERRORS: dict[Code, type[Refused]] = {
 }
 """The error of each code."""
 
-_UNAVAILABLE = {
+UNAVAILABLE = {
     errno.ENOENT: "on the host: systemctl enable --now loopd.socket; "
     "into a container, bind-mount the directory /run/loopd, read-only",
     errno.ECONNREFUSED: "on the host: systemctl restart loopd.socket; "
     "into a container, bind-mount the directory /run/loopd: the socket in it is another one after a restart",
     errno.EACCES: "add the user to the group loopd; "
-    "a container with --group-add, in rootless podman --group-add keep-groups",
+    "a container with --group-add, in rootless podman --group-add keep-groups; "
+    "where SELinux is enforcing, with --security-opt label=disable",
     errno.EPROTOTYPE: "this is no socket of loopd's; by hand: systemd-socket-activate --datagram",
 }
 """What helps, by the errno of connect(2)."""
@@ -282,7 +284,7 @@ def _send(path: str, payload: bytes, fds: Sequence[int], deadline: float) -> Non
         except OSError as error:
             if error.errno == errno.EBADF:
                 raise
-            hint = _ADMIN_UNAVAILABLE if path == ADMIN_SOCKET else _UNAVAILABLE.get(error.errno or 0, "")
+            hint = _ADMIN_UNAVAILABLE if path == ADMIN_SOCKET else UNAVAILABLE.get(error.errno or 0, "")
             if path not in (SOCKET, ADMIN_SOCKET):
                 named = "LOOPD_SOCKET names this one, " if path == os.environ.get("LOOPD_SOCKET") else ""
                 hint = f"{named}the usual one is {SOCKET}" + (f"; {hint}" if hint else "")

@@ -6,6 +6,7 @@ own, in memory, which it detaches again. Changes nothing. Standard library of Py
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -96,10 +97,9 @@ def _group(asked: client.Client, place: _Place | None) -> Finding:
             text = f"{folder} can be written here: another socket in the place of loopd's would get the files of others"
             return Finding("WARN", "group", text, "bind it in read-only: podman run -v /run/loopd:/run/loopd:ro")
         return Finding("OK", "group", text)
-    remedy = (
-        "add the user to that group; a container with --group-add, in rootless podman --group-add keep-groups"
+    return Finding(
+        "FAIL", "group", f"{text}, and not to be written by uid {os.geteuid()}", client.UNAVAILABLE[errno.EACCES]
     )
-    return Finding("FAIL", "group", f"{text}, and not to be written by uid {os.geteuid()}", remedy)
 
 
 def _directory(place: _Place) -> Finding:

@@ -108,6 +108,12 @@ class Mounts:
     def _ours(self) -> bytes:
         return b"\n" + _read("/proc/self/mountinfo")
 
+    @functools.cached_property
+    def _hosts(self) -> bytes:
+        # The service has a namespace of its own, to which what is mounted later need not come: podman has its
+        # containers' overlays below a private mount.
+        return b"\n" + _read("/proc/1/mountinfo")
+
     def find(self, fd: int, identity: Identity) -> FileSystem | None:
         """The file system of a file that the client holds; None when the mount is in neither mount table."""
         found = None if identity.mount is None else _seen.get(identity.mount)
@@ -132,7 +138,9 @@ class Mounts:
         return FileSystem(kind.decode(errors="backslashreplace"), kind != b"overlay" or self._on_host(dev))
 
     def _on_host(self, dev: bytes) -> bool:
-        return any(line.split(b" ", 3)[2:3] == [dev] for line in self._ours.split(b"\n"))
+        return any(
+            line.split(b" ", 3)[2:3] == [dev] for table in (self._hosts, self._ours) for line in table.split(b"\n")
+        )
 
 
 def on_host(pid: int) -> bool:
@@ -168,7 +176,7 @@ def _check_file_system(fd: int, identity: Identity, what: str, mounts: Mounts, a
         # An overlay that a user made in a namespace of his own may have a layer on FUSE that stops answering.
         raise Refusal(
             Code.NOT_PERMITTED,
-            f"{what}: an overlay of a user namespace's making; use a bind-mounted directory of the host",
+            f"{what}: an overlay that the host itself has not mounted; use a bind-mounted directory of the host",
         )
 
 

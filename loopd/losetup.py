@@ -372,7 +372,8 @@ UNAVAILABLE = {
     "/run/loopd, read-only",
     errno.ECONNREFUSED: "on the host: systemctl restart loopd.socket; into a container, bind-mount the directory "
     "/run/loopd, not the socket in it",
-    errno.EACCES: "add the user to the group loopd, a container with --group-add",
+    errno.EACCES: "add the user to the group loopd, a container with --group-add; where SELinux is enforcing, with "
+    "--security-opt label=disable",
 }
 """What helps, by the errno of connect(2)."""
 
@@ -393,7 +394,7 @@ class Scan:
     """What the scanner of `_json` wants to know."""
 
     strict = True
-    object_hook = object_pairs_hook = None
+    object_hook = object_pairs_hook = array_hook = None
     parse_float = float
     parse_int = int
     parse_constant = None
@@ -401,14 +402,16 @@ class Scan:
 
 def decoded(text: str) -> Any:
     """A JSON text as a value. The scanner in C without the package around it, which takes long to import."""
+    context: Any = Scan
     try:
         from _json import make_scanner  # noqa: PLC0415
-    except ImportError:
-        import json  # noqa: PLC0415  # an interpreter without it in C
+
+        scan = make_scanner(context)
+    except (ImportError, AttributeError):
+        import json  # noqa: PLC0415  # an interpreter without it in C, or a newer one, whose scanner asks for more
 
         return json.loads(text)
-    context: Any = Scan
-    return make_scanner(context)(text, 0)[0]
+    return scan(text, 0)[0]
 
 
 def ask(fields: dict[str, object], fds: Sequence[int] = ()) -> Lease:

@@ -33,7 +33,7 @@ def logs_to_journal() -> bool:
         status = os.fstat(2)
     except OSError:
         return False
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return os.environ.get("JOURNAL_STREAM", "") == f"{status.st_dev}:{status.st_ino}"
 
 
 def watchdog_interval() -> float | None:

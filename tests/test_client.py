@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import socket
@@ -967,6 +968,18 @@ def test_every_name_of_the_package_is_there() -> None:
     with pytest.raises(AttributeError, match=r"loopd.*absent"):
         _ = loopd.absent
     assert loopd.list is client.leases
+
+
+@pytest.mark.parametrize("kind", [client.Unavailable, *client.ERRORS.values()], ids=lambda kind: str(kind.__name__))
+def test_an_error_comes_out_of_a_worker_process_as_it_is(kind: type[client.Error]) -> None:
+    error = kind("no")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_so_does_the_one_that_names_a_layer() -> None:
+    error = client.DeviceInaccessible("no", "do that", "nodev", 13)
+    found = pickle.loads(pickle.dumps(error))
+    assert (str(found), found.layer, found.errno) == (str(error), "nodev", 13)
 
 
 # Tools ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Daemon
 
+from loopd import losetup
+
 LOSETUP = str(ROOT / "loopd" / "losetup.py")
 NEEDED = {"__future__", "errno", "_socket", "_json"}
 """All but `__future__` are in C."""
@@ -44,3 +46,13 @@ def test_listing_does_likewise(environment: dict[str, str], tmp_path: Path) -> N
     bare, _ = imported(environment, "-c", "pass")
     modules, _ = imported(environment, LOSETUP, "-a")
     assert modules - bare <= NEEDED
+
+
+def test_an_interpreter_whose_scanner_asks_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no public interface: Python 3.15 has one attribute more to be asked for."""
+
+    def make_scanner(context: object) -> object:
+        return context.of_some_other_python  # type: ignore[attr-defined]
+
+    monkeypatch.setattr("_json.make_scanner", make_scanner)
+    assert losetup.decoded('{"devname": "loop7", "nodes": [1]}') == {"devname": "loop7", "nodes": [1]}

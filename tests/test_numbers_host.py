@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from conftest import Daemon, Reply, ask, bound_to, eventually, exists, require
 from fuse_never import Never
-from processes import Child, become, injected, mount_tmpfs, own_user_namespace
+from kept import Kept, start_kept_fixture  # noqa: F401
+from processes import IN_NAMESPACE, Child, become, injected, mount_tmpfs, own_user_namespace
 from untouched import cgroup, children, helpers, leases
 
 from loopd import wire
@@ -327,11 +328,19 @@ def test_an_overlay_of_a_user_namespace(daemon: Daemon, directory: int, tmp_path
         require(not problem, f"no overlay in a user namespace here: {problem}")
         merged, lower = child.hear()
     assert merged["error"]["code"] == "not-permitted"
-    assert "overlay of a user namespace" in merged["error"]["message"]
+    assert "overlay that the host itself has not mounted" in merged["error"]["message"]
     assert "error" not in lower  # its tmpfs is memory, which answers
 
 
-def test_an_overlay_of_the_hosts(daemon: Daemon, directory: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("apart", [False, True], ids=["seen by loopd", "mounted where its namespace sees nothing"])
+def test_an_overlay_of_the_hosts(
+    start_kept: Callable[..., Kept], directory: int, tmp_path: Path, *, apart: bool
+) -> None:
+    """As a container's root is, of an image: podman mounts those below a private mount, and the service has a mount
+    namespace of its own.
+    """
+    daemon = start_kept(wrapper=[*IN_NAMESPACE, 'exec "$@"', "sh"] if apart else [])
+    daemon.hello()  # it runs
     layers = tmp_path / "layers"
     subprocess.run(["mount", "--mkdir", "-t", "tmpfs", "loopd-test", str(layers)], check=True)
     try:

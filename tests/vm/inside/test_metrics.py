@@ -60,7 +60,8 @@ def test_timer(textfiles: Path) -> None:
 
 
 def test_line_for_cron(textfiles: Path) -> None:
-    when, command = recipe("node_exporter", "text", page="metrics.md").split("root ", 1)
+    path, line = recipe("node_exporter", "text", page="metrics.md").split("\n", 1)
+    when, command = line.split("root ", 1)
     assert when.split() == ["*"] * 5
-    run("sh", "-euc", command)
-    assert sample(textfiles / "loopd.prom", "loopd_build_info") == 1
+    run("env", "-i", path, "/bin/sh", "-euc", command)
+    assert sample(textfiles / "loopd-admin.prom", "loopd_build_info") == 1
