@@ -145,12 +145,14 @@ class Exchange:
 class Hung:
     """A dropper that hangs in what an account has sent, until it is reaped; a `pool.Lost`."""
 
-    def __init__(self, account: Account) -> None:
+    def __init__(self, service: Service, account: Account) -> None:
+        self._service = service
         self._account = account
         account.hung += 1
 
     def reaped(self) -> None:
         self._account.hung -= 1
+        self._service.on_dropper_reaped()
 
 
 class Waiter:
@@ -230,6 +232,7 @@ class Service:
         self._droppers = [Dropper(poller, listener.socket) for listener in listeners]
         self._parkers = [Dropper(poller, listener.socket, parks=True) for listener in listeners]
         self._floods: dict[int, Unwanted] = {}
+        self._hung = 0
         self._stopping = False
         self.last_activity = time.monotonic()
 
@@ -515,7 +518,8 @@ class Service:
         def dropped(counts: Dropped | int) -> None:
             hangs = ""
             if isinstance(counts, int):
-                self._pool.lose(counts, Hung(unwanted.account))
+                self._hung += 1
+                self._pool.lose(counts, Hung(self, unwanted.account))
                 counts, hangs = {unwanted.sender.pid: 1}, ", and what is in it hangs"
             for pid, count in counts.items():
                 self._metrics.dropped += count
@@ -530,11 +534,20 @@ class Service:
     def rest(self) -> None:
         """End the child processes that nothing is to be done for."""
         self._pool.shrink()
-        hanging = self._pool.lost > 0  # what is parked might
-        for droppers in [self._droppers] if hanging else [self._droppers, self._parkers]:
-            for index, dropper in enumerate(droppers):
-                if index not in self._taking:
-                    dropper.rest()
+        self._end(self._droppers)
+        if not self._hung:  # what is parked might hang, too
+            self._end(self._parkers)
+
+    def _end(self, droppers: list[Dropper]) -> None:
+        for index, dropper in enumerate(droppers):
+            if index not in self._taking:
+                dropper.rest()
+
+    def on_dropper_reaped(self) -> None:
+        """One that hung is gone: after the last of them nothing needs to be kept open any more."""
+        self._hung -= 1
+        if not self._hung:
+            self._end(self._parkers)
 
     def _shed(self, account: Account, member: Membership, sender: Sender, why: str, count: int = 1) -> None:
         """Count what is dropped unanswered; one record for each account and second."""
