@@ -562,7 +562,7 @@ def test_a_device_in_the_queue_of_a_reply_socket(
         os.pwrite(device, b"late" * 1024, 4096)
         _queue(ours, device)
         os.close(device)
-        with theirs:
+        with stopped(daemon), theirs:  # else the last close might be here
             send(daemon.path, b'{"op": "hello", "reply_fd": 0}', [theirs.fileno()]).close()
         eventually(lambda: daemon.records("refused"), "the socket is not taken")
         assert "reply_fd: something was sent into it" in daemon.records("refused")[0]["MESSAGE"]
