@@ -55,13 +55,15 @@ class Dropper:
         """
         self._done = done
         most = (self.MOST_PARKED if self._parks else self.MOST) if run else 1
+        patience = self.PATIENCE
         # TasksMax=, memory, or it has just ended: it is tried again after the deadline.
         with contextlib.suppress(OSError):
             if self._channel is None:
                 self._start()
             assert self._channel is not None
             self._channel.send(array.array("i", [most, *pids]).tobytes(), transport.MSG_DONTWAIT)
-        self._deadline = self._poller.later(self.PATIENCE_PARKING if self._parks else self.PATIENCE, self._hangs)
+            patience = self.PATIENCE_PARKING if self._parks else self.PATIENCE
+        self._deadline = self._poller.later(patience, self._hangs)
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -83,6 +85,9 @@ class Dropper:
             answer = array.array("i")
         if not answer:
             self.rest()
+            if self._done is not None and self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = self._poller.later(self.PATIENCE, self._hangs)  # not at once, for it may have no room
             return
         self._finish({pid: count for pid, count in zip(answer[::2], answer[1::2], strict=True) if count})
 
@@ -124,4 +129,5 @@ def work(channel: socket.socket, listener: socket.socket, *, parks: bool) -> Non
         answer = array.array("i", [number for item in dropped.items() for number in item] or [0, 0])
         channel.send(answer.tobytes())
         if kept is not None and len(kept) + transport.SCM_MAX_FD > room:
+            channel.close()  # before its files, which may take long: another one goes on
             return

@@ -22,7 +22,6 @@ from .messages import (
     Arrange,
     Arranged,
     Changed,
-    Clear,
     Done,
     Nudge,
     NumberPlease,
@@ -87,7 +86,6 @@ class Helper:
             Take: self._take,
             Release: self._release,
             Arrange: self._arrange,
-            Clear: self._clear,
             Resize: self._resize,
             Nudge: self._nudge,
             Sweep: self._sweep,
@@ -379,11 +377,6 @@ class Helper:
             there += nodes.add(directory, missing, read_only=binding.read_only)
         watch = self._watch(directory, binding) if binding.partscan else None
         return Arranged(refusal, tuple(there), watch, table)
-
-    def _clear(self, job: Clear, fds: FdSet) -> bool:
-        with contextlib.suppress(OSError):
-            nodes.displace(nodes.directory(fds.borrow(0), job.client), job.nodes)
-        return False
 
     def _resize(self, job: Resize, fds: FdSet) -> bool:
         with Loop.from_fd(fds.steal(0)) as loop:

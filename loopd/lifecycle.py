@@ -399,43 +399,22 @@ class Lifecycle:
             self._poller.remove(lease.keeper)
         self._unwatch(lease)
 
-        left: list[int] = []
-
         def released(message: messages.Released | None) -> None:
             # Without an answer the helper hangs with its own copy of the device, or has ended and closed it.
             diskseq = devices.sequence(lease.binding.devname) if message is None else message.diskseq
             lease.binding = lease.binding._replace(diskseq=diskseq)
             if message is not None:
                 lease.nodes = message.left
-            elif lease.directory is not None:
-                with contextlib.suppress(OSError):  # EMFILE, ENFILE
-                    left.append(os.dup(lease.directory))
             self._close(lease)
-
-        def landed() -> None:
-            while left:
-                self._clear(lease, left.pop())
 
         def start() -> None:
             binding, holder = lease.binding, lease.holder
             job = messages.Release(
                 binding, holder.client, lease.nodes, lease.sure, holder.grant, lease.directory is not None
             )
-            self._submit(lease, job, released, lambda: self._after_close(lease), landed)
+            self._submit(lease, job, released, lambda: self._after_close(lease))
 
         self._job(lease, start)
-
-    def _clear(self, lease: Lease, directory: int) -> None:
-        """Have nodes removed that a helper left which hung, and takes over the directory. They are known by their
-        inodes: another device of the number may have some there.
-        """
-
-        def stuck() -> None:
-            self.record(Event.STUCK, lease, "left nodes in a directory that is kept locked", code=Code.TIMEOUT.value)
-
-        job = messages.Clear(lease.holder.client, lease.nodes)
-        task = LeaseTask(void, None, stuck, nothing, lambda: os.close(directory))
-        self._pool.submit(task, job, [directory], self.policy.request_timeout)
 
     def refuse(self, lease: Lease) -> None:
         """Release a lease that is larger than its account may have: a smaller one need not wait for its end."""

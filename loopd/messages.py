@@ -94,13 +94,6 @@ class Arrange(NamedTuple):
     table: int | None = None
 
 
-class Clear(NamedTuple):
-    """Remove nodes that a helper left which hung and has ended. Fds: the directory."""
-
-    client: Client
-    nodes: tuple[Node, ...]
-
-
 class Resize(NamedTuple):
     """Have the device take over its file's size, if that is no more than `room`. Fds: the device."""
 
@@ -133,7 +126,7 @@ class UseNumber(NamedTuple):
     refusal: Refusal | None = None
 
 
-Job = Take | Release | Arrange | Clear | Resize | Nudge | Sweep
+Job = Take | Release | Arrange | Resize | Nudge | Sweep
 
 # Answers ----------------------------------------------------------------------------------------------------------
 #
@@ -230,7 +223,7 @@ class Ready(NamedTuple):
 # A class in a pickle is one byte instead of two names to be looked up.
 for _code, _kind in enumerate((
     Take, Release, Arrange, Resize, Nudge, UseNumber, Taken, NumberPlease, Done, Released, Arranged, Resized, Ready,
-    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code, Change, Changed, Sweep, Recognised, Clear,
+    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code, Change, Changed, Sweep, Recognised,
 ), 1):  # fmt: skip
     copyreg.add_extension(_kind.__module__, _kind.__qualname__, _code)
 

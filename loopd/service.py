@@ -145,14 +145,12 @@ class Exchange:
 class Hung:
     """A dropper that hangs in what an account has sent, until it is reaped; a `pool.Lost`."""
 
-    def __init__(self, service: Service, account: Account) -> None:
-        self._service = service
+    def __init__(self, account: Account) -> None:
         self._account = account
         account.hung += 1
 
     def reaped(self) -> None:
         self._account.hung -= 1
-        self._service.on_dropper_reaped()
 
 
 class Waiter:
@@ -232,7 +230,6 @@ class Service:
         self._droppers = [Dropper(poller, listener.socket) for listener in listeners]
         self._parkers = [Dropper(poller, listener.socket, parks=True) for listener in listeners]
         self._floods: dict[int, Unwanted] = {}
-        self._hung = 0
         self._stopping = False
         self.last_activity = time.monotonic()
 
@@ -326,8 +323,7 @@ class Service:
         envelope, request = wire.decode(payload)
         cgroup = accounts.cgroup_of(sender.pid)
         member = Membership("", "") if cgroup is None else accounts.membership(cgroup)
-        # A tenant's processes have uids of its own, at best.
-        account = self._lifecycle.accounts.get(f"uid {sender.uid}" if cgroup is None else member.account)
+        account = self._lifecycle.accounts.get(member.account)
         if cgroup is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
             self._drop(index, Unwanted(sender, 0, account, member, "their senders had ended or are unknown"))
@@ -518,8 +514,7 @@ class Service:
         def dropped(counts: Dropped | int) -> None:
             hangs = ""
             if isinstance(counts, int):
-                self._hung += 1
-                self._pool.lose(counts, Hung(self, unwanted.account))
+                self._pool.lose(counts, Hung(unwanted.account))
                 counts, hangs = {unwanted.sender.pid: 1}, ", and what is in it hangs"
             for pid, count in counts.items():
                 self._metrics.dropped += count
@@ -534,20 +529,11 @@ class Service:
     def rest(self) -> None:
         """End the child processes that nothing is to be done for."""
         self._pool.shrink()
-        self._end(self._droppers)
-        if not self._hung:  # what is parked might hang, too
-            self._end(self._parkers)
-
-    def _end(self, droppers: list[Dropper]) -> None:
-        for index, dropper in enumerate(droppers):
-            if index not in self._taking:
-                dropper.rest()
-
-    def on_dropper_reaped(self) -> None:
-        """One that hung is gone: after the last of them nothing needs to be kept open any more."""
-        self._hung -= 1
-        if not self._hung:
-            self._end(self._parkers)
+        hanging = self._pool.lost > 0  # what is parked might
+        for droppers in [self._droppers] if hanging else [self._droppers, self._parkers]:
+            for index, dropper in enumerate(droppers):
+                if index not in self._taking:
+                    dropper.rest()
 
     def _shed(self, account: Account, member: Membership, sender: Sender, why: str, count: int = 1) -> None:
         """Count what is dropped unanswered; one record for each account and second."""
