@@ -92,17 +92,13 @@ class Dropper:
         self._finish({pid: count for pid, count in zip(answer[::2], answer[1::2], strict=True) if count})
 
     def _hangs(self) -> None:
-        if self._channel is None:  # there was none: nothing is dropped
-            self._finish({})
-            return
-        try:
-            os.kill(self._pid, signal.SIGKILL)
-        except ProcessLookupError:  # it had ended, and was waited for
+        found: Dropped | int = {}
+        if self._channel is not None:  # else there was none
+            with contextlib.suppress(ProcessLookupError):  # it had ended, and was waited for
+                os.kill(self._pid, signal.SIGKILL)
+                found = self._pid
             self.rest()
-            self._finish({})
-            return
-        self.rest()
-        self._finish(self._pid)
+        self._finish(found)
 
     def _finish(self, dropped: Dropped | int) -> None:
         done, self._done = self._done, None

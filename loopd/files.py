@@ -138,9 +138,11 @@ class Mounts:
         return FileSystem(kind.decode(errors="backslashreplace"), kind != b"overlay" or self._on_host(dev))
 
     def _on_host(self, dev: bytes) -> bool:
-        return any(
-            line.split(b" ", 3)[2:3] == [dev] for table in (self._hosts, self._ours) for line in table.split(b"\n")
-        )
+        return _lists(self._hosts, dev) or _lists(self._ours, dev)
+
+
+def _lists(table: bytes, dev: bytes) -> bool:
+    return any(line.split(b" ", 3)[2:3] == [dev] for line in table.split(b"\n"))
 
 
 def on_host(pid: int) -> bool:

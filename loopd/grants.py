@@ -13,10 +13,10 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 from .files import identify
-from .nodes import READ, SEARCH, WRITE, access_list
+from .nodes import READ, SEARCH, WRITE, access_list, listed, names
 from .wire import Code, Refusal
 
 ROOT = "/run/loopd-dev"
@@ -47,30 +47,18 @@ class Grants:
         return self._fd is not None and identify(fd).dev == self._dev
 
     def recognise(self, fd: int) -> str:
-        """The name of the grant that a client's fd leads to, by device and inode; empty for any other file.
+        """The name of the grant that a client's fd leads to, of which `has` is true; empty for any other file there.
 
         Waits as long as somebody keeps the directory of directories locked: see `remove`.
         """
-        if not self.has(fd):
-            return ""
-        identity = identify(fd)
+        assert self._fd is not None
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
             # It took no permission on the directory itself to open it so.
             raise Refusal(Code.BAD_FD, "dir_fd: opened with O_PATH, which is no grant")
-        with self._listed() as listed, os.scandir(listed) as entries:
-            found = next((entry.name for entry in entries if entry.inode() == identity.inode), "")
+        inode = identify(fd).inode
+        with listed(self._fd) as root, os.scandir(root) as entries:
+            found = next((entry.name for entry in entries if entry.inode() == inode), "")
         return "" if found.startswith(".") else found
-
-    @contextlib.contextmanager
-    def _listed(self) -> Iterator[int]:
-        """The directory of directories, to be listed: helpers share one description of it, and so one place in it that
-        a listing has come to.
-        """
-        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
 
     def make_for(self, devname: str) -> tuple[str, int]:
         """A directory for the nodes of one device, to be handed over as a mount: its name, and loopd's own fd of it.
@@ -113,17 +101,11 @@ class Grants:
     def sweep(self, known: Collection[str], bound: Callable[[str], bool]) -> None:
         """Remove the empty directories of devices that are not among the `known` ones, nor `bound` by now."""
         prefix = f".{self._instance}:"
-        for outer in self._names():
+        for outer in [] if self._fd is None else names(self._fd):
             devname = outer.removeprefix(prefix)
             key = self._key_for(devname)
             if devname != outer and devname[4:].isdecimal() and key not in known and not bound(devname):
                 self.unmake(key)
-
-    def _names(self) -> list[str]:
-        if self._fd is None:
-            return []
-        with self._listed() as listed:
-            return os.listdir(listed)
 
     def change(self, uid: int, name: str, *, remove: bool) -> str:
         """Make or remove the directory `name` of `uid`; its path. For helpers: its owner can keep it locked for as long
@@ -140,7 +122,7 @@ class Grants:
         if self._fd is None:
             raise Refusal(Code.UNSUPPORTED, f"{self.root} is not there: {START}")
         key = _key(uid, name)
-        there = self._names()
+        there = names(self._fd)
         if key not in there and sum(entry.startswith(f"{uid}-") for entry in there) >= MOST:
             raise Refusal(Code.QUOTA, f"uid {uid} has {MOST} directories; remove some")
         with contextlib.suppress(FileExistsError):

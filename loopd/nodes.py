@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from . import rights
@@ -174,9 +174,7 @@ def revoke(directory: Directory, nodes: Iterable[Node]) -> None:
     directory locked.
     """
     with directory.rights():
-        for node in nodes:
-            with contextlib.suppress(OSError):
-                _revoke(directory, node)
+        _revoke_all(directory, nodes)
 
 
 def prune(directory: Directory, nodes: Iterable[Node], wanted: dict[str, Numbers]) -> list[Node]:
@@ -207,7 +205,7 @@ def find(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> list
     """
     found = []
     with directory.rights():
-        for name in _names(directory) if directory.own else wanted:
+        for name in names(directory.fd) if directory.own else wanted:
             if name != devname and not re.fullmatch(rf"{devname}p\d+", name):
                 continue
             with contextlib.suppress(OSError):
@@ -218,13 +216,22 @@ def find(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> list
     return found
 
 
-def _names(directory: Directory) -> list[str]:
-    # By a description of its own: on the other one a helper that was killed may have left off in the middle.
-    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory.fd)
+@contextlib.contextmanager
+def listed(directory: int) -> Iterator[int]:
+    """The directory, to be listed: by a description of its own. Helpers share the other one, and so one place in it
+    that a listing has come to; and one that was killed may have left off in the middle.
+    """
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
     try:
-        return os.listdir(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+def names(directory: int) -> list[str]:
+    """What is in the directory."""
+    with listed(directory) as fd:
+        return os.listdir(fd)
 
 
 def finish(directory: Directory, nodes: Iterable[Node], *, read_only: bool) -> None:
@@ -285,10 +292,14 @@ def _remove_all(directory: Directory, gone: list[Node]) -> list[Node]:
     numbers of the others become another's meanwhile.
     """
     if len(gone) > 1:
-        for node in gone:
-            with contextlib.suppress(OSError):
-                _revoke(directory, node)
+        _revoke_all(directory, gone)
     return [node for node in gone if not _remove(directory, node)]
+
+
+def _revoke_all(directory: Directory, nodes: Iterable[Node]) -> None:
+    for node in nodes:
+        with contextlib.suppress(OSError):
+            _revoke(directory, node)
 
 
 def _revoke(directory: Directory, node: Node) -> bool:

@@ -571,14 +571,14 @@ class Service:
 
     def on_recognised(self, exchange: Exchange, message: messages.Recognised) -> None:
         """The directory that was sent along has a name: go on for its owner."""
+        if exchange.finished:  # refused while the helper looked
+            return
         if message.refusal is not None:
             raise message.refusal
         exchange.grant = message.grant
         self._perform(exchange)
 
     def _perform(self, exchange: Exchange) -> None:
-        if exchange.finished:
-            return
         perform = self._OPERATIONS.get(type(exchange.request))
         if perform is not None:  # else the helper goes on with it
             perform(self, exchange, exchange.request)

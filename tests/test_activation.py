@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, stays
-from untouched import maker, paused
+from untouched import kept_open
 
 from loopd import wire
 from loopd.service import Service
@@ -89,11 +89,7 @@ def test_a_number_that_somebody_has_open_is_not_forgotten(
     daemon = activated("--idle-timeout", "0.5")
     daemon.start()
     name = daemon.attach(image, directory).fields["devname"]
-    os.link(devices / name, devices / "kept")
-    with paused(maker(daemon)):  # the removal takes its time
-        assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
-        caught = (devices / "kept").open("rb", buffering=0)
-    with caught:
+    with kept_open(daemon, devices / name):
         stays(lambda: daemon.running, 3.0, "it stays for that")
     assert daemon.wait() == 0
     assert not exists(name)

@@ -25,7 +25,7 @@ import pytest
 from conftest import Daemon, ask, bound_to, eventually, exists, require
 from kept import Kept, hold, next_block, start_at, start_kept_fixture  # noqa: F401
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, become
-from untouched import cgroup, maker, paused
+from untouched import cgroup, kept_open, maker
 
 from loopd import numbers, wire
 from loopd.accounts import Account
@@ -521,11 +521,7 @@ def test_an_idle_device_that_a_client_holds_is_not_the_hosts(start_kept: Callabl
     directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         name = daemon.attach(image, directory).fields["devname"]
-        os.link(place / name, place / "kept")
-        with paused(maker(daemon)):  # the removal takes its time
-            assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
-            caught = (place / "kept").open("rb", buffering=0)
-        with caught:
+        with kept_open(daemon, place / name) as caught:
             daemon.hello()
             time.sleep(0.2)
             with burst(b"secret") as hosts:
@@ -545,13 +541,9 @@ def test_a_device_that_stays_open_costs_no_file(
     prepare = 'mount -t tmpfs -o dev tmpfs /run; mkdir /run/loopd-nodes; exec "$@"'
     daemon = start_kept(wrapper=[*IN_NAMESPACE, prepare, "sh"])
     name = daemon.attach(image, directory).fields["devname"]
-    os.link(devices / name, devices / "kept")
     process = maker(daemon)
-    with paused(process):  # the removal takes its time
-        assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
-        caught = (devices / "kept").open("rb", buffering=0)
     found = []
-    with caught:
+    with kept_open(daemon, devices / name):
         eventually(lambda: (backing_file(int(name[4:])) or "").startswith(PARKED), "it is bound to nothing", 8)
         for _ in range(6):
             found.append(len(os.listdir(f"/proc/{process}/fd")))

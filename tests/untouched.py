@@ -1,6 +1,6 @@
 """What a daemon holds, to tell that nothing is left of what was tried; and clients that are not the test itself.
 
-Looks at the daemon from outside, through /proc: nothing here speaks to it but `honest`.
+Looks at the daemon from outside, through /proc: nothing here speaks to it but `honest` and `kept_open`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -102,6 +103,15 @@ def paused(pid: int) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def kept_open(daemon: Daemon, node: Path) -> io.FileIO:
+    """End a lease, and open another way to its node, ``kept``, before its number is removed."""
+    kept = node.with_name("kept")
+    os.link(node, kept)
+    with paused(maker(daemon)):  # the removal takes its time
+        assert daemon.ask(wire.Detach(node.name, 0, wait=5), []).fields == {"state": "released"}
+        return kept.open("rb", buffering=0)
 
 
 def stopped(daemon: Daemon) -> contextlib.AbstractContextManager[None]:
