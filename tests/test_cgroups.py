@@ -19,7 +19,6 @@ from untouched import elsewhere, helpers, maker, pair, paused, reply_of, send, s
 
 from loopd import cgroups, wire
 from loopd.accounts import cgroup_of, membership
-from loopd.numbers import AHEAD, BLOCK, FIRST
 
 SOON = 10.0
 """Seconds within which the end of an account has ended its leases on a machine however busy."""
@@ -356,50 +355,6 @@ def test_nor_a_number_that_was_being_removed(
         assert child.hear()["error"]["code"] == "quota", "there is none that it had before"
         child.kill()
         eventually(lambda: not bound_to(tmp_path), "the files are free", SOON)
-    daemon.end()
-
-
-def test_nor_one_of_an_attach_that_failed(
-    start_kept: Callable[..., Kept], cgroup: Cgroup, image: int, directory: int, tmp_path: Path, outside: int
-) -> None:
-    """The first never had a lease with whose end its account could end."""
-    config = tmp_path / "loopd.toml"
-    config.write_text("[limits]\nnew_numbers = 1\nnew_numbers_per_minute = 0\n")
-    daemon = start_kept(f"--config={config}")
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    removed = os.open(gone, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    gone.rmdir()
-
-    def attach(directory: int) -> Child:
-        def act(tell: Callable[[Any], None]) -> None:
-            cgroup.enter()
-            payload = wire.encode_request(wire.Attach(0, 1, 3, 2))
-            tell(ask(daemon.path, payload, [image, directory, outside]).fields)
-            signal.pause()
-
-        return Child(act, [image, directory, outside])
-
-    def made() -> set[int]:
-        first = FIRST + daemon.block * BLOCK
-        return {number for number in range(first, first + BLOCK) if exists(f"loop{number}")}
-
-    try:
-        name = daemon.attach(image, directory).fields["devname"]  # numbers are made ahead from now on
-        assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
-        eventually(lambda: not exists(name) and len(made()) == AHEAD, "that many are there")
-        before = made()
-        with attach(removed) as child:
-            assert child.hear()["error"]["code"] == "not-found"
-            eventually(lambda: len(before - made()) == 1, "the number that it had is gone", SOON)
-        (burnt,) = before - made()
-    finally:
-        os.close(removed)
-    cgroup.remove()
-    time.sleep(0.5)  # the end of a cgroup is told with a pause
-    cgroup.path.mkdir()
-    with attach(directory) as child:
-        assert child.hear()["devname"] != f"loop{burnt}"
     daemon.end()
 
 
