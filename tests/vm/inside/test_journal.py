@@ -13,6 +13,11 @@ DETACHED = "b3e25ffbf24c48e7a4efdb5ee5a71269"
 REFUSED = "3c0f368802cb4ac2bfc120fce9c6e0db"
 
 
+def events(records: list[dict[str, str]]) -> list[str]:
+    """What happened, but for `held`: udev may have a device open when it is detached, for a moment."""
+    return [record["MESSAGE_ID"] for record in records if record["LOOPD_EVENT"] != "held"]
+
+
 def test_what_was_done_is_recorded(disk: Path, journal: Journal) -> None:
     device = attach(disk)
     loopctl("detach", device)
@@ -26,8 +31,7 @@ def test_what_was_done_is_recorded(disk: Path, journal: Journal) -> None:
         assert record["LOOPD_UID"] == "0"
         assert record["_SYSTEMD_UNIT"] == SERVICE
         assert devname in record["MESSAGE"]
-    both = [record["MESSAGE_ID"] for record in journal.records(f"LOOPD_DEVICE={devname}")]
-    assert both == [ATTACHED, DETACHED]
+    assert events(journal.records(f"LOOPD_DEVICE={devname}")) == [ATTACHED, DETACHED]
 
 
 def test_by_unit_of_the_client(disk: Path, journal: Journal) -> None:
@@ -48,9 +52,7 @@ def test_by_unit_of_the_client(disk: Path, journal: Journal) -> None:
         "true",
     )
     with_device(disk, "true")
-    records = journal.records(f"LOOPD_UNIT={scope}")
-    assert [record["MESSAGE_ID"] for record in records][:1] == [ATTACHED]
-    assert len(records) == 2
+    assert events(journal.records(f"LOOPD_UNIT={scope}")) == [ATTACHED, DETACHED]
     assert len(journal.records(f"MESSAGE_ID={ATTACHED}")) == 2
 
 
