@@ -3,6 +3,9 @@
 This is what ends a lease whose own keeper never does: a pidfd of the host's PID 1 from a container with the host's pid
 namespace, a socket end that was hidden somewhere. Looks at the host's cgroup file system only.
 
+Whoever may read a directory of a file system can keep it locked, and then a name in it is looked up in vain. So a
+helper opens what tells of an account, and the main process reads what is open and looks up nothing.
+
 Of its own cgroup the daemon wants to know how near the limit of processes is.
 """
 
@@ -13,44 +16,71 @@ import errno
 import os
 from collections.abc import Callable
 
+from . import proc
 from .inotify import IN_MODIFY, OVERFLOW, Inotify
 
 ROOTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 """Where cgroup v2 is mounted, alone or beside the first version."""
 
 
-def _events_file(account: str) -> str | None:
-    """The file that tells the account's end; None for the root cgroup, and on a host without the second version."""
-    if not account.startswith("/") or account == "/":
+class Gone(Exception):
+    """The account's cgroup is not there any more."""
+
+
+def watchable(account: str) -> bool:
+    """Whether the end of the account is told: not that of the root cgroup, nor of one of the first version."""
+    return account.startswith("/") and account != "/"
+
+
+def open_events(account: str) -> int | None:
+    """The file that tells the account's end, the caller's to close; None where there is none, as on a host without the
+    second version. `Gone` when it has ended, OSError as open(2). For a helper: to look it up may take long.
+    """
+    if not watchable(account):
         return None
-    roots = [root for root in ROOTS if os.path.exists(f"{root}/cgroup.controllers")]
-    return f"{roots[0]}{account}/cgroup.events" if roots else None
+    for root in ROOTS:
+        if os.path.exists(f"{root}/cgroup.controllers"):
+            try:
+                return os.open(f"{root}{account}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno not in _REMOVED:
+                    raise
+                raise Gone from error
+    return None
 
 
-def _population(path: str) -> int:
-    """The inode number of the file while its cgroup has processes, else 0. One that is made anew has another."""
+_REMOVED = (errno.ENOENT, errno.ENODEV)
+
+
+def _populated(events: int) -> bool:
+    """Whether the cgroup, which may have been removed, has processes."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return os.fstat(file.fileno()).st_ino if b"populated 1" in file.readall() else 0
-    except OSError:  # removed
-        return 0
+        return b"populated 1" in os.pread(events, 4096, 0)
+    except OSError:  # ENODEV: removed
+        return False
 
 
-def crowding() -> float:
-    """How many of the processes that it may have are in this one's cgroup, 0 to 1; 0 where there is no limit."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in filter(None, _read("/proc/self/cgroup").split("\n")):
-            _, controllers, path = line.split(":", 2)
-            for root in ("/sys/fs/cgroup/pids",) if controllers == "pids" else () if controllers else ROOTS:
-                with contextlib.suppress(FileNotFoundError):
-                    most = _read(f"{root}{path}/pids.max")
-                    return 0.0 if most == "max\n" else int(_read(f"{root}{path}/pids.current")) / int(most)
-    return 0.0
+class Crowding:
+    """How many of the processes that it may have are in this one's cgroup."""
 
+    def __init__(self) -> None:
+        """Opens the files that tell; there are none where there is no limit."""
+        self._fds: list[int] = []
+        with contextlib.suppress(OSError, ValueError):
+            for line in filter(None, proc.read("/proc/self/cgroup").decode().split("\n")):
+                _, controllers, path = line.split(":", 2)
+                for root in ("/sys/fs/cgroup/pids",) if controllers == "pids" else () if controllers else ROOTS:
+                    with contextlib.suppress(FileNotFoundError):
+                        for name in ("pids.max", "pids.current"):
+                            self._fds.append(os.open(f"{root}{path}/{name}", os.O_RDONLY | os.O_CLOEXEC))
+                        return
 
-def _read(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    def now(self) -> float:
+        """0 to 1; 0 where there is no limit."""
+        with contextlib.suppress(OSError, ValueError):
+            most, current = (os.pread(fd, 64, 0) for fd in self._fds)
+            return 0.0 if most == b"max\n" else int(current) / int(most)
+        return 0.0
 
 
 class Watcher:
@@ -59,50 +89,55 @@ class Watcher:
     def __init__(self, ended: Callable[[str], None]) -> None:
         self._inotify = Inotify()
         self._ended = ended
-        self._files: dict[int, tuple[str, str, int]] = {}
-        self._watches: dict[str, int] = {}
+        self._accounts: dict[int, str] = {}
+        self._watches: dict[str, tuple[int, int]] = {}
 
     @property
     def fd(self) -> int:
         """To be polled for reading; then `receive`."""
         return self._inotify.fd
 
-    def watch(self, account: str) -> None:
-        """Watch an account until it ends; one that has ended already is told at once.
+    @property
+    def files(self) -> int:
+        """How many are open: one for each account."""
+        return len(self._watches)
+
+    def watches(self, account: str) -> bool:
+        """Whether the end of the account will be told."""
+        return account in self._watches
+
+    def watch(self, account: str, events: int) -> None:
+        """Watch an account until it ends; one that has ended already is told at once. Takes over what `open_events`
+        gave.
 
         OSError where there can be no more watches: ENOSPC (fs.inotify.max_user_watches) and ENOMEM.
         """
         if account in self._watches:
-            return
-        path = _events_file(account)
-        if path is None:
+            os.close(events)
             return
         try:
-            watch = self._inotify.add(path, IN_MODIFY)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise
-            self._end(account)  # removed
-            return
-        population = _population(path)
-        self._files[watch] = (account, path, population)
-        self._watches[account] = watch
-        if not population:
+            watch = self._inotify.add(f"/proc/self/fd/{events}", IN_MODIFY)
+        except OSError:
+            os.close(events)
+            raise
+        self._accounts[watch] = account
+        self._watches[account] = (watch, events)
+        if not _populated(events):
             self._end(account)
 
     def receive(self) -> None:
         """Look at what changed."""
         watches = {watch for watch, _ in self._inotify.events()}
         if OVERFLOW in watches:
-            watches = set(self._files)
-        for watch in watches & set(self._files):
-            account, path, population = self._files[watch]
-            if _population(path) != population:
+            watches = set(self._accounts)
+        for watch in watches & set(self._accounts):
+            account = self._accounts[watch]
+            if not _populated(self._watches[account][1]):
                 self._end(account)
 
     def _end(self, account: str) -> None:
-        watch = self._watches.pop(account, None)
-        if watch is not None:
-            del self._files[watch]
-            self._inotify.remove(watch)
+        watch, events = self._watches.pop(account)
+        del self._accounts[watch]
+        self._inotify.remove(watch)
+        os.close(events)
         self._ended(account)

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import devices, files, inotify, messages, nodes, records, rights, transport, wire
+from . import cgroups, devices, files, inotify, messages, nodes, records, rights, transport, wire
 from .bugs import described
 from .devices import Access, Binding, Number
 from .grants import Grants, detached_mount
@@ -218,6 +218,7 @@ class Helper:
             raise Refusal(
                 Code.NOT_PERMITTED, "the administrator allows this client read-only devices alone (loopd.toml)"
             )
+        events = _open_events(job, packet)
         directory, grant = self._directory(request, terms, packet, vetted, mounts), vetted.grant
         passed.update(() if directory is None else (directory.fd, directory.view))
         bound = devices.bind(self._tools.control, self._tools.access, fd, request, backing, self._numbers(terms.number))
@@ -229,7 +230,7 @@ class Helper:
             place = None if directory is None else directory.fd
             if len(own):
                 keeper = vetted.pidfd if vetted.lease == "sender" else vetted.lease_fd
-                kept = {"device": bound.device, "directory": place, "lock": lock, "lease": keeper}
+                kept = {"device": bound.device, "directory": place, "lock": lock, "cgroup": events, "lease": keeper}
                 holder = (job.holder or {}) | {"grant": grant}
                 self._book(own.borrow(0), holder, vetted.lease, bound.binding, kept | {"reply": vetted.reply})
                 undo.callback(records.clear, own.borrow(0))
@@ -237,11 +238,11 @@ class Helper:
             if directory is not None:
                 undo.callback(nodes.displace, directory, made)
             client = self._client_fds(request, bound, directory, grant, packet.sender.uid, held)
-            flags = (directory is not None, lock is not None, len(client))
+            flags = (directory is not None, lock is not None, events is not None, len(client))
             passed.add(fd)  # the device has it open, too
             last = passed.issuperset(packet.fds) and not client
             done = Done(None, bound.binding, tuple(made), warnings, watch, table, grant, *flags, last)
-            self._send(done, bound.device, place, lock, *client)
+            self._send(done, bound.device, place, lock, events, *client)
             undo.pop_all()
             if client:  # the last close of one that was not delivered is here
                 self._receive()  # Closed
@@ -401,6 +402,16 @@ class Helper:
     def _nudge(self, job: Nudge, fds: FdSet) -> bool:
         devices.nudge(self._tools.access, job.binding)
         return False
+
+
+def _open_events(job: Take, packet: Packet) -> int | None:
+    """What tells the end of the account, if anything does."""
+    try:
+        events = cgroups.open_events(job.holder["account"]) if job.holder is not None else None
+    except cgroups.Gone:
+        # Its process has moved on since, or its name is another tenant's by now.
+        raise Refusal(Code.NOT_PERMITTED, "the sender's cgroup has ended") from None
+    return None if events is None else packet.own.add(events)
 
 
 def _check_mknod(pid: int, terms: Terms) -> tuple[str, ...]:

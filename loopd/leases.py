@@ -66,7 +66,7 @@ class Lease:
     helpers at once in one directory would undo each other's work.
     """
 
-    FDS = ("device", "directory", "lock", "keeper")
+    FDS = ("device", "directory", "lock", "keeper", "cgroup")
 
     __slots__ = (
         *FDS, "account", "again", "binding", "holder", "jobs", "lease", "nodes", "reason", "slot",
@@ -82,6 +82,7 @@ class Lease:
         self.directory = fds.get("directory")
         self.lock = fds.get("lock")
         self.keeper = fds.get("keeper")
+        self.cgroup = fds.get("cgroup")
         self.nodes: tuple[Node, ...] = ()
         self.sure = False
         self.watch: int | None = None

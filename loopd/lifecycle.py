@@ -6,7 +6,6 @@ each lease. Knows no requests: who may ask for what is decided before.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import socket
@@ -125,7 +124,12 @@ class Lifecycle:
         if lease.account.ended:
             self.release(lease, "expired")
         else:
-            self._cgroups.watch(lease.holder.account)
+            self._watch_account(lease)
+
+    def _watch_account(self, lease: Lease) -> None:
+        if lease.cgroup is not None and not lease.account.ended:
+            events, lease.cgroup = lease.cgroup, None
+            self._cgroups.watch(lease.holder.account, events)
 
     def _watch(self, lease: Lease) -> None:
         assert lease.keeper is not None
@@ -134,6 +138,11 @@ class Lifecycle:
         self._poller.add(lease.keeper, lambda: self.release(lease, "expired"), events)
         if lease.watch is not None:
             self._watched[lease.watch] = lease
+
+    @property
+    def watched(self) -> int:
+        """How many accounts are watched, with an open file each."""
+        return self._cgroups.files
 
     def _unwatch(self, lease: Lease) -> None:
         if lease.watch is not None:
@@ -184,11 +193,14 @@ class Lifecycle:
     def resume(self) -> None:
         """Go on with every lease that was recovered, and tidy up after a daemon that died."""
         # Accounts first: with one that ended meanwhile all its leases end.
-        for account in {lease.holder.account for lease in self.leases}:
+        failures: dict[str, OSError] = {}
+        for lease in list(self.leases):
             try:
-                self._cgroups.watch(account)
+                self._watch_account(lease)
             except OSError as error:
-                self._audit.record(Event.WARNED, f"The end of {account} cannot be watched: {error}", account=account)
+                failures[lease.holder.account] = error
+        for account, failure in failures.items():
+            self._audit.record(Event.WARNED, f"The end of {account} cannot be watched: {failure}", account=account)
         for lease in list(self.leases):
             reply = self._replies.pop(lease.binding.devname, None)
             if lease.state is State.BOUND:
@@ -557,12 +569,9 @@ class Lifecycle:
 
     def retire(self, number: int, account: Account, owner: Owner) -> None:
         """A number that a client may have kept a node of goes; if ever, only the same owner gets it again."""
-        again = False
-        with contextlib.suppress(OSError):  # where its end would not be told, who has its name next is not known
-            if not account.ended:
-                self._cgroups.watch(account.name)
-                again = not account.ended
-        self._numbers.retire(number, owner if again else None)
+        # Where its end is not told, who has its name next is not known.
+        told = self._cgroups.watches(account.name) or not cgroups.watchable(account.name)
+        self._numbers.retire(number, owner if told and not account.ended else None)
 
     def _tell(self, lease: Lease) -> None:
         for told in list(lease.waiting):

@@ -169,8 +169,8 @@ class Changed(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The attach is done, or what was asked for is refused. Fds: device; then, if so flagged, directory, lock, the
-    client's fds.
+    """The attach is done, or what was asked for is refused. Fds: device; then, if so flagged, directory, lock, what
+    tells of the account's cgroup, the client's fds.
     """
 
     refusal: Refusal | None
@@ -182,6 +182,7 @@ class Done(NamedTuple):
     grant: str = ""
     directory: bool = False
     lock: bool = False
+    cgroup: bool = False
     client: int = 0
     last: bool = False
 

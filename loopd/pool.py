@@ -102,6 +102,7 @@ class Pool:
         self._pending: deque[tuple[Task, messages.Job, list[int], float]] = deque()
         self._trying = False
         self._jobs_first = False
+        self._crowding = cgroups.Crowding()
         self.crowding = 0.0
 
     @property
@@ -164,7 +165,7 @@ class Pool:
         self._dispatch_pending()
 
     def _spawn(self) -> None:
-        self.crowding = cgroups.crowding()
+        self.crowding = self._crowding.now()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:

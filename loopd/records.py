@@ -17,7 +17,7 @@ from .devices import Binding
 
 VERSION = 1
 MAX_RECORD = 32768
-FDS = ("device", "directory", "lock", "lease", "reply")
+FDS = ("device", "directory", "lock", "cgroup", "lease", "reply")
 """Which fds a record may have along, in the order in which they are sent; the record says which it has."""
 
 

@@ -34,7 +34,7 @@ from .transport import FdSet, Sender
 from .wire import Attach, Code, Detach, Directory, Envelope, Hello, Leases, Refusal, Reply, Request, Rescan, Resize
 
 FDS_OF_A_LEASE = 4
-"""Device, directory, keeper and slot; one more for a lock that is kept."""
+"""Device, directory, keeper and slot; one more for a lock that is kept, and one for each account."""
 SPARE_FDS = 512
 """File descriptors for everything else: helpers' channels, replies under way, free slots."""
 WARN_AT = 0.8
@@ -448,7 +448,7 @@ class Service:
 
     def _files(self, count: int) -> int:
         """Open files of so many leases."""
-        return count * FDS_OF_A_LEASE + self._leases.locks
+        return count * FDS_OF_A_LEASE + self._leases.locks + self._lifecycle.watched
 
     def _number(self, exchange: Exchange) -> Number | None:
         """A number for an attach, its exchange's from now on; None when one is about to come free. Else a refusal.
@@ -592,7 +592,7 @@ class Service:
             raise message.refusal
         taken = iter([fds.steal(index) for index in range(len(fds))])
         own = {"device": next(taken)}
-        own |= {name: next(taken) for name in ("directory", "lock") if getattr(message, name)}
+        own |= {name: next(taken) for name in ("directory", "lock", "cgroup") if getattr(message, name)}
         with FdSet(taken) as client:
             lease = self._book(exchange, message, own)
             limit = exchange.terms.limits.bytes
