@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 
-from . import __version__, devices, leases, numbers, policy, pool, sd, transport, uevents
+from . import __version__, devices, leases, numbers, policy, pool, sd, sysfs, transport, uevents
 from .audit import Audit, Event
 from .bugs import described
 from .devices import Access
@@ -164,7 +164,7 @@ class Daemon:
         self._watchdog = sd.watchdog_interval()
         self._audit = Audit(options.instance)
         listeners = _listeners(passed)
-        self._access = Access()
+        self._access = Access(sysfs.mount())
         self._control = _control(self._access)
         self._poller = Poller()
         self._stopping = False

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from . import loop as lo
 from . import rights
 from .files import Backing
 from .loop import LOOP_MAJOR, Loop, LoopControl, UnexpectedDevice, backing_file, supports_configure
@@ -67,10 +68,14 @@ class Binding(NamedTuple):
 class Access:
     """How loopd itself opens a device: through a node of its own in a private directory, else through /dev.
 
-    `/dev/loopN` is root's until udev changes it, and loopd runs as a user of its own.
+    `/dev/loopN` is root's until udev changes it, and loopd runs as a user of its own. What the kernel says of devices
+    the process looks up in a sysfs of its own from now on, if it is given the root of one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own_sysfs: int | None = None) -> None:
+        self._sysfs = own_sysfs
+        if own_sysfs is not None:
+            lo.sysfs = f"/proc/self/fd/{own_sysfs}"
         self._private: int | None = None
         with contextlib.suppress(OSError):
             # Outside of the service it may be there too, as the mount point in /run.
@@ -79,8 +84,8 @@ class Access:
 
     @property
     def fds(self) -> list[int]:
-        """The directory's fd, where there is one of the service's own."""
-        return [] if self._private is None else [self._private]
+        """Those of the directory and of sysfs, where there are such of the service's own."""
+        return [fd for fd in (self._private, self._sysfs) if fd is not None]
 
     def open_control(self) -> LoopControl:
         """Open the loop control device; OSError as open(2)."""
@@ -183,7 +188,7 @@ def device_number(name: str, disk: str | None = None) -> tuple[int, int]:
     """Major and minor of a disk, or of partition `name` of `disk`. Never derived from the name: loop.max_part shifts
     it.
     """
-    path = f"/sys/block/{name}/dev" if disk is None else f"/sys/block/{disk}/{name}/dev"
+    path = f"{lo.sysfs}/block/{name}/dev" if disk is None else f"{lo.sysfs}/block/{disk}/{name}/dev"
     with open(path, encoding="ascii") as attribute:
         major, minor = attribute.read().split(":")
     return int(major), int(minor)
@@ -192,7 +197,7 @@ def device_number(name: str, disk: str | None = None) -> tuple[int, int]:
 def size(devname: str) -> int | None:
     """Bytes of a device, as the kernel has it now; None without a device."""
     try:
-        with open(f"/sys/block/{devname}/size", encoding="ascii") as attribute:
+        with open(f"{lo.sysfs}/block/{devname}/size", encoding="ascii") as attribute:
             return int(attribute.read()) * 512  # whatever the sector size is
     except OSError:
         return None
@@ -212,7 +217,7 @@ def partitions(devname: str) -> dict[str, tuple[int, int]]:
     """Names and device numbers of the partitions that the kernel has for `devname` now."""
     found = {}
     with _gone():
-        for name in os.listdir(f"/sys/block/{devname}"):
+        for name in os.listdir(f"{lo.sysfs}/block/{devname}"):
             if name.startswith(f"{devname}p"):
                 with _gone():
                     found[name] = device_number(name, devname)
@@ -364,7 +369,7 @@ def _verify(loop: Loop, number: int, request: Attach, backing: Backing) -> Bindi
 def sequence(devname: str) -> int | None:
     """The device's sequence number, which every bind and unbind raises; None before Linux 5.15, or without a device."""
     try:
-        with open(f"/sys/block/{devname}/diskseq", encoding="ascii") as attribute:
+        with open(f"{lo.sysfs}/block/{devname}/diskseq", encoding="ascii") as attribute:
             return int(attribute.read())
     except OSError:
         return None

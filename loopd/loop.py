@@ -316,9 +316,13 @@ def _open_node(minor: int, flags: int, dir_fd: int | None) -> int:
     return os.open(name, flags, dir_fd=_valid_fd(dir_fd))
 
 
+sysfs = "/sys"
+"""Where sysfs is mounted: that which the whole process looks into."""
+
+
 def _sysfs_name(rdev: int) -> str:
     """The kernel's name of an *open* block device, which cannot be removed, so sysfs has it."""
-    path = f"/sys/dev/block/{os.major(rdev)}:{os.minor(rdev)}"
+    path = f"{sysfs}/dev/block/{os.major(rdev)}:{os.minor(rdev)}"
     try:
         return os.path.basename(os.readlink(path))
     except FileNotFoundError:
@@ -674,7 +678,7 @@ class Loop:
     def partitions(self) -> list[int]:
         """The numbers of the partitions that the kernel has for this device, sorted; from sysfs"""
         self.fileno()
-        split = [name.partition(f"{self.devname}p") for name in os.listdir(f"/sys/block/{self.devname}")]
+        split = [name.partition(f"{self.devname}p") for name in os.listdir(f"{sysfs}/block/{self.devname}")]
         return sorted(int(number) for before, _, number in split if not before and number.isdigit())
 
     def add_partition(self, number: int, start: int, length: int) -> None:
@@ -1011,7 +1015,7 @@ def backing_file(minor: int) -> str | None:
     The path is that of the binder's mount namespace, with `` (deleted)`` after it if so.
     """
     try:
-        with open(f"/sys/block/loop{_valid_number(minor)}/loop/backing_file", "rb") as attribute:
+        with open(f"{sysfs}/block/loop{_valid_number(minor)}/loop/backing_file", "rb") as attribute:
             path = attribute.read()
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENODEV):  # ENODEV: unbound between open and read

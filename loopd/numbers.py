@@ -21,6 +21,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from . import loop as lo
 from . import transport
 from .accounts import Owner
 from .devices import Access, Number
@@ -455,7 +456,7 @@ class Numbers:
     def sweep(self, known: set[int]) -> None:
         """Remove devices of the range that a daemon which died had made; one that is bound or open lingers."""
         used = functools.cache(lambda block: self.used(FIRST + block * BLOCK))
-        for name in os.listdir("/sys/block"):
+        for name in os.listdir(f"{lo.sysfs}/block"):
             if name.startswith("loop") and ours(name):
                 number = int(name[4:])
                 if number not in known and used((number - FIRST) // BLOCK):

@@ -38,6 +38,7 @@ from untouched import (
 )
 
 from loopd import wire
+from loopd.cgroups import ROOTS
 from loopd.lifecycle import Lifecycle
 from loopd.loop import Loop
 
@@ -439,6 +440,73 @@ def test_nodes_in_a_grant_that_is_kept_locked(
     assert {node.stat().st_mode & 0o777 for node in grant.iterdir()} <= {0}
     for node in grant.iterdir():
         node.unlink()
+    before.check(tmp_path)
+
+
+@contextlib.contextmanager
+def _closed_to_all(never: Never, directory: Path) -> Iterator[None]:
+    """Nobody can look up a name in that directory: it is listed for ever, and who would make one there comes first."""
+
+    def make(tell: Callable[[object], None]) -> None:
+        tell("soon")
+        with contextlib.suppress(OSError):  # neither file system lets files be made; it takes the lock to find out
+            os.open(directory / "loopd-test", os.O_WRONLY | os.O_CREAT)
+
+    with _locking(never, _listing(directory)), Child(make) as second:
+        second.hear()
+        eventually(lambda: state(second.pid) == "D", "the next one waits for the lock")
+        try:
+            yield
+        finally:
+            never.end()
+
+
+def test_a_cgroup_that_is_kept_locked(
+    quick: Callable[..., Daemon], never: Never, image: int, directory: int, tmp_path: Path
+) -> None:
+    """A container may read its own. It has its own attaches wait, and nobody else's."""
+    daemon = quick()
+    before = Untouched(daemon)
+    account = f"loopd-test-{os.getpid()}"
+    go = os.pipe()
+    with cgroup(account) as enter:
+        place = next((path for root in ROOTS if (path := Path(root, account)).exists()), None)
+        require(enter and place, "needs a cgroup v2 hierarchy to make a second account in")
+        assert enter is not None
+        assert place is not None
+
+        def attach(tell: Callable[[object], None]) -> None:
+            enter()
+            tell("inside")
+            os.read(go[0], 1)
+            tell(ask(daemon.path, ALL, [image, directory]).code)
+
+        with Child(attach, keep=[image, directory, go[0]]) as client:
+            client.hear()
+            with _closed_to_all(never, place):
+                os.write(go[1], b"x")
+                stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 1, "the daemon serves")
+                _served(daemon)
+                assert client.hear() == "timeout"
+                assert {record["LOOPD_ACCOUNT"] for record in daemon.records("stuck")} == {f"/{account}"}
+    for fd in go:
+        os.close(fd)
+    before.check(tmp_path)
+
+
+def test_a_device_whose_directory_in_sysfs_is_kept_locked(
+    start_daemon: Callable[..., Daemon], never: Never, image: int, directory: int, tmp_path: Path
+) -> None:
+    """By a user of the host: a daemon with a network namespace of its own looks into a sysfs of its own."""
+    daemon = start_daemon(launcher=("unshare", "--net"))
+    before = Untouched(daemon)
+    reply = daemon.attach(image, directory)
+    with _closed_to_all(never, Path("/sys/block", reply.fields["devname"])):
+        reply.close()
+        stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 1, "the daemon serves")
+        eventually(lambda: daemon.records("expired"), "the device is gone")
+        _served(daemon)
+        assert not daemon.records("stuck")
     before.check(tmp_path)
 
 

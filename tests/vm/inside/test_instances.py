@@ -291,6 +291,8 @@ def test_services_run_hardened(instance: None) -> None:
         root = Path(f"/proc/{prop(service, 'MainPID')}/root")
         assert not list((root / "home").iterdir())
         assert os.statvfs(root / "usr").f_flag & os.ST_RDONLY
+        (sysfs,) = (fd for fd in root.with_name("fd").iterdir() if (fd / "block").is_dir())
+        assert sysfs.stat().st_dev != Path("/sys").stat().st_dev, "others can keep its directories locked"
 
 
 @pytest.fixture
