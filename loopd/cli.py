@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
@@ -601,7 +602,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.verb not in VERBS:
         said = "" if args.verb is None else f", not {args.verb!r}{_meant(args.verb, VERBS)}"
         top.error(f"expected one of {', '.join(VERBS)}{said}")
-    rest = args.rest
+    rest, words = args.rest, list(sys.argv[1:] if argv is None else argv)
+    if words[: len(words) - len(rest)][-1] == "--":
+        rest = ["--", *rest]  # argparse takes the one directly behind the verb away
     options = verb_parser(args.verb)
     if args.verb == "run":
         # Not left to argparse, which in some versions takes a second "--" out of the command.
@@ -643,6 +646,8 @@ def _explain(error: client.Error, image: str = "IMAGE") -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``loopctl`` with `argv`, by default the process's; its exit code. SystemExit(2) for bad usage."""
     args = _parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path goes out as the bytes that it is
     try:
         return VERBS[args.verb].perform(args)
     except client.Error as error:

@@ -112,6 +112,9 @@ def getopt(arguments: list[str]) -> Iterator[tuple[str, str, list[str]]]:
             letters = word[1:]
             while letters:
                 key, letters = letters[0], letters[1:]
+                if key == "m" and letters:
+                    yield key, "", [f"-m{letters}"]  # an argument that may be missing
+                    break
                 if key in LETTERS:
                     value = letters or next(words, "")
                     yield key, value, [f"-{key}", value]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import resource
 import socket
 import time
@@ -681,17 +682,19 @@ class Service:
 
     def _list(self, exchange: Exchange, request: Leases) -> None:
         admin = self._admin(exchange)
-        found = list(self._leases.of(None if admin else exchange.owner))
-        start = next((i + 1 for i, lease in enumerate(found) if lease.binding.devname == request.after), 0)
+        # In the order of their numbers: the one that the last reply ended with may be gone by now.
+        after = int(request.after.removeprefix("loop")) if re.fullmatch("loop[0-9]{1,7}", request.after) else -1
+        leases = self._leases.of(None if admin else exchange.owner)
+        found = [lease for lease in leases if lease.binding.number > after]
         rows: list[wire.LeaseInfo] = []
         size = 0
-        for lease in found[start:]:
+        for lease in found:
             row = _info(lease, admin)
             size += len(wire.encode_reply(wire.LeaseList((row,))))
             if rows and size > wire.MAX_REPLY:
                 break
             rows.append(row)
-        self.answer(exchange, wire.LeaseList(tuple(rows), more=start + len(rows) < len(found)))
+        self.answer(exchange, wire.LeaseList(tuple(rows), more=len(rows) < len(found)))
 
     def _detach(self, exchange: Exchange, request: Detach) -> None:
         if request.force and not self._admin(exchange):

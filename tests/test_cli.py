@@ -104,6 +104,23 @@ def test_attach_prints_the_path_and_keeps_the_device(ctl: Ctl, loop: Loop) -> No
     assert result.code == 0
 
 
+def test_a_path_is_printed_as_the_bytes_that_it_is(ctl: Ctl, loop: Loop) -> None:
+    ctl.dev = ctl.dev / os.fsdecode(b"b\xe4u")
+    ctl.dev.mkdir()
+    with Peer(ctl.sock, loop.deliver):
+        # What a locale such as en_US.UTF-8 makes of standard output, and C.UTF-8 does not.
+        result = ctl("attach", loop.image, "-d", ctl.dev, before=["env", "PYTHONIOENCODING=utf-8:strict"], errors="surrogateescape")
+    assert (result.out, result.err, result.code) == (f"{ctl.dev / loop.reply['devname']}\n", "", 0)
+
+
+def test_an_image_whose_name_begins_with_a_dash(ctl: Ctl) -> None:
+    image = ctl.image.rename(ctl.image.with_name("-w.img"))
+    with Peer(ctl.sock, *[lambda request: request.refuse("quota", "none left")] * 3):
+        for words in (["-d", ctl.dev, "--"], ["--json", "--"], ["--"]):
+            result = ctl("attach", *words, image.name, cwd=image.parent)
+            assert (result.err.splitlines()[0], result.code) == ("loopctl: none left", 1), words
+
+
 def test_attach_in_json(ctl: Ctl, loop: Loop) -> None:
     with Peer(ctl.sock, loop.deliver):
         result = ctl("attach", loop.image, "-d", ctl.dev, "--json")

@@ -92,8 +92,12 @@ def test_the_runtimes_handler(tmp_path: Path) -> None:
     assert specification["process"]["capabilities"] == {"bounding": ["CAP_CHOWN"]}
     handler = objects("runtimeclass.yaml")["RuntimeClass"]["handler"]
     settings = recipe("The device cgroup", "toml", page="kubernetes.md")
-    runtimes = tomllib.loads(settings)["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]
-    assert runtimes[handler]["base_runtime_spec"] == "/etc/containerd/loopd.json"
+    page = (ROOT / "docs/kubernetes.md").read_text()
+    (newer,) = re.findall(r'the plugin is `"(io\.containerd\.[\w.]+)"`', page)
+    older = "io.containerd.grpc.v1.cri"
+    for plugin in (older, newer):
+        runtimes = tomllib.loads(settings.replace(older, plugin))["plugins"][plugin]["containerd"]["runtimes"]
+        assert runtimes[handler]["base_runtime_spec"] == "/etc/containerd/loopd.json"
 
 
 @pytest.mark.parametrize(

@@ -833,6 +833,7 @@ def file_system(box: Box) -> Box:
         ["--options=loop", "--types=ext4", "--source", "image", "mnt"],
         ["--target", "mnt", "image"],
         ["-vo", "loop", "--", "image", "mnt"],
+        ["-m0755", "-o", "loop", "image", "mnt"],
     ],
     ids=" ".join,
 )
