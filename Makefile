@@ -95,7 +95,7 @@ check: venv for-check
 	.venv/bin/pytest $(if $(K),-k "$(K)") $(AGAIN)
 
 fuzz: venv for-check
-	LOOPD_FUZZ_DATAGRAMS=$(FUZZ) .venv/bin/pytest tests/fuzz.py
+	LOOPD_FUZZ_DATAGRAMS=$(FUZZ) .venv/bin/pytest tests/fuzz.py $(AGAIN)
 
 bench: venv for-bench
 	.venv/bin/python -c 'import matplotlib' 2>/dev/null || \
@@ -157,7 +157,7 @@ endif
 	    $(foreach pair,$(SYSTEM) $(COMPLETION) $(PAGES),$(DESTDIR)$(PREFIX)/$(lastword $(subst :, ,$(pair))))
 	rmdir --ignore-fail-on-non-empty $(DESTDIR)$(PREFIX)/share/doc/loopd 2>/dev/null || :
 ifeq ($(DESTDIR),)
-	rm -rf /run/loopd /run/loopd-admin /run/loopd-*/sock /run/loopd-*/admin.sock
+	rm -rf /run/loopd /run/loopd-admin /run/loopd-*/sock /run/loopd-*/admin.sock /var/lib/prometheus/node-exporter/loopd-*.prom
 	rmdir --ignore-fail-on-non-empty /etc/loopd /run/loopd-* 2>/dev/null || :
 	if [ -d /run/systemd/system ]; then \
 	    systemctl daemon-reload && journalctl --update-catalog && { ! [ -S /run/udev/control ] || udevadm control --reload; }; \

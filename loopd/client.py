@@ -523,7 +523,8 @@ def _opened_lease(lifetime: Lifetime, stack: ExitStack) -> int | None:
     except OSError as error:
         raise Error(
             f"the lifetime {lifetime!r} cannot be watched: pidfd_open: {error.strerror}",
-            'it needs Linux 5.3 and a seccomp profile with pidfd_open; `loopctl run`, and the lifetime "device" of the API, do without',
+            "it needs Linux 5.3 and a seccomp profile with pidfd_open;"
+            ' `loopctl run` and the lifetime "device" do without',
         ) from error
     stack.callback(os.close, fd)
     return fd

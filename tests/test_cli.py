@@ -109,7 +109,8 @@ def test_a_path_is_printed_as_the_bytes_that_it_is(ctl: Ctl, loop: Loop) -> None
     ctl.dev.mkdir()
     with Peer(ctl.sock, loop.deliver):
         # What a locale such as en_US.UTF-8 makes of standard output, and C.UTF-8 does not.
-        result = ctl("attach", loop.image, "-d", ctl.dev, before=["env", "PYTHONIOENCODING=utf-8:strict"], errors="surrogateescape")
+        strict = ["env", "PYTHONIOENCODING=utf-8:strict"]
+        result = ctl("attach", loop.image, "-d", ctl.dev, before=strict, errors="surrogateescape")
     assert (result.out, result.err, result.code) == (f"{ctl.dev / loop.reply['devname']}\n", "", 0)
 
 

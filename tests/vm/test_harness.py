@@ -71,7 +71,7 @@ def test_outcomes(any_machine: str, tmp_path: Path) -> None:
 
 
 PLANS = {
-    "hang": qemu.Plan(sample("test_passes", "test_hangs", "test_after_the_end"), SAMPLE, (), silence_deadline=30),
+    "hang": qemu.Plan(sample("test_passes", "test_hangs", "test_after_the_end"), SAMPLE, (), silence_deadline=60),
     "no closing line": qemu.Plan(sample("test_passes", "test_no_closing_line"), SAMPLE, ()),
     "failed install": qemu.Plan(sample("test_passes"), SAMPLE, ("echo first", "echo second; exit 3", "echo third")),
 }
@@ -91,7 +91,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_hang(runs: dict[str, qemu.Run]) -> None:
     run = runs["hang"]
     assert run.result("test_sample.py::test_passes").outcome == "passed"
-    with pytest.raises(qemu.RunFailed, match=r"silent for 30 s(.|\n)*begin test_sample.py::test_hangs"):
+    with pytest.raises(qemu.RunFailed, match=r"silent for 60 s(.|\n)*begin test_sample.py::test_hangs"):
         run.result("test_sample.py::test_hangs")
     assert run.qemu.poll() is not None, "the VM still runs"
     with pytest.raises(qemu.RunFailed, match="silent"):

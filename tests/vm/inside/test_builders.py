@@ -38,7 +38,8 @@ def attached(disk: Path) -> Iterator[str]:
     """The image on a device of the host's own losetup, with its partitions."""
     device = run(REAL, "--find", "--show", "--partscan", "--read-only", disk).strip()
     try:
-        wait_for("its partitions", Path(f"{device}p2").exists)
+        run("udevadm", "settle")  # where it looks meanwhile, a kernel scans twice, and they are gone in between
+        wait_for("its partitions", lambda: Path(f"{device}p1").exists() and Path(f"{device}p2").exists())
         yield device
     finally:
         run(REAL, "--detach", device)
@@ -63,7 +64,7 @@ def test_fai_diskimage(folder: Path) -> None:
     (folder / "etc").mkdir()
     command = "fai-diskimage -C /srv/work/etc -u built -S 600M -c LOOPD -s /srv/work/config disk.raw"
     print(container(folder, *command.split()))
-    assert not bound()
+    wait_for("nothing is bound", lambda: not bound())
 
     disk = folder / "disk.raw"
     table = json.loads(run("sfdisk", "--json", disk))["partitiontable"]

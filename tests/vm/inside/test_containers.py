@@ -71,8 +71,8 @@ def test_a_container_that_dies_leaves_nothing(work: Path, journal: Journal) -> N
     finally:
         run("podman", "kill", "dies")
     wait_for("its devices are gone", lambda: not bound(), 10)
-    records = journal.records(f"LOOPD_UNIT=libpod-{identifier}.scope", f"MESSAGE_ID={EXPIRED}")
-    assert len(records) == 2
+    ended = (f"LOOPD_UNIT=libpod-{identifier}.scope", f"MESSAGE_ID={EXPIRED}")
+    wait_for("that is recorded", lambda: len(journal.records(*ended)) == 2)
 
 
 @pytest.mark.deadline(240)

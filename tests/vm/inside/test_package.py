@@ -231,6 +231,10 @@ def test_installer_of_the_cluster(package: Package) -> None:
 def test_removal_and_purge(package: Package, disk: Path, folder: Path) -> None:
     CONFIGURATION.write_text("limits.devices = 7\n")
     run("systemctl", "enable", "--now", "loopd@team.socket")
+    metrics = Path("/var/lib/prometheus/node-exporter/loopd-admin.prom")
+    made = [path for path in metrics.parents if not path.exists()]
+    metrics.parent.mkdir(parents=True, exist_ok=True)
+    metrics.touch()
     idle = attach(disk)
     in_use = folder / "in-use.img"
     shutil.copy(disk, in_use)
@@ -253,7 +257,9 @@ def test_removal_and_purge(package: Package, disk: Path, folder: Path) -> None:
         assert (prop(unit, "LoadState"), prop(unit, "ActiveState")) == ("not-found", "inactive"), unit
     assert run("systemctl", "--failed", "--plain", "--no-legend") == ""
     assert run("find", "/run", "-maxdepth", "1", "-name", "loopd*", "!", "-name", "loopd-test*") == ""
-    assert [path.exists() for path in (CONFIGURATION, STATE)] == [True, True]
+    assert [path.exists() for path in (CONFIGURATION, STATE, metrics)] == [True, True, False]
+    for each in made:
+        each.rmdir()
 
     package.purge()
     shutil.rmtree(disk.parent / "dev")

@@ -287,7 +287,7 @@ def test_a_stale_partition_node_never_reads_the_next_files_data(disk: Path, gran
             before, *kept = keeper.stdout.readline().strip().split(" | ")
             assert before == f"reads {bytes(6)}"
             assert "done" not in kept
-            run(*builders, "loopctl", "detach", "--wait=5", device)
+            run(*builders, "loopctl", "detach", "--wait=30", device)
             for _ in range(10):
                 other = loopctl("attach", "--partscan", "--directory", grant, secret).strip()
                 if numbers(other)[f"{name(other)}p1"] == number:
@@ -319,6 +319,7 @@ def test_sectors_of_4096_bytes(disk: Path, grant: Path) -> None:
     assert disk.read_bytes()[4096:4104] == b"EFI PART"
     other = run("losetup", "--find", "--show", "--partscan", "--sector-size=4096", "--read-only", disk).strip()
     try:
+        run("udevadm", "settle")  # where it looks meanwhile, a kernel scans twice, and they are gone in between
         wait_for("the host's node", Path(f"{other}p2").exists)
         assert run("blkid", "-p", "-o", "value", "-s", "LABEL", f"{other}p2") == "four\n"
     finally:

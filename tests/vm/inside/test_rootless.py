@@ -36,10 +36,10 @@ def user() -> Iterator[None]:
 def root() -> Iterator[str]:
     """In place of an image: a root directory whose files are this user's, which is root of its containers."""
     if not ROOT.exists():
-        run("cp", "--archive", "/srv/container", ROOT)
-        run("chown", "--recursive", "--no-dereference", f"{USER}:", ROOT)
+        run("cp", "--archive", "/srv/container", ROOT, timeout=300)
+        run("chown", "--recursive", "--no-dereference", f"{USER}:", ROOT, timeout=300)
     yield ROOTFS
-    run("rm", "--recursive", ROOT)
+    run("rm", "--recursive", ROOT, timeout=300)
 
 
 @pytest.fixture
