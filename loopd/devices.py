@@ -380,6 +380,15 @@ def still_bound(binding: Binding) -> bool:
     return backing_file(binding.number) is not None and sequence(binding.devname) == binding.diskseq
 
 
+def autoclear(devname: str) -> bool | None:
+    """Whether the kernel unbinds the device at its last close; None if it is not bound."""
+    try:
+        with open(f"{lo.sysfs}/block/{devname}/loop/autoclear", encoding="ascii") as attribute:
+            return attribute.read() == "1\n"
+    except OSError:
+        return None
+
+
 def let_go(loop: Loop) -> None:
     """Write back what was written, delete the partitions, and have the kernel unbind at the last close.
 
@@ -398,10 +407,10 @@ def _unbind_at_last_close(loop: Loop) -> None:
             loop.set_status(autoclear=True)
 
 
-def nudge(access: Access, binding: Binding) -> None:
+def nudge(access: Access, number: int, diskseq: int | None) -> None:
     """Once more have a device unbound that somebody kept open, in case he cleared the flag before he closed it."""
-    with contextlib.suppress(OSError, UnexpectedDevice), access.opened(binding.number) as (loop, _):
-        if loop.diskseq() == binding.diskseq:
+    with contextlib.suppress(OSError, UnexpectedDevice), access.opened(number) as (loop, _):
+        if loop.diskseq() == diskseq:
             _unbind_at_last_close(loop)
 
 

@@ -400,7 +400,7 @@ class Helper:
         return False
 
     def _nudge(self, job: Nudge, fds: FdSet) -> bool:
-        devices.nudge(self._tools.access, job.binding)
+        devices.nudge(self._tools.access, job.number, job.diskseq)
         return False
 
 

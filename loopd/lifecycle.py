@@ -19,7 +19,7 @@ from .devices import Binding
 from .inotify import Inotify
 from .leases import Lease, Leases, Slots, State
 from .loop import backing_file
-from .numbers import PARKED, Numbers, ours
+from .numbers import Numbers, is_parked, ours
 from .policy import Policy
 from .poller import HUNG_UP, READABLE, Poller
 from .pool import Pool, Worker
@@ -108,6 +108,7 @@ class Lifecycle:
         self._foreign: dict[str, Account] = {}
         self._suspects: dict[str, tuple[str, int | None]] = {}
         self._unknown: set[str] = set()
+        self._nudged: set[str] = set()
         self._watched: dict[int, Lease] = {}
         self._kept: list[socket.socket] = []
         self._replies: dict[str, int] = {}
@@ -384,21 +385,29 @@ class Lifecycle:
 
         def landed() -> None:
             ended()
-            account.jobs -= 1
-            if account.queue:
-                account.queue.popleft()()
+            self._landed(account)
 
         def start() -> None:
-            account.jobs += 1
             lock = lease.lock if isinstance(job, messages.Release) else None
             fds = [fd for fd in (lease.device, lease.directory, lock) if fd is not None]
             task = LeaseTask(done, again if tries > 1 else None, stuck, after, landed)
             self._pool.submit(task, job, fds, self.policy.request_timeout)
 
+        self._in_turn(account, start)
+
+    def _in_turn(self, account: Account, start: Callable[[], None]) -> None:
+        """Start a job of an account, until `_landed`; if it has enough of them, when one of those has."""
         if account.jobs < self.MOST_JOBS:
+            account.jobs += 1
             start()
         else:
             account.queue.append(start)
+
+    def _landed(self, account: Account) -> None:
+        if account.queue:
+            account.queue.popleft()()  # in its place
+        else:
+            account.jobs -= 1
 
     # The end ----------------------------------------------------------------------------------------------------------
 
@@ -485,7 +494,10 @@ class Lifecycle:
         number = int(devname[4:])
         file = backing_file(number)
         known = self._foreign.get(devname)
-        if file is None or file.startswith(PARKED) or self.leases.get(devname) is not None:
+        parked = file is not None and is_parked(devname, file)
+        if parked and devices.autoclear(devname) is False:
+            self._nudge_parked(number)
+        if file is None or parked or self.leases.get(devname) is not None:
             self._suspects.pop(devname, None)
             if known is not None:
                 del self._foreign[devname]
@@ -525,7 +537,30 @@ class Lifecycle:
             lease.working = False
 
         lease.working = True
-        self._submit(lease, messages.Nudge(lease.binding), void, ended=ended)
+        self._submit(lease, messages.Nudge(lease.binding.number, lease.binding.diskseq), void, ended=ended)
+
+    def _nudge_parked(self, number: int) -> None:
+        """Whoever has a parked device open has seen to it that it would stay for ever."""
+        devname = f"loop{number}"
+        owner = self._numbers.had(number)
+        account = self.accounts.get(owner.account if owner else "")
+
+        def stuck() -> None:
+            text = f"A helper process hangs in {devname}, which could not be removed, and was written off"
+            self._audit.record(Event.STUCK, text, device=devname, number=number, account=account.name or None)
+
+        def landed() -> None:
+            self._nudged.discard(devname)
+            self._landed(account)
+
+        def start() -> None:
+            task = LeaseTask(void, None, stuck, nothing, landed)
+            job = messages.Nudge(number, devices.sequence(devname))
+            self._pool.submit(task, job, [], self.policy.request_timeout)
+
+        if devname not in self._nudged:
+            self._nudged.add(devname)
+            self._in_turn(account, start)
 
     def on_number(self) -> None:
         """The process that makes and removes numbers has answered; EOFError when it has ended instead."""

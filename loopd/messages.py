@@ -104,7 +104,8 @@ class Resize(NamedTuple):
 class Nudge(NamedTuple):
     """Have a device unbound that was let go of, and that somebody else had open."""
 
-    binding: Binding
+    number: int
+    diskseq: int | None
 
 
 class Sweep(NamedTuple):

@@ -21,8 +21,8 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from . import devices, transport
 from . import loop as lo
-from . import transport
 from .accounts import Owner
 from .devices import Access, Number
 from .loop import Loop, LoopControl, UnexpectedDevice, backing_file
@@ -213,6 +213,15 @@ def _probe(control: LoopControl, access: Access, number: int) -> None:
 
 PARKED = "/memfd:loopd-parked"
 """What sysfs names as the file of a device that was parked."""
+PARKED_SIZE = 4096
+"""Bytes of that file."""
+
+
+def is_parked(devname: str, file: str) -> bool:
+    """Whether a device of this file was parked; or by a client that went so far, whose it is harms nobody."""
+    return file.startswith(PARKED) and devices.size(devname) == PARKED_SIZE
+
+
 
 _parked: dict[int, Loop] = {}
 """Devices that could not be removed because somebody has them open: bound to nothing, so that nobody binds them to
@@ -261,7 +270,7 @@ def _park(access: Access, number: int) -> None:
     with contextlib.suppress(OSError, UnexpectedDevice), access.opened(number) as (loop, _):
         nothing = os.memfd_create("loopd-parked", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(nothing, 4096)
+            os.ftruncate(nothing, PARKED_SIZE)
             loop.configure(nothing, autoclear=True, read_only=True)
         finally:
             os.close(nothing)

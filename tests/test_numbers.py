@@ -555,6 +555,22 @@ def test_a_device_that_stays_open_costs_no_file(
     daemon.end()
 
 
+def test_nor_does_it_stay_when_its_client_would_have_it_so(
+    start_kept: Callable[..., Kept], image: int, directory: int, devices: Path
+) -> None:
+    """LOOP_SET_STATUS64 takes the flag away that unbinds it at its last close; who opened it to write may."""
+    daemon = start_kept()
+    name = daemon.attach(image, directory).fields["devname"]
+    number = int(name[4:])
+    with kept_open(daemon, devices / name) as caught, contextlib.closing(Loop.from_fd(os.dup(caught.fileno()))) as mine:
+        eventually(lambda: (backing_file(number) or "").startswith(PARKED), "it is bound to nothing", 8)
+        mine.set_status(autoclear=False)
+    eventually(lambda: not exists(name), "it goes all the same", 15)
+    assert not daemon.records("foreign")
+    (devices / "kept").unlink()
+    daemon.end()
+
+
 def test_nor_when_the_counter_was_lost(start_kept: Callable[..., Kept], tmp_path: Path) -> None:
     daemon = start_kept()
     daemon.counter.unlink()
