@@ -34,7 +34,9 @@ def watchable(account: str) -> bool:
 
 def open_events(account: str) -> int | None:
     """The file that tells the account's end, the caller's to close; None where there is none, as on a host without the
-    second version. `Gone` when it has ended, OSError as open(2). For a helper: to look it up may take long.
+    second version. `Gone` when it has ended, OSError where there is no room for a file.
+
+    For a helper: to look it up may take long.
     """
     if not watchable(account):
         return None
@@ -43,13 +45,13 @@ def open_events(account: str) -> int | None:
             try:
                 return os.open(f"{root}{account}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                if error.errno not in _REMOVED:
+                if error.errno in _NO_ROOM:
                     raise
-                raise Gone from error
+                raise Gone from error  # ENOENT; ENODEV between look-up and open
     return None
 
 
-_REMOVED = (errno.ENOENT, errno.ENODEV)
+_NO_ROOM = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def _populated(events: int) -> bool:

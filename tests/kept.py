@@ -145,7 +145,11 @@ class Kept(Daemon):
         """End the main process by a signal, and wait until the manager knows: after SIGKILL it starts the next one."""
         pid, before = self.pid, len(self.ends)
         os.kill(pid, number)
-        eventually(lambda: self.running != pid and len(self.ends) > before, "the daemon has ended", 20)
+        try:
+            eventually(lambda: self.running != pid and len(self.ends) > before, "the daemon has ended", 60)
+        except AssertionError as error:  # a wait for the disk, most likely: it has to write a number down
+            stack = Path(f"/proc/{pid}/stack")
+            raise AssertionError(stack.read_text() if stack.exists() else f"{pid} ended unnoticed") from error
 
     @contextlib.contextmanager
     def outage(self) -> Iterator[None]:
