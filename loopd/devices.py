@@ -304,7 +304,10 @@ def _bind(loop: Loop, lock: int, number: int, fd: int, request: Attach, backing:
         _lock(lock)
         delete_partitions(loop)
         _configure(loop, fd, request, backing)
-        return Bound(_verify(loop, number, request, backing), loop.fd, lock)
+        try:
+            return Bound(_verify(loop, number, request, backing), loop.fd, lock)
+        except OSError as error:  # not lost to anybody: it is bound, and its file was asked
+            raise Refusal(Code.IO, f"the device could not be read back: {error}") from error
     except BaseException:
         os.close(lock)
         loop.close()

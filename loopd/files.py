@@ -165,7 +165,7 @@ def _is_shmem(fd: int) -> bool:
     return True
 
 
-def _check_file_system(fd: int, identity: Identity, what: str, mounts: Mounts, allowed: frozenset[str]) -> None:
+def _check_file_system(fd: int, identity: Identity, what: str, mounts: Mounts, allowed: frozenset[str]) -> str:
     found = mounts.find(fd, identity)
     if found is None:
         raise Refusal(
@@ -180,6 +180,7 @@ def _check_file_system(fd: int, identity: Identity, what: str, mounts: Mounts, a
             Code.NOT_PERMITTED,
             f"{what}: an overlay that the host itself has not mounted; use a bind-mounted directory of the host",
         )
+    return found.type
 
 
 _TYPES = {stat.S_IFDIR: "a directory", stat.S_IFBLK: "a block device", stat.S_IFCHR: "a character device"}
@@ -187,13 +188,16 @@ _TYPES |= {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a s
 
 
 class Backing(NamedTuple):
-    """A backing file that passed; `dev` and `inode` identify it, `path` is where the client had it."""
+    """A backing file that passed; `dev` and `inode` identify it, `path` is where the client had it. `quiet`: closing it
+    while it is open elsewhere asks nobody who may not answer, as FUSE asks its server.
+    """
 
     read_only: bool
     size: int
     dev: str
     inode: int
     path: str
+    quiet: bool
 
 
 def _path(fd: int) -> str:
@@ -216,6 +220,7 @@ def check_backing(
     if flags & os.O_APPEND:
         raise Refusal(Code.BAD_FD, "fd: opened with O_APPEND, which a loop device would ignore")
     identity = identify(fd)
+    quiet = True
     if stat.S_ISBLK(identity.mode) and block_devices:
         size = os.lseek(fd, 0, os.SEEK_END)  # the driver is asked, not the file system that the node is on
     elif not stat.S_ISREG(identity.mode):
@@ -224,7 +229,7 @@ def check_backing(
     else:
         # A memfd is on no mount that anybody has in his table, and always allowed.
         if not _is_shmem(fd) or ("tmpfs" not in allowed and mounts.find(fd, identity) is not None):
-            _check_file_system(fd, identity, "fd", mounts, allowed)
+            quiet = _check_file_system(fd, identity, "fd", mounts, allowed) in ANSWERING
         size = os.fstat(fd).st_size
     if size == 0:
         raise Refusal(Code.INVALID, "fd: the file is empty: give it a size first, as truncate(1) does")
@@ -235,7 +240,7 @@ def check_backing(
         raise Refusal(Code.INVALID, f"fd: {window} bytes are less than one sector of {request.sector_size}")
     path = _path(fd)
     read_only = request.read_only or flags & os.O_ACCMODE == os.O_RDONLY
-    return Backing(read_only, size, f"{identity.dev[0]}:{identity.dev[1]}", identity.inode, path)
+    return Backing(read_only, size, f"{identity.dev[0]}:{identity.dev[1]}", identity.inode, path, quiet)
 
 
 def check_directory(fd: int, mounts: Mounts, allowed: frozenset[str]) -> None:

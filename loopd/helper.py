@@ -23,6 +23,7 @@ from .messages import (
     Arranged,
     Changed,
     Done,
+    Keep,
     Nudge,
     NumberPlease,
     Ready,
@@ -85,6 +86,7 @@ class Helper:
         perform: dict[type[Any], Callable[[Any, FdSet], bool]] = {
             Take: self._take,
             Release: self._release,
+            Keep: self._keep,
             Arrange: self._arrange,
             Resize: self._resize,
             Nudge: self._nudge,
@@ -140,7 +142,9 @@ class Helper:
                 return last
             try:
                 if job.change is not None:
-                    uid, name, remove = job.change
+                    uid, name, remove, admin = job.change
+                    if not admin:
+                        _check_on_host(packet, vetted)
                     path = self._tools.grants.change(uid, name, remove=remove)
                     last = passed.issuperset(fds)
                     self._send(Changed(path, last))
@@ -226,6 +230,7 @@ class Helper:
             if "mount" in request.deliver:
                 directory, grant = self._mount_directory(bound.binding, packet, held)
                 undo.callback(self._tools.grants.unmake, grant)
+            made: list[Node] = []
             lock = bound.lock if request.lock else None
             place = None if directory is None else directory.fd
             if len(own):
@@ -233,13 +238,15 @@ class Helper:
                 kept = {"device": bound.device, "directory": place, "lock": lock, "cgroup": events, "lease": keeper}
                 holder = (job.holder or {}) | {"grant": grant}
                 self._book(own.borrow(0), holder, vetted.lease, bound.binding, kept | {"reply": vetted.reply})
-                undo.callback(records.clear, own.borrow(0))
-            made, watch, table = self._deliver(directory, bound, request)
+            undo.callback(_take_back, own.borrow(0) if len(own) else None, directory, made)
             if directory is not None:
-                undo.callback(nodes.displace, directory, made)
+                wanted = _wanted(bound.binding, partitions=request.partscan)
+                made += nodes.place(directory, bound.binding.devname, wanted, read_only=bound.binding.read_only)
+            watch, table = self._look_after(directory, bound, request)
             client = self._client_fds(request, bound, directory, grant, packet.sender.uid, held)
             flags = (directory is not None, lock is not None, events is not None, len(client))
-            passed.add(fd)  # the device has it open, too
+            if backing.quiet:
+                passed.add(fd)  # the device has it open, too
             last = passed.issuperset(packet.fds) and not client
             done = Done(None, bound.binding, tuple(made), warnings, watch, table, grant, *flags, last)
             self._send(done, bound.device, place, lock, events, *client)
@@ -287,17 +294,16 @@ class Helper:
         except OSError as error:  # ETOOMANYREFS, ENOBUFS: too many fds are in flight
             raise Refusal(Code.NO_DEVICE, f"the lease cannot be booked: {error}") from error
 
-    def _deliver(
+    def _look_after(
         self, directory: Directory | None, bound: devices.Bound, request: Attach
-    ) -> tuple[list[Node], int | None, int | None]:
-        if directory is None:
-            return [], None, None
-        binding = bound.binding
-        wanted = _wanted(binding, partitions=request.partscan)
-        made = nodes.place(directory, binding.devname, wanted, read_only=binding.read_only)
-        if not request.partscan:
-            return made, None, None
-        return made, self._watch(directory, binding), devices.table(bound.device)
+    ) -> tuple[int | None, int | None]:
+        """The watch and the state of the table, for the nodes of partitions to be made by."""
+        if directory is None or not request.partscan:
+            return None, None
+        watch = self._watch(directory, bound.binding)
+        with contextlib.suppress(OSError):  # the file is shorter by now, or its disk fails
+            return watch, devices.table(bound.device)
+        return watch, None
 
     def _watch(self, directory: Directory, binding: Binding) -> int | None:
         """Have the main process told when somebody who could write has closed the node.
@@ -327,7 +333,7 @@ class Helper:
     # The other jobs ---------------------------------------------------------------------------------------------------
 
     def _release(self, job: Release, fds: FdSet) -> bool:
-        left: list[Node] = []
+        left = list(job.nodes) if job.directory else []
         if job.directory:
             directory = nodes.directory(fds.borrow(1), job.client)
             with contextlib.suppress(OSError):
@@ -337,6 +343,12 @@ class Helper:
         with Loop.from_fd(fds.steal(0)) as loop:
             devices.let_go(loop)
             self._send(Released(tuple(left), loop.diskseq()))
+            self._receive()  # Closed
+        return False
+
+    def _keep(self, job: Keep, fds: FdSet) -> bool:
+        with Loop.from_fd(fds.steal(0)) as loop:
+            self._send(Released((), loop.diskseq()))
             self._receive()  # Closed
         return False
 
@@ -402,6 +414,21 @@ class Helper:
     def _nudge(self, job: Nudge, fds: FdSet) -> bool:
         devices.nudge(self._tools.access, job.number, job.diskseq)
         return False
+
+
+def _check_on_host(packet: Packet, vetted: _Vetted) -> None:
+    assert vetted.pidfd is not None
+    # In this order: what was looked at was the sender if it has not ended since.
+    if not files.on_host(packet.sender.pid) or _ended(vetted.pidfd):
+        raise Refusal(Code.NOT_PERMITTED, "a directory is made from the host, and bound into the container from there")
+
+
+def _take_back(slot: int | None, directory: Directory | None, made: list[Node]) -> None:
+    """Undo what was booked and made. What cannot be removed stays booked, so that it is tried again."""
+    if directory is not None and nodes.displace(directory, made):
+        return
+    if slot is not None:
+        records.clear(slot)
 
 
 def _open_events(job: Take, packet: Packet) -> int | None:

@@ -6,6 +6,7 @@ each lease. Knows no requests: who may ask for what is decided before.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -77,6 +78,10 @@ class LeaseTask:
 class Lifecycle:
     """Every lease of the daemon, and what happens to it."""
 
+    HELD_PAUSE = 0.05
+    """Seconds before a device that somebody else has open is said to be held: it may be udev, or the helper that
+    attached it and has not come to its own close yet.
+    """
     HELD_CHECK = 5.0
     """Seconds between looks at devices that others keep open, in case a uevent was missed."""
     FOREIGN_CHECK = 1.0
@@ -229,21 +234,26 @@ class Lifecycle:
         self._pool.submit(task, messages.Sweep(known), [], self.policy.request_timeout)
 
     def _restore(self, lease: Lease, reply: int | None) -> None:
-        progress = transport.ANSWERED if reply is None else transport.progress(reply)
+        assert lease.slot is not None
+        progress = records.ANSWERED if reply is None else records.progress(lease.slot.fileno())
         # To open a device may wait for its client, so that the main process can make no fd of it to send along.
         with_fds = bool(set(lease.holder.deliver) & {"fd", "mount"})
         # A client that closed its end of the reply socket waits for no answer any more. Where one may have been sent it
         # is sent again, but for one with fds: a refusal would take the device away.
-        open_questions = (transport.ASKED,) if with_fds else (transport.ASKED, transport.ANSWERING)
+        open_questions = (records.ASKED,) if with_fds else (records.ASKED, records.ANSWERING)
         complete = reply is not None and progress in open_questions and not transport.hung_up(reply)
 
         def restored(refusal: Refusal | None) -> None:
             with FdSet(() if reply is None else (reply,)):
-                delivered = complete or progress != transport.ASKED
+                delivered = complete or progress != records.ASKED
                 if reply is not None and complete:
                     if with_fds:
                         refusal = Refusal(Code.INTERNAL, "loopd ended in the middle of the request: ask again")
-                    delivered = transport.answer(reply, wire.encode_reply(refusal or attached(lease), lease.holder.id))
+                    payload = wire.encode_reply(refusal or attached(lease), lease.holder.id)
+                    slot = None if lease.slot is None else lease.slot.fileno()  # another's if it was released meanwhile
+                    delivered = records.answer(slot, reply, payload)
+                    if delivered and refusal is None:
+                        self.record(Event.ATTACHED, lease, "was attached", operation="attach")
             # Of one that was answered long ago a refusal says no more than that the look at its nodes did not work.
             if (complete and refusal is not None) or not delivered:
                 self.release(lease, "undeliverable")
@@ -388,7 +398,7 @@ class Lifecycle:
             self._landed(account)
 
         def start() -> None:
-            lock = lease.lock if isinstance(job, messages.Release) else None
+            lock = lease.lock if isinstance(job, messages.Release | messages.Keep) else None
             fds = [fd for fd in (lease.device, lease.directory, lock) if fd is not None]
             task = LeaseTask(done, again if tries > 1 else None, stuck, after, landed)
             self._pool.submit(task, job, fds, self.policy.request_timeout)
@@ -421,19 +431,30 @@ class Lifecycle:
         self._unwatch(lease)
 
         def released(message: messages.Released | None) -> None:
-            # Without an answer the helper hangs with its own copy of the device, or has ended and closed it.
+            if message is None:
+                # The helper hangs with its own copy of the device, or has ended since: whose close is the last one is
+                # not known, and must not be this process's.
+                self._submit(lease, messages.Keep(), kept, after)
+                return
+            lease.binding = lease.binding._replace(diskseq=message.diskseq)
+            lease.nodes = message.left
+            self._close(lease)
+
+        def kept(message: messages.Released | None) -> None:
             diskseq = devices.sequence(lease.binding.devname) if message is None else message.diskseq
             lease.binding = lease.binding._replace(diskseq=diskseq)
-            if message is not None:
-                lease.nodes = message.left
             self._close(lease)
+
+        def after() -> None:
+            if lease.state is State.HELD:
+                self._after_close(lease)
 
         def start() -> None:
             binding, holder = lease.binding, lease.holder
             job = messages.Release(
                 binding, holder.client, lease.nodes, lease.sure, holder.grant, lease.directory is not None
             )
-            self._submit(lease, job, released, lambda: self._after_close(lease))
+            self._submit(lease, job, released, after)
 
         self._job(lease, start)
 
@@ -445,10 +466,16 @@ class Lifecycle:
 
     def _close(self, lease: Lease) -> None:
         """Nodes and partitions are gone; loopd's own fds go now. The last one is the helper's."""
-        after = self._slots.take() if lease.slot is not None else None
+        after = None
+        with contextlib.suppress(OSError):  # ENFILE, ENOBUFS: the same as a store that is full
+            after = self._slots.take() if lease.slot is not None else None
         if after is not None:
-            # Written before the device's fds go: at no moment is the binding in no record.
-            records.write(after.fileno(), lease.holder._asdict(), lease.lease, lease.binding, {})
+            try:
+                # Written before the device's fds go: at no moment is the binding in no record.
+                records.write(after.fileno(), lease.holder._asdict(), lease.lease, lease.binding, {})
+            except OSError:
+                self._slots.give_back(after)
+                after = None
         lease.close()
         if lease.slot is not None:
             self._slots.give_back(lease.slot)
@@ -460,9 +487,17 @@ class Lifecycle:
             self._gone(lease)
             return
         self._held[lease.binding.devname] = lease
+        self._poller.later(self.HELD_PAUSE, lambda: self._still_held(lease))
+        self.look_after()
+
+    def _still_held(self, lease: Lease) -> None:
+        if self._held.get(lease.binding.devname) is not lease:
+            return
+        if not devices.still_bound(lease.binding):
+            self._gone(lease)
+            return
         self.record(Event.HELD, lease, "is still open elsewhere and goes at its last close")
         self._tell(lease)
-        self.look_after()
 
     def on_disk(self, devname: str) -> None:
         """The kernel says that something changed about a disk."""

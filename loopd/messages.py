@@ -35,11 +35,12 @@ class Terms(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Make a directory of loopd's own for a uid, or remove it."""
+    """Make a directory of loopd's own for a uid, or remove it; unless the administrator asks, from the host alone."""
 
     uid: int
     name: str
     remove: bool
+    admin: bool
 
 
 class Take(NamedTuple):
@@ -74,6 +75,12 @@ class Release(NamedTuple):
     sure: bool
     grant: str
     directory: bool
+
+
+class Keep(NamedTuple):
+    """Have a lease's files open for as long as the main process has, in place of a helper of its release that does not
+    come back. Fds: as for `Release`.
+    """
 
 
 class Arrange(NamedTuple):
@@ -127,7 +134,7 @@ class UseNumber(NamedTuple):
     refusal: Refusal | None = None
 
 
-Job = Take | Release | Arrange | Resize | Nudge | Sweep
+Job = Take | Release | Keep | Arrange | Resize | Nudge | Sweep
 
 # Answers ----------------------------------------------------------------------------------------------------------
 #
@@ -225,7 +232,7 @@ class Ready(NamedTuple):
 # A class in a pickle is one byte instead of two names to be looked up.
 for _code, _kind in enumerate((
     Take, Release, Arrange, Resize, Nudge, UseNumber, Taken, NumberPlease, Done, Released, Arranged, Resized, Ready,
-    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code, Change, Changed, Sweep, Recognised,
+    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code, Change, Changed, Sweep, Recognised, Keep,
 ), 1):  # fmt: skip
     copyreg.add_extension(_kind.__module__, _kind.__qualname__, _code)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from . import transport
@@ -86,3 +87,34 @@ def clear(slot: int) -> None:
     with transport.borrowed(slot) as channel, contextlib.suppress(BlockingIOError):
         # No room for fds: the kernel drops them. (Python makes no system call for a buffer of 0 bytes.)
         channel.recv(1, transport.MSG_DONTWAIT)
+    if progress(slot) != ASKED:
+        _mark(slot, ASKED)
+
+
+ASKED, ANSWERED, ANSWERING = 0, 1, 2
+"""How far the answer to the attach is: none was delivered, it was sent, it may have been."""
+
+
+def answer(slot: int | None, reply_fd: int, payload: bytes, fds: Iterable[int] = ()) -> bool:
+    """Send the reply to an attach, as `transport.reply`, and have `progress` tell of its slot, if any, how far it is.
+
+    Nothing is set on the client's socket: before Linux 6.7 that waits for whoever has it locked, and a client can keep
+    it so.
+    """
+    if slot is None:
+        return transport.reply(reply_fd, payload, fds)
+    _mark(slot, ANSWERING)
+    delivered = transport.reply(reply_fd, payload, fds)
+    _mark(slot, ANSWERED if delivered else ASKED)
+    return delivered
+
+
+def _mark(slot: int, progress: int) -> None:
+    with transport.borrowed(slot) as channel, contextlib.suppress(OSError):
+        channel.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, progress)
+
+
+def progress(slot: int) -> int:
+    """How far the answer to the attach in a slot is."""
+    with transport.borrowed(slot) as channel:
+        return channel.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import __version__, accounts, files, messages, transport, wire
+from . import __version__, accounts, messages, records, transport, wire
 from .accounts import Account, Membership, Owner
 from .audit import Audit, Event
 from .bugs import described
@@ -80,6 +80,7 @@ class Exchange:
         self.stuck = False
         self.attaching = False
         self.slot: socket.socket | None = None
+        self.record: int | None = None
         self.number: int | None = None
         self.charged = False
         self.holder: Holder | None = None
@@ -419,11 +420,7 @@ class Service:
         )
 
     def _admit_change(self, exchange: Exchange, request: Directory) -> messages.Change:
-        if not (self._admin(exchange) or files.on_host(exchange.sender.pid)):
-            raise Refusal(
-                Code.NOT_PERMITTED, "a directory is made from the host, and bound into the container from there"
-            )
-        return messages.Change(exchange.sender.uid, request.name, request.remove)
+        return messages.Change(exchange.sender.uid, request.name, request.remove, self._admin(exchange))
 
     def _check_room(self) -> None:
         """Refuse what the daemon itself has no room for, and warn the administrator before that."""
@@ -486,6 +483,7 @@ class Service:
             self._metrics.retries += 1
             if exchange.charged:
                 exchange.account.numbers.unspend()
+                self._numbers.retire(exchange.number, None)  # it may have been made
             else:  # one that the account had before, and may itself have open
                 self._lifecycle.retire(exchange.number, exchange.account, exchange.person)
             exchange.number = None
@@ -621,6 +619,7 @@ class Service:
         lease = Lease(message.binding, holder, exchange.account, exchange.lease, own)
         lease.nodes, lease.sure, lease.watch, lease.table = message.nodes, True, message.watch, message.table
         lease.slot, exchange.slot, exchange.number = exchange.slot, None, None
+        exchange.record = None if lease.slot is None else lease.slot.fileno()
         try:
             self._lifecycle.adopt(lease)
         except OSError as error:  # ENOSPC: max_user_watches; ENOMEM
@@ -775,8 +774,8 @@ class Service:
             if exchange.reply_fd is None:
                 delivered = self._send_to(exchange, payload)
             elif isinstance(reply, wire.Attached):
-                # If there is a copy in the fd store, a new daemon does not answer again.
-                delivered = transport.answer(exchange.reply_fd, payload, fds)
+                # If there is a record in the fd store, a new daemon does not answer again.
+                delivered = records.answer(exchange.record, exchange.reply_fd, payload, fds)
             else:
                 delivered = transport.reply(exchange.reply_fd, payload, fds)
         finally:

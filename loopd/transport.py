@@ -357,31 +357,6 @@ def seal(fd: int, name: str) -> None:
         raise wire.Refusal(wire.Code.BAD_FD, f"{name}: something was sent into it, which is for loopd to answer")
 
 
-ASKED, ANSWERED, ANSWERING = 0, 1, 2
-"""How far the answer to a request is: none was delivered, it was sent, it may have been. The fd store has them, so they
-stay.
-"""
-
-
-def answer(fd: int, payload: bytes, fds: Iterable[int] = ()) -> bool:
-    """As `reply`, and have `progress` tell of the socket, and of each copy of it in the fd store, how far it is."""
-    _mark(fd, ANSWERING)
-    delivered = reply(fd, payload, fds)
-    _mark(fd, ANSWERED if delivered else ASKED)
-    return delivered
-
-
-def _mark(fd: int, progress: int) -> None:
-    with borrowed(fd) as peer, contextlib.suppress(OSError):
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, progress)
-
-
-def progress(fd: int) -> int:
-    """How far the answer on a reply socket is."""
-    with borrowed(fd) as peer:
-        return peer.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY)
-
-
 SIOCGSKNS = 0x894C  # <linux/sockios.h>, Linux 4.10: the socket's network namespace as an fd; needs CAP_NET_ADMIN
 
 

@@ -338,6 +338,7 @@ def in_flight(daemon: Kept, devices: Path, name: str) -> socket.socket:
     ours, theirs = pair()
     record = the_record(daemon)
     os.dup2(theirs.fileno(), record.fds["reply"])
+    record.slot.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, records.ASKED)
     record.write()
     record.close()
     record.slot.close()
