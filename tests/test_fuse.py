@@ -10,9 +10,10 @@ import mmap
 import os
 import signal
 import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -279,7 +280,7 @@ def test_kill_during_the_hang(
 
 
 @contextlib.contextmanager
-def _locking(never: Never, hold: Callable[[mmap.mmap], object]) -> Iterator[Child]:
+def _locking(never: Never, hold: Callable[[mmap.mmap], object], keep: Iterable[int] = ()) -> Iterator[Child]:
     """A process that, told nothing more once the file system is mute, waits in `hold` for memory that never comes.
 
     Its end waits for the file system's.
@@ -297,7 +298,7 @@ def _locking(never: Never, hold: Callable[[mmap.mmap], object]) -> Iterator[Chil
         tell("not held")
 
     try:
-        with Child(body, keep=[go[0]]) as child:
+        with Child(body, keep=[go[0], *keep]) as child:
             child.hear()
             never.mute()
             os.write(go[1], b"x")
@@ -594,6 +595,30 @@ def test_a_device_whose_lock_its_client_holds(
             never.end()
     eventually(lambda: daemon.records("expired"), "the device is gone")
     assert not bound_to(tmp_path)
+
+
+def test_a_reply_socket_that_its_client_keeps_locked(
+    quick: Callable[..., Daemon], never: Never, image: int, directory: int, tmp_path: Path
+) -> None:
+    """A filter for it is read from memory that never comes. Before Linux 6.7 setting an option waits for that."""
+    daemon = quick()
+    daemon.hello()  # starts it
+    ours, theirs = pair()
+
+    def hold(memory: mmap.mmap) -> None:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        theirs.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 1, address))
+
+    with ours, _locking(never, hold, keep=[theirs.fileno()]):
+        with theirs:
+            send(daemon.path, ALL, [image, directory, theirs.fileno()]).close()
+        with contextlib.closing(reply_of(ours)) as reply:
+            assert "devname" in reply.fields
+            stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 1, "the daemon serves")
+    eventually(lambda: not bound_to(tmp_path), "the device is gone")
+
+
+SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>
 
 
 def test_the_last_close_of_a_lock_is_a_helpers_too(daemon: Daemon, image: int, directory: int, tmp_path: Path) -> None:
