@@ -32,6 +32,7 @@ from .messages import (
     Released,
     Resize,
     Resized,
+    Revoke,
     Sweep,
     Take,
     Taken,
@@ -87,6 +88,7 @@ class Helper:
             Take: self._take,
             Release: self._release,
             Keep: self._keep,
+            Revoke: self._revoke,
             Arrange: self._arrange,
             Resize: self._resize,
             Nudge: self._nudge,
@@ -350,6 +352,12 @@ class Helper:
         with Loop.from_fd(fds.steal(0)) as loop:
             self._send(Released((), loop.diskseq()))
             self._receive()  # Closed
+        return False
+
+    def _revoke(self, job: Revoke, fds: FdSet) -> bool:
+        there = devices.partitions(job.devname)
+        gone = (node for node in job.nodes if there.get(node.name) != (node.major, node.minor))
+        nodes.revoke(nodes.directory(fds.borrow(0), job.client), gone)
         return False
 
     def _arrange(self, job: Arrange, fds: FdSet) -> bool:

@@ -63,13 +63,14 @@ class Lease:
     """One binding and what belongs to it. The fds are owned here; `lease` says what the keeper fd is.
 
     `nodes` are those that there are, or, unless `sure`, that there were. `jobs` are done one after the other: two
-    helpers at once in one directory would undo each other's work.
+    helpers at once in one directory would undo each other's work. Only `revoking` (None: it is not done now; True: once
+    more) undoes nothing.
     """
 
     FDS = ("device", "directory", "lock", "keeper", "cgroup")
 
     __slots__ = (
-        *FDS, "account", "again", "binding", "holder", "jobs", "lease", "nodes", "reason", "slot",
+        *FDS, "account", "again", "binding", "holder", "jobs", "lease", "nodes", "reason", "revoking", "slot",
         "state", "sure", "table", "waiting", "watch", "working",
     )  # fmt: skip
 
@@ -94,6 +95,7 @@ class Lease:
         self.jobs: deque[Callable[[], None]] = deque()
         self.working = False
         self.again: set[bool] = set()
+        self.revoking: bool | None = None
 
     @property
     def partitions(self) -> tuple[str, ...]:

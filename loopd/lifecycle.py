@@ -304,9 +304,39 @@ class Lifecycle:
     def on_partitions(self, devname: str) -> None:
         """The kernel made or removed a partition."""
         lease = self.leases.get(devname)
-        if lease is not None and lease.state is State.BOUND and lease.binding.partscan:
-            # Without a pause: the number of one that is gone is another's after some milliseconds (RCU).
+        if lease is None or not lease.binding.partscan:
+            return
+        # Without a pause: the number of one that is gone is another's after some milliseconds (RCU). Nor may it wait
+        # for what its client has made wait.
+        if lease.working or lease.account.jobs >= self.MOST_JOBS:
+            self._revoke(lease)
+        if lease.state is State.BOUND:
             self._arrange_after(0, lease, changed=False)
+
+    def _revoke(self, lease: Lease) -> None:
+        """Have nodes closed whose partitions are gone; one helper at a time, beside what else is done to the lease."""
+        nodes = tuple(node for node in lease.nodes if node.name != lease.binding.devname)
+        if lease.directory is None or not nodes:
+            return
+        if lease.revoking is not None:
+            lease.revoking = True
+            return
+        lease.revoking = False
+        directory = os.dup(lease.directory)  # the lease may be over before a helper is available
+
+        def landed() -> None:
+            os.close(directory)
+            again, lease.revoking = lease.revoking, None
+            if again:
+                self._revoke(lease)
+
+        task = LeaseTask(void, None, lambda: self._stuck(lease), nothing, landed)
+        job = messages.Revoke(lease.binding.devname, lease.holder.client, nodes)
+        self._pool.submit(task, job, [directory], self.policy.request_timeout)
+
+    def _stuck(self, lease: Lease) -> None:
+        text = "has a helper process that hangs in its directory or file, and was written off"
+        self.record(Event.STUCK, lease, text, code=Code.TIMEOUT.value)
 
     def look_at_partitions(self) -> None:
         """Events were lost: look at the nodes of every lease whose partitions are not those that it had."""
@@ -383,10 +413,6 @@ class Lifecycle:
     ) -> None:  # fmt: skip
         account = lease.account
 
-        def stuck() -> None:
-            text = "has a helper process that hangs in its directory or file, and was written off"
-            self.record(Event.STUCK, lease, text, code=Code.TIMEOUT.value)
-
         def again() -> None:
             unsure = job
             if isinstance(job, messages.Arrange | messages.Release):
@@ -400,7 +426,9 @@ class Lifecycle:
         def start() -> None:
             lock = lease.lock if isinstance(job, messages.Release | messages.Keep) else None
             fds = [fd for fd in (lease.device, lease.directory, lock) if fd is not None]
-            task = LeaseTask(done, again if tries > 1 else None, stuck, after, landed)
+            task = LeaseTask(
+                done, again if tries > 1 else None, lambda: self._stuck(lease), after, landed
+            )
             self._pool.submit(task, job, fds, self.policy.request_timeout)
 
         self._in_turn(account, start)

@@ -83,6 +83,16 @@ class Keep(NamedTuple):
     """
 
 
+class Revoke(NamedTuple):
+    """Close the nodes of partitions that the kernel has no more, while what would remove them waits. Fds: the
+    directory.
+    """
+
+    devname: str
+    client: Client
+    nodes: tuple[Node, ...]
+
+
 class Arrange(NamedTuple):
     """Bring a lease's nodes in line with the partitions that the kernel has. Fds: the device, and the directory if any.
 
@@ -134,7 +144,7 @@ class UseNumber(NamedTuple):
     refusal: Refusal | None = None
 
 
-Job = Take | Release | Keep | Arrange | Resize | Nudge | Sweep
+Job = Take | Release | Keep | Revoke | Arrange | Resize | Nudge | Sweep
 
 # Answers ----------------------------------------------------------------------------------------------------------
 #
@@ -233,6 +243,7 @@ class Ready(NamedTuple):
 for _code, _kind in enumerate((
     Take, Release, Arrange, Resize, Nudge, UseNumber, Taken, NumberPlease, Done, Released, Arranged, Resized, Ready,
     Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code, Change, Changed, Sweep, Recognised, Keep,
+    Revoke,
 ), 1):  # fmt: skip
     copyreg.add_extension(_kind.__module__, _kind.__qualname__, _code)
 

@@ -511,6 +511,35 @@ def test_a_device_whose_directory_in_sysfs_is_kept_locked(
     before.check(tmp_path)
 
 
+def test_the_node_of_a_partition_that_goes_while_a_job_hangs(
+    quick: Callable[..., Daemon], image: int, tmp_path: Path
+) -> None:
+    """Its number is soon another's partition. So it is closed whatever the lease's jobs wait for."""
+    grants = tmp_path / "grants"
+    grants.mkdir()
+    daemon = quick(f"--grant-directory={grants}")
+    grant = Path(daemon.ask(wire.Directory("build", 0), []).fields["path"])
+    directory = os.open(grant, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    reply = daemon.attach(image, directory, partscan=True)
+    name = reply.fields["devname"]
+    nodes = [grant / f"{name}p{number}" for number in (1, 2)]
+    with Loop(int(name[4:])) as loop:
+        for number in (1, 2):
+            loop.add_partition(number, number << 16, 1 << 16)
+        eventually(lambda: all(node.exists() for node in nodes), "the nodes are there")
+        stays(lambda: all(node.exists() for node in nodes), 0.3, "and nothing more is done")
+        with injected(helpers(daemon), "pread64:delay_enter=4000000"):
+            os.close(os.open(grant / name, os.O_WRONLY))  # a helper looks at the partition table
+            stays(lambda: all(node.exists() for node in nodes), 0.5, "it does not get to read it")
+            loop.delete_partition(1)
+            eventually(lambda: nodes[0].stat().st_mode & 0o777 == 0, "it is closed", 3)
+            assert nodes[1].stat().st_mode & 0o777 != 0
+        eventually(lambda: not nodes[0].exists(), "and then removed")
+    os.close(directory)
+    reply.close()
+    eventually(lambda: not bound_to(tmp_path), "the device is gone")
+
+
 def test_a_mount_that_is_kept_locked_across_a_restart(
     quick: Callable[..., Daemon], never: Never, tmp_path: Path
 ) -> None:
