@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -110,8 +111,9 @@ class Lifecycle:
         self._audit = audit
         self._cgroups = cgroups.Watcher(self._account_ended)
         self._held: dict[str, Lease] = {}
-        self._foreign: dict[str, Account] = {}
-        self._suspects: dict[str, tuple[str, int | None]] = {}
+        self._charged: dict[str, Account] = {}
+        self._reported: set[str] = set()
+        self._suspects: dict[str, tuple[tuple[str, int | None], float]] = {}
         self._unknown: set[str] = set()
         self._nudged: set[str] = set()
         self._watched: dict[int, Lease] = {}
@@ -551,40 +553,58 @@ class Lifecycle:
         """Report a binding of one of this instance's numbers that is not of its making; it may be the host's own.
 
         Most likely a client kept a node, and opening that made the device again (no max_loop): charged to who had
-        the number last. It is never cleared: nothing proves whose it is.
+        the number last, as is one that he has open so that it cannot be removed. It is never cleared: nothing proves
+        whose it is.
         """
         self._unknown.discard(devname)
         number = int(devname[4:])
         file = backing_file(number)
-        known = self._foreign.get(devname)
-        parked = file is not None and is_parked(devname, file)
-        if parked and devices.autoclear(devname) is False:
-            self._nudge_parked(number)
-        if file is None or parked or self.leases.get(devname) is not None:
+        if file is None or self.leases.get(devname) is not None:
+            self._discharge(devname)
+            return
+        if is_parked(devname, file):
             self._suspects.pop(devname, None)
-            if known is not None:
-                del self._foreign[devname]
-                known.devices -= 1
-                self._numbers.retire(number, None)
+            self._charge(devname)
+            if devices.autoclear(devname) is False:
+                self._nudge_parked(number)
             return
-        if known is not None or not self._numbers.used(number):
+        if devname in self._reported or not self._numbers.used(number):
             return
-        seen = (file, devices.sequence(devname))
-        if self._suspects.get(devname) != seen:
-            # It may be an attach that is not in the books yet: then it is at the next look.
-            self._suspects[devname] = seen
+        seen, now = (file, devices.sequence(devname)), time.monotonic()
+        before, since = self._suspects.get(devname, (None, now))
+        # It may be an attach that is not in the books yet: then it is at the next look. A number that lingers has none.
+        maybe = before is None or (before != seen and not self._numbers.lingers(number))
+        if maybe and now - since < self.policy.request_timeout:
+            self._suspects[devname] = (seen, since)
             self._look_at_foreign_later(devname)
             return
         del self._suspects[devname]
+        self._reported.add(devname)
+        account = self._charge(devname)
         owner = self._numbers.had(number)
-        account = self.accounts.get(owner.account if owner else "")
-        account.devices += 1
-        self._foreign[devname] = account
         text = f"{devname} is bound to {file}, and not by loopd: a client may have kept its node; it is left as it is"
         self._audit.record(
             Event.FOREIGN, text, device=devname, number=number, backing_file=file,
             account=account.name or None, uid=owner.uid if owner else None,
         )  # fmt: skip
+
+    def _charge(self, devname: str) -> Account:
+        """Charge a device that is no lease's to who had its number last."""
+        account = self._charged.get(devname)
+        if account is None:
+            owner = self._numbers.had(int(devname[4:]))
+            account = self._charged[devname] = self.accounts.get(owner.account if owner else "")
+            account.devices += 1
+        return account
+
+    def _discharge(self, devname: str) -> None:
+        self._suspects.pop(devname, None)
+        account = self._charged.pop(devname, None)
+        if account is not None:
+            account.devices -= 1
+        if devname in self._reported:
+            self._reported.discard(devname)
+            self._numbers.retire(int(devname[4:]), None)
 
     def look_again(self) -> None:
         """Look at everything that is waited for, in case an event was lost."""
@@ -593,6 +613,8 @@ class Lifecycle:
             self.on_disk(devname)
             if lease.state is State.HELD and not lease.working:
                 self._nudge(lease)
+        for devname in self._charged:
+            self._look_at_foreign_later(devname)
         self.look_after()
 
     def _nudge(self, lease: Lease) -> None:
@@ -632,6 +654,9 @@ class Lifecycle:
         if left is not None:
             # Perhaps a client was faster, and its event came while the lease was there.
             self._look_at_foreign_later(f"loop{left}")
+        for devname in [name for name in self._charged if not self._numbers.lingers(int(name[4:]))]:
+            if devname not in self._reported:
+                self._discharge(devname)
         if self._numbers.remade and not known:
             self._audit.record(
                 Event.WARNED,

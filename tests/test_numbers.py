@@ -556,16 +556,27 @@ def test_a_device_that_stays_open_costs_no_file(
 
 
 def test_nor_does_it_stay_when_its_client_would_have_it_so(
-    start_kept: Callable[..., Kept], image: int, directory: int, devices: Path
+    start_kept: Callable[..., Kept], image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:
     """LOOP_SET_STATUS64 takes the flag away that unbinds it at its last close; who opened it to write may."""
-    daemon = start_kept()
+    config = tmp_path / "loopd.toml"
+    config.write_text("limits.devices = 1\n")
+    daemon = start_kept(f"--config={config}")
     name = daemon.attach(image, directory).fields["devname"]
     number = int(name[4:])
+
+    def refused() -> str | None:
+        reply = daemon.attach(image, directory)
+        if reply.code is None:
+            daemon.ask(wire.Detach(reply.fields["devname"], 0, wait=5), [])
+        return reply.code
+
     with kept_open(daemon, devices / name) as caught, contextlib.closing(Loop.from_fd(os.dup(caught.fileno()))) as mine:
         eventually(lambda: (backing_file(number) or "").startswith(PARKED), "it is bound to nothing", 8)
+        eventually(lambda: refused() == "quota", "it is charged", 8)
         mine.set_status(autoclear=False)
     eventually(lambda: not exists(name), "it goes all the same", 15)
+    eventually(lambda: refused() is None, "what is gone is not charged")
     assert not daemon.records("foreign")
     (devices / "kept").unlink()
     daemon.end()
