@@ -170,7 +170,7 @@ def test_a_signal_ends_it_and_the_leases_that_nothing_keeps(
         # Never pulled away under somebody who has it open.
         assert bound_to(tmp_path) == [leases[0].fields["devname"]]
         assert len(used.read(4096)) == 4096
-    eventually(lambda: not bound_to(tmp_path), "the last one is free", 1)
+    eventually(lambda: not bound_to(tmp_path), "the last one is free")
     assert "Traceback" not in daemon.log()
     assert daemon.family() == []
 

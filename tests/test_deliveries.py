@@ -7,6 +7,7 @@ partitions by hand (BLKPG), which no kernel refuses.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from conftest import ROOT, Daemon, bound_to, eventually, require
+from conftest import ROOT, Daemon, bound_to, eventually, prompt, require
 from processes import CLONE_NEWNS, Child, become, injected, mount_tmpfs, own_user_namespace, unshare
 from untouched import helpers, stopped
 
@@ -386,16 +387,27 @@ def test_partition_nodes_come_and_go_within_a_second(world: World, way: str) -> 
         path, devname = child.hear()
         view = Path(f"/proc/{child.pid}/root{path}p1")
         with Loop(int(devname[4:])) as loop:
-            for length in (MIB, 2 * MIB):
+
+            def listed() -> bool:
+                leases = loopd.Client(world.daemon.admin).list()
+                return [lease.partitions for lease in leases] == [(f"{devname}p1",)]
+
+            def turn(length: int) -> float:
+                began = time.monotonic()
                 loop.add_partition(1, MIB, length)
-                eventually(view.exists, "the node is there", 1)
+                eventually(view.exists, "the node is there")
+                came = time.monotonic() - began
                 major, minor = map(int, Path(f"/sys/block/{devname}/{devname}p1/dev").read_text().split(":"))
                 assert view.stat().st_rdev == os.makedev(major, minor)
                 # A moment later there may be the node of a partition with another minor.
-                leases = loopd.Client(world.daemon.admin).list()
-                assert [lease.partitions for lease in leases] == [(f"{devname}p1",)]
+                eventually(listed, "it is in the list")
+                began = time.monotonic()
                 loop.delete_partition(1)
-                eventually(lambda: not view.exists(), "the node is gone", 1)
+                eventually(lambda: not view.exists(), "the node is gone")
+                return max(came, time.monotonic() - began)
+
+            for length in (MIB, 2 * MIB):
+                prompt(functools.partial(turn, length))
     eventually(lambda: not bound_to(world.work), "the file is free")
 
 
@@ -406,7 +418,7 @@ def test_a_node_goes_although_the_event_is_lost(world: World) -> None:
     with loopd.attach(image, own, partscan=True, socket=world.daemon.path) as device, Loop(device.minor) as loop:
         node = Path(f"{device.path}p1")
         loop.add_partition(1, MIB, MIB)
-        eventually(node.exists, "the node is there", 1)
+        eventually(node.exists, "the node is there")
         with stopped(world.daemon):
             for _ in range(20_000):
                 Path(f"/sys/block/{device.devname}/uevent").write_text("change")
@@ -483,7 +495,7 @@ def test_a_kept_partition_node_never_reads_what_is_anothers(world: World) -> Non
             assert before == ""
             assert "" not in kept
             one.delete_partition(1)
-            eventually(lambda: not Path(f"{paths[0]}p1").exists(), "the node is gone", 1)
+            eventually(lambda: not Path(f"{paths[0]}p1").exists(), "the node is gone")
 
             def again() -> bool:
                 two.add_partition(1, MIB, MIB)
@@ -511,15 +523,19 @@ def test_a_node_whose_partition_has_another_number_is_replaced(world: World) -> 
             family = world.daemon.family()
             for pid in family:
                 os.kill(pid, signal.SIGSTOP)
-            try:
+
+            def again() -> bool:
                 loop.delete_partition(1)
-                loop.add_partition(1, MIB, MIB)  # at once: the old number is not free yet
+                loop.add_partition(1, MIB, MIB)  # at once: the old number is most likely not free yet
+                return number_of(device.devname) != number
+
+            try:
+                eventually(again, "it has another number")
             finally:
                 for pid in family:
                     os.kill(pid, signal.SIGCONT)
             now = number_of(device.devname)
-            assert now != number
-            eventually(lambda: node.exists() and node.stat().st_ino != inode, "the node is another one", 1)
+            eventually(lambda: node.exists() and node.stat().st_ino != inode, "the node is another one")
             assert node.stat().st_rdev == os.makedev(*map(int, now.split(":")))
             loop.delete_partition(1)
 
@@ -537,7 +553,7 @@ def test_in_a_directory_of_the_clients_a_kept_node_is_closed(world: World) -> No
         kept.hardlink_to(node)
         assert stat.S_IMODE(kept.stat().st_mode) == 0o600
         loop.delete_partition(1)
-        eventually(lambda: not node.exists(), "the node is gone", 1)
+        eventually(lambda: not node.exists(), "the node is gone")
         assert stat.S_IMODE(kept.stat().st_mode) == 0
         assert DENIED in world.run([*as_user(UID), "dd", f"if={kept}", "of=/dev/null"], check=False).stderr
     world.ctl("detach", path, uid=UID)
@@ -559,7 +575,7 @@ def test_a_table_that_is_written_while_a_partition_is_in_use_is_read_later(world
                     device.rescan()
                 assert node.is_block_device()
             os.close(os.open(device.path, os.O_RDWR))
-            eventually(lambda: not node.exists() and not loop.partitions(), "the table is read", 1)
+            eventually(lambda: not node.exists() and not loop.partitions(), "the table is read")
             assert device.rescan() == ()
 
 
@@ -680,7 +696,7 @@ def test_sectors_of_4096_bytes_with_partitions(world: World) -> None:
         with Loop(int(device.devname[4:])) as loop:
             eventually(lambda: add(loop, {1: (entry[0] * 4096, 1024 * 4096)}), "the partition is there")
         node = Path(f"{device.path}p1")
-        eventually(node.exists, "its node is there", 1)
+        eventually(node.exists, "its node is there")
         assert int(Path(f"/sys/block/{device.devname}/{node.name}/start").read_text()) == 2048 * 8
         assert (
             subprocess.run(["blockdev", "--getss", node], stdout=subprocess.PIPE, check=True).stdout

@@ -107,7 +107,7 @@ def test_bubblewrap_with_a_dev_of_its_own(daemon: Daemon, image: int, tmp_path: 
     name, listing, _ = run(sandbox, "/dev/loopd", daemon.path, tmp_path / "image", "fd")
     assert name.startswith("loop")
     assert os.pread(image, len(CONTENT), 4096) == CONTENT
-    eventually(lambda: not bound_to(tmp_path), "the file is free", 1)
+    eventually(lambda: not bound_to(tmp_path), "the file is free")
 
 
 def in_user_namespace(daemon: Daemon, image: int, uid: int, deliver: tuple[str, ...]) -> Child:
@@ -137,7 +137,7 @@ def test_a_tmpfs_of_a_user_namespace_is_refused_and_left_as_it_was(daemon: Daemo
         assert "user namespace" in fields["error"]["message"]
         assert listing == []
         # While the client still lives.
-        eventually(lambda: not bound_to(tmp_path), "the file is free", 1)
+        eventually(lambda: not bound_to(tmp_path), "the file is free")
     assert daemon.ask(wire.Leases(0), []).fields["leases"] == []
     record = eventually(lambda: daemon.records("refused"), "the record is written")[0]
     assert (record["LOOPD_CODE"], record["LOOPD_UID"]) == ("undeliverable", str(NOBODY))
@@ -147,7 +147,7 @@ def test_both_deliveries_are_refused_where_one_cannot_be(daemon: Daemon, image: 
     with in_user_namespace(daemon, image, NOBODY, ("node", "fd")) as client:
         fields, listing, content = client.hear()
         assert (fields["error"]["code"], listing, content) == ("undeliverable", [], None)
-        eventually(lambda: not bound_to(tmp_path), "the file is free", 1)
+        eventually(lambda: not bound_to(tmp_path), "the file is free")
 
 
 @pytest.mark.parametrize("uid", [0, NOBODY])
@@ -158,7 +158,7 @@ def test_an_open_fd_reaches_a_user_namespace(daemon: Daemon, image: int, tmp_pat
         assert listing == []
         assert content == CONTENT.decode()
         assert os.pread(image, len(CONTENT), 4096) == CONTENT
-    eventually(lambda: not bound_to(tmp_path), "the file is free", 1)
+    eventually(lambda: not bound_to(tmp_path), "the file is free")
 
 
 def test_an_unprivileged_user_owns_the_node(daemon: Daemon, image: int, directory: int, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_an_unprivileged_user_owns_the_node(daemon: Daemon, image: int, director
         with Child(body, keep=[image, directory, own]) as client:
             assert client.hear() == "not-permitted"
             assert client.hear() == [NOBODY, NOBODY, "brw-------"]
-        eventually(lambda: not os.listdir(own), "its node is gone", 1)
+        eventually(lambda: not os.listdir(own), "its node is gone")
     finally:
         os.close(own)
 
@@ -239,7 +239,7 @@ def test_a_reply_without_reply_fd_reaches_nobody_else(
         assert "reply_fd" in record["MESSAGE"]
         # While the client still lives, nothing is left of its request.
         names = {r["LOOPD_DEVICE"] for r in daemon.records("attached") if r["LOOPD_PID"] == str(client.pid)}
-        eventually(lambda: not names & {path.name for path in devices.iterdir()}, "its node is gone", 1)
-        eventually(lambda: not set(bound_to(tmp_path)) & names, "its device is unbound", 1)
+        eventually(lambda: not names & {path.name for path in devices.iterdir()}, "its node is gone")
+        eventually(lambda: not set(bound_to(tmp_path)) & names, "its device is unbound")
     with pytest.raises(BlockingIOError):
         decoy.recv(4096)
