@@ -228,7 +228,9 @@ def test_with_its_last_process_its_leases_end(
         second.kill()
         eventually(lambda: not bound_to(tmp_path), "the files are free", SOON)
         eventually(lambda: not list(devices.iterdir()), "the nodes are gone", SOON)
-    assert {record["LOOPD_DEVICE"] for record in daemon.records("expired")} == names
+    eventually(
+        lambda: {record["LOOPD_DEVICE"] for record in daemon.records("expired")} == names, "the records are written"
+    )
     assert {record["LOOPD_ACCOUNT"] for record in daemon.records("attached")} == {f"/{cgroup.path.name}"}
 
 

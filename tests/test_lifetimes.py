@@ -268,9 +268,9 @@ def test_nor_is_what_comes_in_at_the_last_moment(
     with ours, theirs, Child(lambda tell: spoil(), keep=[theirs.fileno()]):
         helpers = [pid for pid in daemon.family() if pid != daemon.pid]
         mine, answer = seqpacket()
-        with mine, answer, injected(helpers, "shutdown:delay_enter=1500ms", "recvmsg:delay_enter=50ms"):
+        with mine, answer, injected(helpers, "shutdown:delay_enter=4s", "recvmsg:delay_enter=50ms"):
             # The reply socket is shut first.
-            sockets, wait = ([theirs], 0.7) if name == "reply_fd" else ([answer, theirs], 2.3)
+            sockets, wait = ([theirs], 2) if name == "reply_fd" else ([answer, theirs], 6)
             order = range(2, 2 + len(sockets))
             fds = [image, directory, *(channel.fileno() for channel in sockets)]
             send(daemon.path, wire.encode_request(wire.Attach(0, 1, *order)), fds).close()
@@ -299,7 +299,7 @@ def test_both_ends_of_one_pair_never_keep_each_other(
         daemon.ask(wire.Attach(0, 1, 3, 2), [make_image(name=name), directory, end.fileno()])
         end.close()
     gone(devices, tmp_path)
-    assert daemon.ask(wire.Leases(0), []).fields["leases"] == []
+    eventually(lambda: not daemon.ask(wire.Leases(0), []).fields["leases"], "the lease is over", SOON)
 
 
 def test_both_ends_of_one_pair_in_one_request(
@@ -504,7 +504,7 @@ def test_the_pidfd_of_a_process_that_has_ended(
     child.wait()
     assert reply.code in (None, "bad-fd")
     gone(devices, tmp_path)
-    assert daemon.ask(wire.Leases(0), []).fields["leases"] == []
+    eventually(lambda: not daemon.ask(wire.Leases(0), []).fields["leases"], "the lease is over", SOON)
     if reply.code is None:
         expired(daemon, reply.fields["devname"])
 

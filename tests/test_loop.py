@@ -1475,7 +1475,10 @@ def test_node_that_never_appears(control: Control, fd: int, tmp_path: Path) -> N
     assert 0.4 < time.monotonic() - started < 3
 
 
-def test_node_that_appears_late(bind: Bind, control: Control, fd: int, tmp_path: Path) -> None:
+def test_node_that_appears_late(
+    bind: Bind, control: Control, fd: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_NODE_WAIT", 5.0)
     place = tmp_path / "dev"
     place.mkdir()
     directory = os.open(place, os.O_RDONLY)

@@ -377,7 +377,8 @@ def test_an_attach_whose_client_waits_no_more_is_undone(
         with kept.outage():
             in_flight(kept, devices, lease.name).close()
         gone(devices, tmp_path)
-        assert [record["LOOPD_REASON"] for record in kept.records("detached")] == ["undeliverable"]
+        (record,) = eventually(lambda: kept.records("detached"), "the record is written")
+        assert record["LOOPD_REASON"] == "undeliverable"
     kept.end()
 
 
