@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
+from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, prompt, require
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, stays
 from untouched import kept_open
 
@@ -106,24 +106,24 @@ def test_an_account_that_burns_numbers_is_not_forgotten(
     """Else it would have new ones as soon as loopd is idle; who has used less than half of them holds nothing up."""
     config = tmp_path / "loopd.toml"
     config.write_text("limits.new_numbers = 4\nlimits.new_numbers_per_minute = 6\n")
-    daemon = activated("--idle-timeout", "0.5", f"--config={config}")
+    daemon = activated("--idle-timeout", "2", f"--config={config}")
     daemon.start()
     for count, ends in ((2, True), (3, False)):
         for _ in range(count):
             name = daemon.attach(image, directory).fields["devname"]
             assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
         if ends:
-            assert daemon.wait(10) == 0
+            assert daemon.wait() == 0
             daemon.start()
         else:
-            stays(lambda: daemon.running, 1.2, "it remembers")
+            stays(lambda: daemon.running, 4.0, "it remembers")
             assert daemon.wait(30) == 0, "a number comes back after ten seconds"
 
 
 def test_requests_end_the_idleness(activated: Callable[..., Activated]) -> None:
-    daemon = activated("--idle-timeout", "1")
+    daemon = activated("--idle-timeout", "2")
     daemon.start()
-    deadline = time.monotonic() + 2.5
+    deadline = time.monotonic() + 5.0
     while time.monotonic() < deadline:
         assert daemon.hello().fields["protocol"] == wire.VERSION
         time.sleep(0.1)
@@ -225,6 +225,11 @@ class Manager:
             found.append(self.message())
         return found
 
+    def drain(self) -> None:
+        """Pass over what has come so far."""
+        while select.select([self.socket], [], [], 0)[0]:
+            self.message()
+
 
 @pytest.fixture
 def manager(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Manager, str]]:
@@ -245,12 +250,16 @@ def test_notify(activated: Callable[..., Activated], manager: tuple[Manager, str
     assert "STATUS=" in before[-1]
     assert daemon.hello().fields["protocol"] == wire.VERSION
 
-    # Twice in each interval, whether there is work or not.
-    told.until("WATCHDOG=1")
-    started = time.monotonic()
-    for _ in range(5):
-        told.until("WATCHDOG=1")
-    assert 0.5 < time.monotonic() - started < 2.0
+    def turn() -> float:
+        started = time.monotonic()
+        told.drain()
+        for _ in range(4):
+            told.until("WATCHDOG=1")
+        took = time.monotonic() - started
+        assert took > 0.5
+        return took
+
+    prompt(turn)  # twice in each interval, whether there is work or not
 
     os.kill(daemon.pid, signal.SIGTERM)
     told.until("STOPPING=1")
@@ -262,7 +271,7 @@ def test_status_says_what_is_held(
     activated: Callable[..., Activated], manager: tuple[Manager, str], image: int, directory: int, devices: Path
 ) -> None:
     told, path = manager
-    daemon = activated("--idle-timeout", "0.5", NOTIFY_SOCKET=path)
+    daemon = activated("--idle-timeout", "2", NOTIFY_SOCKET=path)
     daemon.start()
     told.until("STATUS=0 leases")
     reply = daemon.attach(image, directory)
@@ -578,12 +587,12 @@ def test_a_journal_that_is_restarted(journalled: Activated, journal: Journal) ->
 
 
 def test_it_is_not_idle_while_records_wait(activated: Callable[..., Activated], journal: Journal) -> None:
-    daemon = activated("--idle-timeout", "0.5", wrapper=in_its_place(journal))
+    daemon = activated("--idle-timeout", "2", wrapper=in_its_place(journal))
     daemon.start()
     daemon.hello()
     journal.socket.close()
     refuse(daemon, 0)
-    stays(lambda: daemon.running, 3.0, "it stays for that")
+    stays(lambda: daemon.running, 6.0, "it stays for that")
     journal.path.unlink()
     journal.open()
     assert journal.of("refused")["LOOPD_CODE"] == b"not-found"
