@@ -11,7 +11,7 @@ import signal
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def recorded(daemon: Daemon, count: int) -> None:
 
 
 @contextlib.contextmanager
-def attacker(enter: Callable[[], None], act: Callable[[Callable[[Any], None]], None]) -> Iterator[Child]:
+def attacker(
+    enter: Callable[[], None], act: Callable[[Callable[[Any], None]], None], keep: Iterable[int] = ()
+) -> Iterator[Child]:
     """A client of the other account, at work; it is not needed to end."""
 
     def body(tell: Callable[[Any], None]) -> None:
@@ -87,7 +89,7 @@ def attacker(enter: Callable[[], None], act: Callable[[Callable[[Any], None]], N
         tell("ready")
         act(tell)
 
-    with Child(body) as child:
+    with Child(body, keep) as child:
         child.hear()
         yield child
 
@@ -184,7 +186,7 @@ def test_one_that_hangs_fuse_files(
     """Its helpers hang, are written off and charged; then its requests are dropped."""
     require(os.path.exists("/dev/fuse"), "needs /dev/fuse")
     enter, account = other
-    (tmp_path / "loopd.toml").write_text("request_timeout = 2\n")
+    (tmp_path / "loopd.toml").write_text("request_timeout = 5\n")
     daemon = start_daemon(f"--config={tmp_path / 'loopd.toml'}")
     quiet = honest(daemon)
     try:
@@ -367,6 +369,9 @@ def test_accounts_that_hang_helpers_stop_nobody(start_daemon: Callable[..., Daem
     daemon = start_daemon(launcher=LONG_QUEUE)
     assert daemon.hello().code is None
     with contextlib.ExitStack() as stack:
+        waits, go = os.pipe()
+        stack.callback(os.close, waits)
+        stack.callback(os.close, go)
         children = []
         for which in ("one", "two", "three"):
             enter = stack.enter_context(cgroup(f"loopd-test-{which}-{os.getpid()}"))
@@ -376,7 +381,7 @@ def test_accounts_that_hang_helpers_stop_nobody(start_daemon: Callable[..., Daem
             def act(tell: Callable[[Any], None]) -> None:
                 slow = [lingering(60) for _ in range(32)]
                 tell("ready")
-                time.sleep(1)  # the daemon is stopped by then, so that its close is the last one
+                os.read(waits, 1)  # until the daemon is stopped, so that its close is the last one
                 channels = []
                 for socket_, _ in slow:
                     ours, theirs = pair()
@@ -387,10 +392,11 @@ def test_accounts_that_hang_helpers_stop_nobody(start_daemon: Callable[..., Daem
                 tell("sent")
                 signal.pause()
 
-            children.append(stack.enter_context(attacker(enter, act)))
+            children.append(stack.enter_context(attacker(enter, act, [waits])))
         for child in children:
             assert child.hear() == "ready"
         with stopped(daemon):
+            os.write(go, b"x" * len(children))
             for child in children:
                 assert child.hear() == "sent"
         for _ in range(3):
@@ -405,6 +411,9 @@ def test_datagrams_that_hang_whoever_drops_them(start_daemon: Callable[..., Daem
     config.write_text("[limits]\nrequests = 1\n")
     daemon = start_daemon(f"--config={config}", launcher=LONG_QUEUE)
     with contextlib.ExitStack() as stack:
+        waits, go = os.pipe()
+        stack.callback(os.close, waits)
+        stack.callback(os.close, go)
         enter = stack.enter_context(cgroup(f"loopd-test-{os.getpid()}"))
         require(enter, "needs a cgroup hierarchy to make a second account in")
         assert enter is not None
@@ -417,16 +426,17 @@ def test_datagrams_that_hang_whoever_drops_them(start_daemon: Callable[..., Daem
             send(daemon.path, detach, [channels[1].fileno()]).close()
             eventually(lambda: daemon.records("held"), "the detach waits")
             tell("ready")
-            time.sleep(1)  # the daemon is stopped by then, so that its close is the last one
+            os.read(waits, 1)  # until the daemon is stopped, so that its close is the last one
             for socket_, _ in slow:
                 with socket_:
                     send(daemon.path, b'{"op": "hello"}', [socket_.fileno()]).close()
             tell("sent")
             signal.pause()
 
-        child = stack.enter_context(attacker(enter, act))
+        child = stack.enter_context(attacker(enter, act, [waits]))
         assert child.hear() == "ready"
         with stopped(daemon):
+            os.write(go, b"x")
             assert child.hear() == "sent"
         with contextlib.closing(ask(daemon.path, wire.encode_request(wire.Hello(0)), [], timeout=10)) as reply:
             assert reply.fields["protocol"]

@@ -571,10 +571,10 @@ def test_a_file_that_its_owner_keeps_locked(
     device = os.open(devices / reply.fields["devname"], os.O_RDWR)
 
     # The device is clean when the helper looks at it, and not any more when it is closed.
-    with injected(helpers(daemon), "fsync:delay_exit=1500000"), _locking(never, _writing(tmp_path / "image")):
+    with injected(helpers(daemon), "fsync:delay_exit=4s"), _locking(never, _writing(tmp_path / "image")):
         reply.close()
         eventually(lambda: not list(devices.iterdir()), "the node is gone, so the helper is at the device")
-        time.sleep(0.3)
+        time.sleep(1)
         os.pwrite(device, b"late" * 1024, 4096)
         os.close(device)
         stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", WRITTEN_OFF, "the daemon serves")
@@ -660,7 +660,7 @@ def test_the_last_close_of_a_lock_is_a_helpers_too(daemon: Daemon, image: int, d
             return sum(os.readlink(fd).endswith(f"/{name}") for fd in list(Path(f"/proc/{pid}/fd").iterdir()))
         return 0
 
-    with injected(helpers(daemon), "fsync:delay_exit=1500000"):
+    with injected(helpers(daemon), "fsync:delay_exit=5s"):
         reply.close()
         eventually(lambda: 2 in map(opens, helpers(daemon)), "a helper has the device, and its lock")
     eventually(lambda: not bound_to(tmp_path), "the device is gone")
