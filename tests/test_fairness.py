@@ -19,7 +19,7 @@ import pytest
 from conftest import Daemon, ask, bound_to, eventually, require
 from fuse_never import Never
 from processes import Child
-from test_policy import hanging, lingering
+from test_policy import hanging, lingering, shed
 from untouched import LONG_QUEUE, cgroup, concurrently, flood, helpers, pair, reply_of, send, stopped
 
 from loopd import transport, wire
@@ -266,7 +266,7 @@ def test_what_is_shed_is_counted(
             for _ in range(flood):
                 send(daemon.path, b'{"op": "hello"}', []).close()
             tell("sent")
-            eventually(lambda: _shed(daemon) == flood, "all are counted, and none is in the queue", 20)
+            eventually(lambda: shed(daemon) == flood, "all are counted, and none is in the queue", 20)
             for fd in reply.fds:
                 os.close(fd)
             tell(reply_of(ours).fields)
@@ -441,9 +441,5 @@ def test_datagrams_that_hang_whoever_drops_them(start_daemon: Callable[..., Daem
         with contextlib.closing(ask(daemon.path, wire.encode_request(wire.Hello(0)), [], timeout=10)) as reply:
             assert reply.fields["protocol"]
         # On a slow machine one may be counted as hanging that had not been reached.
-        eventually(lambda: _shed(daemon) >= 40, "all are in the journal")
+        eventually(lambda: shed(daemon) >= 40, "all are in the journal")
         assert all("and what is in it hangs" in record["MESSAGE"] for record in daemon.records("shed"))
-
-
-def _shed(daemon: Daemon) -> int:
-    return sum(int(record["LOOPD_COUNT"]) for record in daemon.records("shed"))

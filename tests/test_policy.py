@@ -494,6 +494,11 @@ def test_limits_are_an_accounts(configured: Callable[..., Daemon], image: int, d
         assert "devname" in client(daemon, act, enter, ids(20300, 20300))
 
 
+def shed(daemon: Daemon) -> int:
+    """The requests that were dropped, of all records: there is one a second."""
+    return sum(int(record["LOOPD_COUNT"]) for record in daemon.records("shed"))
+
+
 def test_requests_under_way(configured: Callable[..., Daemon], image: int, directory: int, devices: Path) -> None:
     """What is beyond the limit is dropped: its reply socket hangs up. It is counted."""
     daemon = configured("limits.requests = 1")
@@ -506,8 +511,8 @@ def test_requests_under_way(configured: Callable[..., Daemon], image: int, direc
             assert daemon.ask(wire.Hello(0), []).fields == {}
         assert reply_of(ours).fields == {"state": "busy"}
         ours.close()
-        (record,) = eventually(lambda: daemon.records("shed"), "it is in the journal", SOON)
-        assert record["LOOPD_COUNT"] == "5"
+        eventually(lambda: shed(daemon) >= 5, "they are in the journal", SOON)
+        assert shed(daemon) == 5
         assert daemon.hello().code is None
 
 
@@ -520,9 +525,9 @@ def test_requests_a_second(configured: Callable[..., Daemon], image: int, direct
         sender.connect(daemon.path)
         for _ in range(200):
             socket.send_fds(sender, [wire.encode_request(wire.Hello(0))], [theirs.fileno()])
-        records = eventually(lambda: daemon.records("shed"), "it is in the journal", SOON)
-        assert "more than 1 a second" in records[0]["MESSAGE"]
-        assert 100 < int(records[0]["LOOPD_COUNT"]) < 200
+        eventually(lambda: shed(daemon) > 100, "they are in the journal", SOON)
+        assert "more than 1 a second" in daemon.records("shed")[0]["MESSAGE"]
+        assert shed(daemon) < 200
     assert all(daemon.hello().code is None for _ in range(50))
     # Its helper may still have files of the last one to close when the next one comes.
     for _ in range(200):
@@ -573,28 +578,36 @@ def test_waiting_for_a_number(configured: Callable[..., Daemon], image: int, dir
     assert "timeout" in codes if wait == 0 else "timeout" not in codes
 
 
+PIDFD = "anon_inode:[pidfd]"
+"""What the daemon has open of a client to which the answer is to come."""
+
+
 @pytest.mark.parametrize("end", ["timeout", "killed"])
 def test_an_attach_that_waited_for_a_number_has_none(
     configured: Callable[..., Daemon], image: int, directory: int, end: str
 ) -> None:
     """It ends while it waits: no helper counts as hanging, and the number is the next one's."""
-    timeouts = "request_timeout = 1" if end == "timeout" else ""
+    timeouts = "request_timeout = 2" if end == "timeout" else ""
     daemon = configured(f"{timeouts}\nlimits.new_numbers = 1\nlimits.new_numbers_per_minute = 0")
     name = daemon.attach(image, directory).fields["devname"]
     with paused(maker(daemon)):  # the removal takes its time
         assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
+        eventually(lambda: PIDFD not in daemon.fds(), "the detach is over")
         ours, theirs = pair()
         with theirs:
             fds = [image, directory, theirs.fileno()]
             send(daemon.path, wire.encode_request(wire.Attach(0, 1, 2)), fds).close()
         if end == "killed":
-            time.sleep(0.1)
+            eventually(lambda: PIDFD in daemon.fds(), "it is under way")
+            time.sleep(0.1)  # it waits
             for helper in helpers(daemon):
                 os.kill(helper, signal.SIGKILL)
         with contextlib.closing(reply_of(ours)) as reply:
             assert reply.code == ("timeout" if end == "timeout" else "internal")
     time.sleep(0.1)
-    assert daemon.attach(image, directory).fields.get("devname") == name
+    # Numbers may have to be made ahead of need before that one is removed.
+    found = eventually(lambda: daemon.attach(image, directory).fields.get("devname"), "there is a number")
+    assert found == name
     assert daemon.records("stuck") == []
 
 
