@@ -25,6 +25,7 @@ from prometheus_client import parser as older
 from prometheus_client.openmetrics import parser as newer
 from test_deliveries import Served
 from test_install import install
+from untouched import pair, send
 
 from loopd import client, wire
 from loopd.loop import Loop, LoopControl
@@ -147,13 +148,16 @@ def test_dropped_requests(start_served: Callable[..., Served], tmp_path: Path) -
     configuration = tmp_path / "loopd.toml"
     configuration.write_text("limits.requests = 1\n")
     served = start_served("--config", str(configuration))
-    name = served.attach(os.open(_sparse(tmp_path), os.O_RDWR), None, deliver=("fd",)).fields["devname"]
-    path = f"/dev/{name}"
-    with open(path, "rb"):
-        waiting = wire.encode_request(wire.Detach(name, 0, wait=3))
+    reply = served.attach(os.open(_sparse(tmp_path), os.O_RDWR), None, deliver=("fd",))
+    waiting = wire.encode_request(wire.Detach(reply.fields["devname"], 0, wait=60))
+    ours, theirs = pair()
+    with ours, theirs:
+        send(served.path, waiting, [theirs.fileno()]).close()
+        eventually(lambda: served.records("held"), "it waits")
         for _ in range(4):
             served.ask(waiting, [], reply=False)
         eventually(lambda: served.records("shed"), "some were dropped")
+    reply.close()  # the last close of the device: nothing is under way any more
 
     def recorded() -> int:
         return sum(int(record["LOOPD_COUNT"]) for record in served.records("shed"))
