@@ -184,6 +184,7 @@ class Daemon:
         tools = Tools([listener.socket for listener in listeners], self._control, self._access, grants, watches.fd)
         self._pool = Pool(self._poller, tools, self._helper_ready)
         self._lifecycle = Lifecycle(self._poller, self._pool, watches, self._numbers, slots, self._audit, self._policy)
+        self._lifecycle.renew_numbers = self._renew_numbers
         self._service = Service(
             self._poller, listeners, self._pool, self._lifecycle, self._numbers, slots, self._audit, self._metrics,
             self._policy, options.instance,
@@ -231,8 +232,11 @@ class Daemon:
         try:
             self._lifecycle.on_number()
         except EOFError:
-            self._poller.remove(self._numbers.channel.fileno())
-            self._restart_numbers()
+            self._renew_numbers()
+
+    def _renew_numbers(self) -> None:
+        self._poller.remove(self._numbers.channel.fileno())
+        self._restart_numbers()
 
     def _restart_numbers(self) -> None:
         try:

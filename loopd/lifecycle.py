@@ -120,6 +120,7 @@ class Lifecycle:
         self._kept: list[socket.socket] = []
         self._replies: dict[str, int] = {}
         self._looking = False
+        self.renew_numbers = nothing
         poller.add(self._cgroups.fd, self._cgroups.receive)
         poller.add(watches.fd, self._on_watches)
 
@@ -666,13 +667,16 @@ class Lifecycle:
         self.look_after()
 
     def look_after(self) -> None:
-        """Look again now and then while others keep devices open."""
-        if self._looking or not (self._held or self._numbers.lingering):
+        """Look again now and then while others keep devices open, or numbers are being removed."""
+        if self._looking or not (self._held or self._numbers.lingering or self._numbers.removing):
             return
         self._looking = True
 
         def look() -> None:
             self._looking = False
+            if self._numbers.hangs:
+                self._audit.record(Event.STUCK, "The process that removes device numbers hangs, and is replaced")
+                self.renew_numbers()
             self.look_again()
 
         self._poller.later(self.HELD_CHECK, look)
@@ -695,6 +699,7 @@ class Lifecycle:
         # Where its end is not told, who has its name next is not known.
         told = self._cgroups.watches(account.name) or not cgroups.watchable(account.name)
         self._numbers.retire(number, owner if told and not account.ended else None)
+        self.look_after()
 
     def _tell(self, lease: Lease) -> None:
         for told in list(lease.waiting):

@@ -303,6 +303,11 @@ class Numbers:
     another.
     """
 
+    SILENCE = 5.0
+    """Seconds without an answer after which all threads of the process hang."""
+    STUBBORN = 8
+    """Numbers that were hung in before of which the removal is tried at once: there are threads for others."""
+
     def __init__(self, counter: Counter, channel: socket.socket) -> None:
         self._counter = counter
         self._channel = channel
@@ -312,6 +317,8 @@ class Numbers:
         self._stopping = False
         self._removing: dict[int, Owner | None] = {}
         self._lingering: dict[int, Owner | None] = {}
+        self._stubborn: set[int] = set()
+        self._heard = 0.0
         self._used: dict[Owner, deque[int]] = {}
         self.few = False
         self.remade: bool | None = None
@@ -325,6 +332,11 @@ class Numbers:
     def removing(self) -> bool:
         """Whether numbers are being removed that nobody has open, or must be once they are made."""
         return bool(self._removing or (self._stopping and self._making))
+
+    @property
+    def hangs(self) -> bool:
+        """Whether nothing was heard of the process for long that has something to do."""
+        return bool(self._removing.keys() - self._stubborn) and time.monotonic() - self._heard > self.SILENCE
 
     @property
     def making(self) -> bool:
@@ -393,6 +405,8 @@ class Numbers:
         return self._counter.has(number)
 
     def _remove(self, number: int, owner: Owner | None) -> None:
+        if not self._removing:
+            self._heard = time.monotonic()
         self._removing[number] = owner
         self._send_remove(number)
 
@@ -415,6 +429,8 @@ class Numbers:
         if not payload:
             raise EOFError
         operation, number, error = marshal.loads(payload)  # noqa: S302  # of our own process
+        self._heard = time.monotonic()
+        self._stubborn.discard(number)
         if operation == "probe":
             self._making.discard(number)
             if error in (0, errno.EEXIST):
@@ -447,9 +463,14 @@ class Numbers:
         self._used.setdefault(owner, deque()).append(number)
 
     def restart(self, channel: socket.socket) -> None:
-        """The process ended and there is a new one: have it do what was left."""
+        """The process ended, or hangs, and there is a new one: have it do what was left."""
+        hung = [*self._removing][:THREADS] if self.hangs else []
         self._channel.close()
         self._channel = channel
+        self._heard = time.monotonic()
+        for number in hung:  # it had come to those, and whoever has their locks may keep them
+            self._stubborn.add(number)
+            self._lingering[number] = self._removing.pop(number)
         for number in self._removing:
             self._send_remove(number)
         for number in self._making:  # made or not: nobody had them
@@ -460,7 +481,10 @@ class Numbers:
         """Try again what could not be removed because somebody has it open."""
         lingering, self._lingering = self._lingering, {}
         for number, owner in lingering.items():
-            self._remove(number, owner)
+            if number in self._stubborn and len(self._stubborn & self._removing.keys()) >= self.STUBBORN:
+                self._lingering[number] = owner
+            else:
+                self._remove(number, owner)
 
     def sweep(self, known: set[int]) -> None:
         """Remove devices of the range that a daemon which died had made; one that is bound or open lingers."""
