@@ -411,6 +411,19 @@ def test_partition_nodes_come_and_go_within_a_second(world: World, way: str) -> 
     eventually(lambda: not bound_to(world.work), "the file is free")
 
 
+def test_a_table_that_cannot_be_read_is_no_reason_to_refuse(
+    daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path
+) -> None:
+    """Nor are the nodes left to who was refused: the file may be shorter by the time that loopd looks at its end."""
+    daemon.hello()
+    with injected(helpers(daemon), "pread64:error=EIO"):
+        reply = daemon.attach(image, directory, partscan=True)
+    assert reply.code is None
+    assert (devices / reply.fields["devname"]).is_block_device()
+    reply.close()
+    eventually(lambda: not bound_to(tmp_path) and not list(devices.iterdir()), "all is gone")
+
+
 def test_a_node_goes_although_the_event_is_lost(world: World) -> None:
     """Whoever has a device can have the kernel send more events than the queue holds."""
     image, own = world.image(), world.work / "dev"
