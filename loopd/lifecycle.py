@@ -263,17 +263,20 @@ class Lifecycle:
 
         self._arrange(lease, restored, complete=complete, changed=True)
 
-    def abandon(self, slot: socket.socket) -> None:
-        """Free a slot whose attach failed; a helper that was killed may have booked the lease and made its nodes."""
+    def abandon(self, slot: socket.socket) -> bool:
+        """Free a slot whose attach failed; a helper may have booked the lease and made nodes before it was killed, or
+        could not remove them. Then it is a lease that ends, and its number with it: whether it is.
+        """
         found = leases.stored(slot, self.accounts.get)
         if found is None:
             self._slots.give_back(slot)
-            return
+            return False
         lease, reply = found
         if reply is not None:
             os.close(reply)
         self.leases.add(lease)
         self.release(lease, "failed")
+        return True
 
     # Partitions -------------------------------------------------------------------------------------------------------
 
@@ -324,8 +327,11 @@ class Lifecycle:
         if lease.revoking is not None:
             lease.revoking = True
             return
+        try:
+            directory = os.dup(lease.directory)  # the lease may be over before a helper is available
+        except OSError:  # EMFILE, ENFILE: the job that waits does it
+            return
         lease.revoking = False
-        directory = os.dup(lease.directory)  # the lease may be over before a helper is available
 
         def landed() -> None:
             os.close(directory)

@@ -336,7 +336,12 @@ class Numbers:
     @property
     def hangs(self) -> bool:
         """Whether nothing was heard of the process for long that has something to do."""
-        return bool(self._removing.keys() - self._stubborn) and time.monotonic() - self._heard > self.SILENCE
+        return self._expects and time.monotonic() - self._heard > self.SILENCE
+
+    @property
+    def _expects(self) -> bool:
+        """Whether it has others to remove than those that it was hung in before."""
+        return len(self._removing) > len(self._stubborn & self._removing.keys())
 
     @property
     def making(self) -> bool:
@@ -405,7 +410,7 @@ class Numbers:
         return self._counter.has(number)
 
     def _remove(self, number: int, owner: Owner | None) -> None:
-        if not self._removing:
+        if not self._expects:
             self._heard = time.monotonic()
         self._removing[number] = owner
         self._send_remove(number)

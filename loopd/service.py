@@ -654,7 +654,8 @@ class Service:
     def _give_up(self, exchange: Exchange) -> None:
         """What an attach was given and did not use: its slot is free again; its number may have had a node and goes."""
         if exchange.slot is not None:
-            self._lifecycle.abandon(exchange.slot)
+            if self._lifecycle.abandon(exchange.slot):
+                exchange.number = None
             exchange.slot = None
         if exchange.number is not None:
             self._lifecycle.retire(exchange.number, exchange.account, exchange.person)
