@@ -66,23 +66,30 @@ class Crowding:
     """How many of the processes that it may have are in this one's cgroup."""
 
     def __init__(self) -> None:
-        """Opens the files that tell; there are none where there is no limit."""
+        self._cgroup = b""
         self._fds: list[int] = []
-        with contextlib.suppress(OSError, ValueError):
-            for line in filter(None, proc.read("/proc/self/cgroup").decode().split("\n")):
-                _, controllers, path = line.split(":", 2)
-                for root in ("/sys/fs/cgroup/pids",) if controllers == "pids" else () if controllers else ROOTS:
-                    with contextlib.suppress(FileNotFoundError):
-                        for name in ("pids.max", "pids.current"):
-                            self._fds.append(os.open(f"{root}{path}/{name}", os.O_RDONLY | os.O_CLOEXEC))
-                        return
 
     def now(self) -> float:
-        """0 to 1; 0 where there is no limit."""
+        """0 to 1; 0 where there is no limit. Looks the cgroup up when this process is in another one than before."""
         with contextlib.suppress(OSError, ValueError):
+            cgroup = proc.read("/proc/self/cgroup")
+            if cgroup != self._cgroup:
+                self._open(cgroup)
             most, current = (os.pread(fd, 64, 0) for fd in self._fds)
             return 0.0 if most == b"max\n" else int(current) / int(most)
         return 0.0
+
+    def _open(self, cgroup: bytes) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+        self._cgroup = cgroup
+        for line in filter(None, os.fsdecode(cgroup).split("\n")):
+            _, controllers, path = line.split(":", 2)
+            for root in ("/sys/fs/cgroup/pids",) if controllers == "pids" else () if controllers else ROOTS:
+                with contextlib.suppress(FileNotFoundError):
+                    for name in ("pids.max", "pids.current"):
+                        self._fds.append(os.open(f"{root}{path}/{name}", os.O_RDONLY | os.O_CLOEXEC))
+                    return
 
 
 class Watcher:
