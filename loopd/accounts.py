@@ -128,7 +128,7 @@ class Account:
 
     __slots__ = (
         "attaching", "bytes", "devices", "ended", "flights", "helpers", "hung", "jobs", "name", "numbers", "queue",
-        "refusals", "refused_at", "senders", "shed", "stuck",
+        "refusals", "refused_at", "revokes", "senders", "shed", "stuck",
     )  # fmt: skip
 
     MOST_SENDERS = 64
@@ -143,6 +143,7 @@ class Account:
         self.flights: set[Any] = set()
         self.helpers: set[Any] = set()
         self.jobs = 0
+        self.revokes = 0
         self.queue: deque[Callable[[], None]] = deque()
         self.refusals = 0
         self.refused_at = 0.0

@@ -4,7 +4,7 @@ This is what ends a lease whose own keeper never does: a pidfd of the host's PID
 namespace, a socket end that was hidden somewhere. Looks at the host's cgroup file system only.
 
 Whoever may read a directory of a file system can keep it locked, and then a name in it is looked up in vain. So a
-helper opens what tells of an account, and the main process reads what is open and looks up nothing.
+helper opens what tells of an account, and the main process reads what is open and looks up none but its own.
 
 Of its own cgroup the daemon wants to know how near the limit of processes is.
 """
@@ -82,13 +82,13 @@ class Crowding:
     def _open(self, cgroup: bytes) -> None:
         while self._fds:
             os.close(self._fds.pop())
-        self._cgroup = cgroup
         for line in filter(None, os.fsdecode(cgroup).split("\n")):
             _, controllers, path = line.split(":", 2)
             for root in ("/sys/fs/cgroup/pids",) if controllers == "pids" else () if controllers else ROOTS:
                 with contextlib.suppress(FileNotFoundError):
                     for name in ("pids.max", "pids.current"):
                         self._fds.append(os.open(f"{root}{path}/{name}", os.O_RDONLY | os.O_CLOEXEC))
+                    self._cgroup = cgroup
                     return
 
 

@@ -151,6 +151,7 @@ class Daemon:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._bugs = 0
+        self._renewing = False
         self._flushing = False
         self._reporting = False
         self._reported = ""
@@ -235,8 +236,10 @@ class Daemon:
             self._renew_numbers()
 
     def _renew_numbers(self) -> None:
-        self._poller.remove(self._numbers.channel.fileno())
-        self._restart_numbers()
+        if not self._renewing:
+            self._renewing = True
+            self._poller.remove(self._numbers.channel.fileno())
+            self._restart_numbers()
 
     def _restart_numbers(self) -> None:
         try:
@@ -244,6 +247,7 @@ class Daemon:
         except OSError:  # TasksMax=, memory, open files: helpers make the numbers, and the removals wait
             self._poller.later(self.NUMBERS_PAUSE, self._restart_numbers)
             return
+        self._renewing = False
         self._numbers.restart(channel)
 
     NUMBERS_PAUSE = 0.2

@@ -142,6 +142,7 @@ class Helper:
                 self._send(Recognised(vetted.refusal, vetted.grant, last))
             if not work:
                 return last
+            events = None
             try:
                 if job.change is not None:
                     uid, name, remove, admin = job.change
@@ -152,7 +153,8 @@ class Helper:
                     self._send(Changed(path, last))
                     return last
                 assert job.attach is not None and job.terms is not None  # noqa: PT018
-                return self._attach(job, job.attach, job.terms, packet, vetted, own, passed)
+                events = _open_events(job, packet)
+                return self._attach(job, job.attach, job.terms, packet, vetted, own, passed, events)
             except Refusal as refusal:
                 done = Done(refusal)
             except OSError as error:
@@ -160,7 +162,7 @@ class Helper:
             except Exception as error:  # noqa: BLE001  # the one boundary for bugs on this side
                 done = Done(messages.bug(described(error)))
             last = passed.issuperset(fds)
-            self._send(done._replace(last=last))
+            self._send(done._replace(cgroup=events is not None, last=last), events)
             return last
 
     def _vet_sockets(self, job: Take, packet: Packet) -> _Vetted:
@@ -214,8 +216,9 @@ class Helper:
     # Take: the files --------------------------------------------------------------------------------------------------
 
     def _attach(
-        self, job: Take, request: Attach, terms: Terms, packet: Packet, vetted: _Vetted, own: FdSet, passed: set[int]
-    ) -> bool:
+        self, job: Take, request: Attach, terms: Terms, packet: Packet, vetted: _Vetted, own: FdSet, passed: set[int],
+        events: int | None,
+    ) -> bool:  # fmt: skip
         mounts = files.Mounts(packet.sender.pid)
         warnings = _check_mknod(packet.sender.pid, terms)
         fd = borrow(packet.fds, request.fd, "fd")
@@ -224,7 +227,6 @@ class Helper:
             raise Refusal(
                 Code.NOT_PERMITTED, "the administrator allows this client read-only devices alone (loopd.toml)"
             )
-        events = _open_events(job, packet)
         directory, grant = self._directory(request, terms, packet, vetted, mounts), vetted.grant
         passed.update(() if directory is None else (directory.fd, directory.view))
         bound = devices.bind(self._tools.control, self._tools.access, fd, request, backing, self._numbers(terms.number))
@@ -432,7 +434,7 @@ def _check_on_host(packet: Packet, vetted: _Vetted) -> None:
 
 
 def _take_back(slot: int | None, directory: Directory | None, made: list[Node]) -> None:
-    """Undo what was booked and made. What cannot be removed stays booked, so that it is tried again."""
+    """Undo what was booked, and what was made. What of that cannot be removed stays booked, to be tried again."""
     if directory is not None and nodes.displace(directory, made):
         return
     if slot is not None:

@@ -239,6 +239,9 @@ def stored(slot: socket.socket, account: Callable[[str], Account]) -> tuple[Leas
         keeper = fds.pop("lease", None)
         if found.lease == "reply" and reply is not None:
             keeper = owned.add(os.dup(reply))
+        if reply is not None and found.version < records.VERSION:
+            os.close(owned.steal(list(owned).index(reply)))
+            reply = None
         if keeper is not None:
             fds["keeper"] = keeper
         lease = Lease(found.binding, holder, account(holder.account), found.lease, fds)

@@ -89,7 +89,8 @@ class Lifecycle:
     """Seconds after which a device that was bound must be a lease's."""
     MOST_JOBS = 8
     """Helpers at once that are busy with the leases of one account, or hang in them: a client can keep its own
-    directory, and its own file, locked for as long as it likes.
+    directory, and its own file, locked for as long as it likes. So many more may close nodes, and one for each of those
+    that were written off keeps what they had.
     """
     PROBE_PAUSE = 0.05
     """Seconds after the start until it is tried whether a kept node brings its number back, and left directories go."""
@@ -113,7 +114,7 @@ class Lifecycle:
         self._held: dict[str, Lease] = {}
         self._charged: dict[str, Account] = {}
         self._reported: set[str] = set()
-        self._suspects: dict[str, tuple[tuple[str, int | None], float]] = {}
+        self._suspects: dict[str, tuple[tuple[str, int | None] | None, float]] = {}
         self._unknown: set[str] = set()
         self._nudged: set[str] = set()
         self._watched: dict[int, Lease] = {}
@@ -134,6 +135,16 @@ class Lifecycle:
             self.release(lease, "expired")
         else:
             self._watch_account(lease)
+
+    def watch(self, account: Account, events: int) -> None:
+        """Watch an account of which nothing was attached: it may get the numbers again that it used up. Takes over
+        what `cgroups.open_events` gave.
+        """
+        if account.ended:
+            os.close(events)
+            return
+        with contextlib.suppress(OSError):  # then it gets none of them again
+            self._cgroups.watch(account.name, events)
 
     def _watch_account(self, lease: Lease) -> None:
         if lease.cgroup is not None and not lease.account.ended:
@@ -275,6 +286,9 @@ class Lifecycle:
         if reply is not None:
             os.close(reply)
         self.leases.add(lease)
+        if lease.cgroup is not None:
+            events, lease.cgroup = lease.cgroup, None
+            self.watch(lease.account, events)
         self.release(lease, "failed")
         return True
 
@@ -322,22 +336,31 @@ class Lifecycle:
     def _revoke(self, lease: Lease) -> None:
         """Have nodes closed whose partitions are gone; one helper at a time, beside what else is done to the lease."""
         nodes = tuple(node for node in lease.nodes if node.name != lease.binding.devname)
-        if lease.directory is None or not nodes:
+        # In a client's own directory it can open them again, and have a name looked up for ever.
+        if lease.directory is None or not lease.holder.grant or not nodes:
             return
         if lease.revoking is not None:
             lease.revoking = True
+            return
+        account = lease.account
+        if account.revokes >= self.MOST_JOBS:
             return
         try:
             directory = os.dup(lease.directory)  # the lease may be over before a helper is available
         except OSError:  # EMFILE, ENFILE: the job that waits does it
             return
         lease.revoking = False
+        account.revokes += 1
 
         def landed() -> None:
             os.close(directory)
+            account.revokes -= 1
             again, lease.revoking = lease.revoking, None
+            lease.sure = False  # a partition may have come again with the number that it had, and its node be closed
             if again:
                 self._revoke(lease)
+            if lease.state is State.BOUND:
+                self._arrange_after(0, lease, changed=False)
 
         task = LeaseTask(void, None, lambda: self._stuck(lease), nothing, landed)
         job = messages.Revoke(lease.binding.devname, lease.holder.client, nodes)
@@ -418,7 +441,7 @@ class Lifecycle:
 
     def _submit(
         self, lease: Lease, job: messages.Job, done: Callable[[Any], None], after: Callable[[], None] = lambda: None,
-        ended: Callable[[], None] = lambda: None, tries: int = 5,
+        ended: Callable[[], None] = lambda: None, tries: int = 5, *, in_turn: bool = True,
     ) -> None:  # fmt: skip
         account = lease.account
 
@@ -426,11 +449,12 @@ class Lifecycle:
             unsure = job
             if isinstance(job, messages.Arrange | messages.Release):
                 unsure = job._replace(sure=False)  # the first one may have made or removed some
-            self._submit(lease, unsure, done, after, ended, tries - 1)
+            self._submit(lease, unsure, done, after, ended, tries - 1, in_turn=in_turn)
 
         def landed() -> None:
             ended()
-            self._landed(account)
+            if in_turn:
+                self._landed(account)
 
         def start() -> None:
             lock = lease.lock if isinstance(job, messages.Release | messages.Keep) else None
@@ -440,7 +464,10 @@ class Lifecycle:
             )
             self._pool.submit(task, job, fds, self.policy.request_timeout)
 
-        self._in_turn(account, start)
+        if in_turn:
+            self._in_turn(account, start)
+        else:
+            start()
 
     def _in_turn(self, account: Account, start: Callable[[], None]) -> None:
         """Start a job of an account, until `_landed`; if it has enough of them, when one of those has."""
@@ -471,7 +498,7 @@ class Lifecycle:
             if message is None:
                 # The helper hangs with its own copy of the device, or has ended since: whose close is the last one is
                 # not known, and must not be this process's.
-                self._submit(lease, messages.Keep(), kept, after)
+                self._submit(lease, messages.Keep(), kept, after, in_turn=False)
                 return
             lease.binding = lease.binding._replace(diskseq=message.diskseq)
             lease.nodes = message.left
@@ -569,16 +596,25 @@ class Lifecycle:
         if file is None or self.leases.get(devname) is not None:
             self._discharge(devname)
             return
-        if is_parked(devname, file):
-            self._suspects.pop(devname, None)
-            self._charge(devname)
-            if devices.autoclear(devname) is False:
-                self._nudge_parked(number)
+        if not self._numbers.used(number):
             return
-        if devname in self._reported or not self._numbers.used(number):
-            return
-        seen, now = (file, devices.sequence(devname)), time.monotonic()
+        diskseq, now = devices.sequence(devname), time.monotonic()
         before, since = self._suspects.get(devname, (None, now))
+        parked = is_parked(devname, file)
+        if parked:
+            if devices.autoclear(devname) is False:
+                self._nudge_parked(number, diskseq)
+            diskseq = None  # parked again, it is as before
+        seen = (file, diskseq)
+        if parked:
+            if before == seen:
+                self._charge(devname)
+            elif devname not in self._charged:  # udev has it open for a moment, most likely
+                self._suspects[devname] = (seen, now)
+                self._look_at_foreign_later(devname)
+            return
+        if devname in self._reported:
+            return
         # It may be an attach that is not in the books yet: then it is at the next look. A number that lingers has none.
         maybe = before is None or (before != seen and not self._numbers.lingers(number))
         if maybe and now - since < self.policy.request_timeout:
@@ -631,7 +667,7 @@ class Lifecycle:
         lease.working = True
         self._submit(lease, messages.Nudge(lease.binding.number, lease.binding.diskseq), void, ended=ended)
 
-    def _nudge_parked(self, number: int) -> None:
+    def _nudge_parked(self, number: int, diskseq: int | None) -> None:
         """Whoever has a parked device open has seen to it that it would stay for ever."""
         devname = f"loop{number}"
         owner = self._numbers.had(number)
@@ -647,8 +683,7 @@ class Lifecycle:
 
         def start() -> None:
             task = LeaseTask(void, None, stuck, nothing, landed)
-            job = messages.Nudge(number, devices.sequence(devname))
-            self._pool.submit(task, job, [], self.policy.request_timeout)
+            self._pool.submit(task, messages.Nudge(number, diskseq), [], self.policy.request_timeout)
 
         if devname not in self._nudged:
             self._nudged.add(devname)

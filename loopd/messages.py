@@ -188,7 +188,7 @@ class Changed(NamedTuple):
 
 class Done(NamedTuple):
     """The attach is done, or what was asked for is refused. Fds: device; then, if so flagged, directory, lock, what
-    tells of the account's cgroup, the client's fds.
+    tells of the account's cgroup, the client's fds. Of a refusal: the cgroup's alone.
     """
 
     refusal: Refusal | None

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from . import transport
 from .devices import Binding
 
-VERSION = 1
+VERSION = 2
+"""With the first one the reply socket had the word on the answer. What it says of such a lease is that it was given."""
 MAX_RECORD = 32768
 FDS = ("device", "directory", "lock", "cgroup", "lease", "reply")
 """Which fds a record may have along, in the order in which they are sent; the record says which it has."""
@@ -27,6 +28,8 @@ class Stored(NamedTuple):
 
     `releasing`: the device has been let go of, and what is left to do is to notice its last close.
     """
+
+    version: int
 
     holder: dict[str, Any]
     lease: str
@@ -77,7 +80,8 @@ def read(slot: int) -> Stored | None:
         binding, names = Binding(**known), list(record["fds"])
         if len(names) != len(fds) or not set(names) <= set(FDS):
             raise ValueError(f"record with {len(fds)} fds, named {names}")
-        found = Stored(dict(record["holder"]), str(record["lease"]), binding, bool(record["releasing"]), {})
+        holder, lease, releasing = dict(record["holder"]), str(record["lease"]), bool(record["releasing"])
+        found = Stored(record["version"], holder, lease, binding, releasing, {})
         found.fds.update({name: fds.steal(index) for index, name in enumerate(names)})
         return found
 

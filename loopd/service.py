@@ -163,13 +163,15 @@ class Waiter:
         self._exchange = exchange
         self._lease = lease
         self._deadline = deadline
-        self._timer: Timer | None = None
+        # A release that a client keeps from going on must not keep who asks for it waiting for ever.
+        patience = time.monotonic() + service.policy.request_timeout + 1
+        self._timer = service.at(max(deadline, patience), self._busy)
 
     def told(self, state: State) -> None:
         """The lease is in another state."""
+        if self._timer is not None:
+            self._timer.cancel()  # else it would keep all this for as long as the client chose to wait
         if state is State.RELEASED:
-            if self._timer is not None:
-                self._timer.cancel()  # else it would keep all this for as long as the client chose to wait
             self._service.answer(self._exchange, wire.Detached("released"))
         else:
             self._timer = self._service.at(self._deadline, self._busy)
@@ -585,6 +587,8 @@ class Service:
     def on_done(self, exchange: Exchange, message: messages.Done, fds: FdSet) -> None:
         """The device is there with its nodes, or the attach was refused: book, reply, audit."""
         if message.refusal is not None:
+            if message.cgroup:
+                self._lifecycle.watch(exchange.account, fds.steal(0))
             if message.refusal.code is Code.INTERNAL:
                 self.bug(exchange, message.refusal.message)
                 return
