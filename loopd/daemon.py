@@ -151,6 +151,7 @@ class Daemon:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._bugs = 0
+        self._maker = 0
         self._renewing = False
         self._flushing = False
         self._reporting = False
@@ -219,7 +220,7 @@ class Daemon:
         with theirs:
             try:
                 keep = [theirs.fileno(), self._control.fileno(), *self._access.fds]
-                pool.fork(keep, lambda: numbers.work(theirs, self._control, self._access))
+                self._maker = pool.fork(keep, lambda: numbers.work(theirs, self._control, self._access))
             except OSError:
                 ours.close()
                 raise
@@ -238,6 +239,8 @@ class Daemon:
     def _renew_numbers(self) -> None:
         if not self._renewing:
             self._renewing = True
+            if self._maker:  # it hangs; what it has not come to is the next one's
+                os.kill(self._maker, signal.SIGKILL)
             self._poller.remove(self._numbers.channel.fileno())
             self._restart_numbers()
 
@@ -299,6 +302,8 @@ class Daemon:
         with contextlib.suppress(ChildProcessError):
             while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
                 self._pool.reap(pid)
+                if pid == self._maker:
+                    self._maker = 0
 
     def _ping(self) -> None:
         assert self._watchdog is not None

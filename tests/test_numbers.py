@@ -25,7 +25,7 @@ import pytest
 from conftest import Daemon, ask, bound_to, eventually, exists, require
 from kept import Kept, hold, next_block, start_at, start_kept_fixture  # noqa: F401
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, become
-from untouched import cgroup, kept_open, maker, paused
+from untouched import cgroup, kept_open, maker
 
 from loopd import numbers, wire
 from loopd.accounts import Account
@@ -588,10 +588,10 @@ def test_numbers_are_removed_although_the_process_that_does_it_hangs(
     """A client can keep the lock that LOOP_CTL_REMOVE waits for; here it does so for all threads."""
     daemon = start_kept()
     names = [daemon.attach(image, directory).fields["devname"] for _ in range(3)]
-    with paused(maker(daemon)):
-        for name in names:
-            assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
-        eventually(lambda: not any(exists(name) for name in names), "the numbers are gone", 14)
+    os.kill(maker(daemon), signal.SIGSTOP)
+    for name in names:
+        assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
+    eventually(lambda: not any(exists(name) for name in names), "the numbers are gone", 20)
     assert [record for record in daemon.records("stuck") if "numbers" in record["MESSAGE"]]
     assert daemon.attach(image, directory).code is None
     daemon.end()
