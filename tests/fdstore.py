@@ -49,6 +49,11 @@ def listen(path: str) -> socket.socket:
     return listener
 
 
+def _say(text: str) -> None:
+    """On a line of its own: the daemon, which writes into the same log, may have been killed in the middle of one."""
+    print(f"\n{text}", flush=True)
+
+
 class Manager:
     """One service with its sockets and its fd store. Says on standard output what happens."""
 
@@ -72,7 +77,7 @@ class Manager:
         environment["FDSTORE"] = str(self._store_max)
         arguments = [sys.executable, "-ISc", _LAUNCHER, ",".join(str(fd) for _, fd in passed), *self._command]
         self._pid, self._ready = os.posix_spawn(sys.executable, arguments, environment), False
-        print(f"started {self._pid}", flush=True)
+        _say(f"started {self._pid}")
 
     def _receive(self) -> None:
         while True:
@@ -90,10 +95,10 @@ class Manager:
                 self._store += [(fields.get("FDNAME", "stored"), fd) for fd in fds[:room]]
                 for fd in fds[room:]:
                     os.close(fd)
-                print(f"stored {len(self._store)}", flush=True)
+                _say(f"stored {len(self._store)}")
             else:
                 self._ready |= "READY" in fields
-                print(payload.decode(), flush=True)
+                _say(payload.decode())
 
     def _reap(self) -> None:
         """Wait for what has ended: the daemon, and children of it that outlived it."""
@@ -103,7 +108,7 @@ class Manager:
                     self._receive()
                     self._kill_rest()
                     status = os.waitstatus_to_exitcode(ended[1])
-                    print(f"ended {self._pid} {status}", flush=True)
+                    _say(f"ended {self._pid} {status}")
                     self._pid, self._failed = 0, status != 0
 
     def _kill_rest(self) -> None:
