@@ -128,7 +128,7 @@ class Account:
 
     __slots__ = (
         "attaching", "bytes", "devices", "ended", "flights", "helpers", "hung", "jobs", "name", "numbers", "queue",
-        "refusals", "refused_at", "revokes", "senders", "shed", "stuck",
+        "refusals", "refused_at", "revokes", "senders", "shed", "stuck", "unrevoked",
     )  # fmt: skip
 
     MOST_SENDERS = 64
@@ -144,6 +144,7 @@ class Account:
         self.helpers: set[Any] = set()
         self.jobs = 0
         self.revokes = 0
+        self.unrevoked: dict[str, Any] = {}
         self.queue: deque[Callable[[], None]] = deque()
         self.refusals = 0
         self.refused_at = 0.0
@@ -179,7 +180,8 @@ class Account:
     @property
     def in_use(self) -> bool:
         """Whether anything is charged to it now."""
-        return bool(self.devices or self.flights or self.stuck or self.hung or self.shed or self.jobs)
+        busy = self.flights or self.stuck or self.hung or self.shed or self.jobs or self.revokes
+        return bool(self.devices or busy)
 
 
 class Accounts:

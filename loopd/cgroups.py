@@ -90,6 +90,7 @@ class Crowding:
                         self._fds.append(os.open(f"{root}{path}/{name}", os.O_RDONLY | os.O_CLOEXEC))
                     self._cgroup = cgroup
                     return
+        self._cgroup = cgroup  # there is no limit
 
 
 class Watcher:

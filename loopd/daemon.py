@@ -242,6 +242,7 @@ class Daemon:
             if self._maker:  # it hangs; what it has not come to is the next one's
                 os.kill(self._maker, signal.SIGKILL)
             self._poller.remove(self._numbers.channel.fileno())
+            self._numbers.give_up()
             self._restart_numbers()
 
     def _restart_numbers(self) -> None:

@@ -344,6 +344,7 @@ class Lifecycle:
             return
         account = lease.account
         if account.revokes >= self.MOST_JOBS:
+            account.unrevoked[lease.binding.devname] = lease
             return
         try:
             directory = os.dup(lease.directory)  # the lease may be over before a helper is available
@@ -355,16 +356,28 @@ class Lifecycle:
         def landed() -> None:
             os.close(directory)
             account.revokes -= 1
-            again, lease.revoking = lease.revoking, None
-            lease.sure = False  # a partition may have come again with the number that it had, and its node be closed
-            if again:
-                self._revoke(lease)
-            if lease.state is State.BOUND:
-                self._arrange_after(0, lease, changed=False)
+            self._revoked(lease)
 
         task = LeaseTask(void, None, lambda: self._stuck(lease), nothing, landed)
         job = messages.Revoke(lease.binding.devname, lease.holder.client, nodes)
         self._pool.submit(task, job, [directory], self.policy.request_timeout)
+
+    def _revoked(self, lease: Lease) -> None:
+        account = lease.account
+        again, lease.revoking = lease.revoking, None
+        if again:
+            account.unrevoked[lease.binding.devname] = lease
+        while account.unrevoked and account.revokes < self.MOST_JOBS:
+            self._revoke(account.unrevoked.pop(next(iter(account.unrevoked))))
+
+        def unsure() -> None:
+            lease.sure = False  # a partition may have come again with the number that it had, and its node be closed
+            self._proceed(lease)
+
+        if lease.state in (State.BOUND, State.RELEASING):
+            self._job(lease, unsure)  # after what is under way, which believes to be sure
+        if lease.state is State.BOUND:
+            self._arrange_after(0, lease, changed=False)
 
     def _stuck(self, lease: Lease) -> None:
         text = "has a helper process that hangs in its directory or file, and was written off"
@@ -601,13 +614,11 @@ class Lifecycle:
         diskseq, now = devices.sequence(devname), time.monotonic()
         before, since = self._suspects.get(devname, (None, now))
         parked = is_parked(devname, file)
-        if parked:
-            if devices.autoclear(devname) is False:
-                self._nudge_parked(number, diskseq)
-            diskseq = None  # parked again, it is as before
+        if parked and devices.autoclear(devname) is False:
+            self._nudge_parked(number, diskseq)
         seen = (file, diskseq)
         if parked:
-            if before == seen:
+            if before is not None:
                 self._charge(devname)
             elif devname not in self._charged:  # udev has it open for a moment, most likely
                 self._suspects[devname] = (seen, now)

@@ -336,7 +336,8 @@ class Numbers:
     @property
     def hangs(self) -> bool:
         """Whether nothing was heard of the process for long that has something to do."""
-        return self._expects and time.monotonic() - self._heard > self.SILENCE
+        there = self._channel.fileno() >= 0
+        return there and self._expects and time.monotonic() - self._heard > self.SILENCE
 
     @property
     def _expects(self) -> bool:
@@ -467,15 +468,18 @@ class Numbers:
             del self._used[next(iter(self._used))]
         self._used.setdefault(owner, deque()).append(number)
 
-    def restart(self, channel: socket.socket) -> None:
-        """The process ended, or hangs, and there is a new one: have it do what was left."""
-        hung = [*self._removing][:THREADS] if self.hangs else []
-        self._channel.close()
-        self._channel = channel
-        self._heard = time.monotonic()
-        for number in hung:  # it had come to those, and whoever has their locks may keep them
+    def give_up(self) -> None:
+        """The process has ended, or hangs and is ended: nothing is sent to it any more."""
+        for number in [*self._removing][:THREADS] if self.hangs else []:
+            # It had come to those, and whoever has their locks may keep them.
             self._stubborn.add(number)
             self._lingering[number] = self._removing.pop(number)
+        self._channel.close()
+
+    def restart(self, channel: socket.socket) -> None:
+        """There is a new process: have it do what was left."""
+        self._channel = channel
+        self._heard = time.monotonic()
         for number in self._removing:
             self._send_remove(number)
         for number in self._making:  # made or not: nobody had them

@@ -163,8 +163,9 @@ class Waiter:
         self._exchange = exchange
         self._lease = lease
         self._deadline = deadline
-        # A release that a client keeps from going on must not keep who asks for it waiting for ever.
-        patience = time.monotonic() + service.policy.request_timeout + 1
+        # A release that a client keeps from going on must not keep who asks for it waiting for ever; loopd's own client
+        # waits as long as a request may take.
+        patience = time.monotonic() + 0.9 * service.policy.request_timeout
         self._timer = service.at(max(deadline, patience), self._busy)
 
     def told(self, state: State) -> None:
@@ -587,7 +588,7 @@ class Service:
     def on_done(self, exchange: Exchange, message: messages.Done, fds: FdSet) -> None:
         """The device is there with its nodes, or the attach was refused: book, reply, audit."""
         if message.refusal is not None:
-            if message.cgroup:
+            if message.cgroup and len(fds):
                 self._lifecycle.watch(exchange.account, fds.steal(0))
             if message.refusal.code is Code.INTERNAL:
                 self.bug(exchange, message.refusal.message)
