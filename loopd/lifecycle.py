@@ -646,10 +646,14 @@ class Lifecycle:
         """Charge a device that is no lease's to who had its number last."""
         account = self._charged.get(devname)
         if account is None:
-            owner = self._numbers.had(int(devname[4:]))
-            account = self._charged[devname] = self.accounts.get(owner.account if owner else "")
+            account = self._charged[devname] = self._last_account(int(devname[4:]))
             account.devices += 1
         return account
+
+    def _last_account(self, number: int) -> Account:
+        """Of who had the number last; nobody's where that is not remembered."""
+        owner = self._numbers.had(number)
+        return self.accounts.get(owner.account if owner else "")
 
     def _discharge(self, devname: str) -> None:
         self._suspects.pop(devname, None)
@@ -681,8 +685,7 @@ class Lifecycle:
     def _nudge_parked(self, number: int, diskseq: int | None) -> None:
         """Whoever has a parked device open has seen to it that it would stay for ever."""
         devname = f"loop{number}"
-        owner = self._numbers.had(number)
-        account = self.accounts.get(owner.account if owner else "")
+        account = self._last_account(number)
 
         def stuck() -> None:
             text = f"A helper process hangs in {devname}, which could not be removed, and was written off"

@@ -337,10 +337,10 @@ class Numbers:
     def hangs(self) -> bool:
         """Whether nothing was heard of the process for long that has something to do."""
         there = self._channel.fileno() >= 0
-        return there and self._expects and time.monotonic() - self._heard > self.SILENCE
+        return there and self._at_work and time.monotonic() - self._heard > self.SILENCE
 
     @property
-    def _expects(self) -> bool:
+    def _at_work(self) -> bool:
         """Whether it has others to remove than those that it was hung in before."""
         return len(self._removing) > len(self._stubborn & self._removing.keys())
 
@@ -411,7 +411,7 @@ class Numbers:
         return self._counter.has(number)
 
     def _remove(self, number: int, owner: Owner | None) -> None:
-        if not self._expects:
+        if not self._at_work:
             self._heard = time.monotonic()
         self._removing[number] = owner
         self._send_remove(number)
