@@ -22,7 +22,7 @@ PYTHON = /usr/bin/python3
 VM_PYTHON = $(CURDIR)/.venv/bin/python
 
 LIB = $(DESTDIR)$(PREFIX)/lib
-MODULES = $(wildcard loopd/*.py) loopd/py.typed
+MODULES = $(wildcard loopd/*.py loopd/*/*.py) loopd/py.typed
 PROGRAMS = sbin/loopd:daemon bin/loopctl:cli
 # Each in one file that needs nothing of the package, so that it can be bind-mounted alone, under the name of what it stands in for.
 STAND_INS = $(foreach pair,losetup:losetup mountloop:mount,$(if $(wildcard loopd/$(firstword $(subst :, ,$(pair))).py),$(pair)))
@@ -112,8 +112,7 @@ install:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'make: loopd needs Python 3.11 or later: make install PYTHON=/usr/bin/python3.X' >&2; exit 1; }
 	[ ! -d $(LIB)/loopd ] || find $(LIB)/loopd ! -type d -delete
-	install -d $(LIB)/loopd/loopd
-	install -m 644 $(MODULES) $(LIB)/loopd/loopd
+	for module in $(MODULES); do install -D -m 644 $$module $(LIB)/loopd/$$module || exit; done
 	umask 022 && $(PYTHON) -m compileall -q -s '$(DESTDIR)' -p / $(LIB)/loopd
 	umask 022 && for pair in $(PROGRAMS); do \
 	    program=$(DESTDIR)$(PREFIX)/$${pair%:*} && install -d $${program%/*} && \

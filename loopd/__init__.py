@@ -15,7 +15,7 @@ TYPE_CHECKING = False  # type checkers know the name; importing typing for it wo
 if TYPE_CHECKING:
     from typing import Iterable
 
-    from loopd.client import (
+    from loopd.client.api import (
         ADMIN_SOCKET,
         DIRECTORY,
         ERRORS,
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
         rescan,
         resize,
     )
-    from loopd.client import leases as list  # noqa: A004  # it is to read loopd.list()
-    from loopd.wire import Attached, Code, Greeting, LeaseInfo
+    from loopd.client.api import leases as list  # noqa: A004  # it is to read loopd.list()
+    from loopd.protocol.wire import Attached, Code, Greeting, LeaseInfo
 
 __all__ = [
     "ADMIN_SOCKET",
@@ -100,7 +100,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from loopd import client  # noqa: PLC0415  # see above
+    from loopd.client import api as client  # noqa: PLC0415  # see above
 
     # The client has no function of the name `list`: it would hide the type in all of its module.
     value = globals()[name] = getattr(client, "leases" if name == "list" else name)

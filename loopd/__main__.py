@@ -2,6 +2,6 @@
 
 import sys
 
-from .daemon import main
+from loopd.daemon import main
 
 sys.exit(main())

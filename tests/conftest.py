@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from loopd import wire  # noqa: E402  # the tree's own, installed or not
+from loopd.protocol import wire  # noqa: E402  # the tree's own, installed or not
 
 # Both are ignored in the background of a script, and would be by what the tests run.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -38,7 +38,8 @@ from hypothesis import strategies as st
 from processes import NOBODY, Child, become, own_user_namespace
 from untouched import Untouched, cgroup, droppers, helpers, honest, pair
 
-from loopd import numbers, wire
+from loopd.daemon import numbers
+from loopd.protocol import wire
 
 DATAGRAMS = int(os.environ.get("LOOPD_FUZZ_DATAGRAMS", "100000"))
 SEED = int(os.environ.get("LOOPD_FUZZ_SEED", "0"))

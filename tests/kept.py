@@ -26,8 +26,9 @@ from conftest import ROOT, Daemon, Reply, ask, bound_to, eventually, require
 from processes import Child
 from untouched import ask_at_address
 
-from loopd import numbers, wire
+from loopd.daemon import numbers
 from loopd.loop import LoopControl
+from loopd.protocol import wire
 
 SYS_PIDFD_GETFD = 438
 """Linux 5.6; the same number on every architecture."""

@@ -22,8 +22,8 @@ from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, prompt, re
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, stays
 from untouched import kept_open
 
-from loopd import wire
-from loopd.service import Service
+from loopd.daemon.service import Service
+from loopd.protocol import wire
 
 HELLO = wire.encode_request(wire.Hello(0))
 PROMPT = 2.0

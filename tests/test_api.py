@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, Daemon
 
 import loopd
-from loopd import client, loop
+from loopd import loop
+from loopd.client import api as client
 
 PAGE = ROOT / "docs/api.md"
 

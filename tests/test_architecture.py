@@ -1,4 +1,4 @@
-"""docs/architecture.md is true: its layers are those of the imports, and what it names is there."""
+"""The folder listing is the architecture: what a folder says that it may import is true of its files."""
 
 from __future__ import annotations
 
@@ -10,56 +10,88 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-PAGE = ROOT / "docs/architecture.md"
-MODULES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "loopd").glob("*.py")}
-CLIENT = {"wire", "layers", "client", "openers", "doctor", "cli", "loop"}
+PACKAGE = ROOT / "loopd"
+FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+ALONE = ("loop", "losetup", "mountloop")
+"""Files that people carry away one by one."""
+MODULES = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 
 
-def imports(module: str) -> Iterator[str]:
-    """The modules of the package that a module imports, wherever in it that is done."""
-    for node in ast.walk(MODULES[module]):
+def folder_of(path: Path) -> str:
+    return path.parent.name if path.parent != PACKAGE else ""
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The folders, and the modules outside of folders, that a module imports, wherever in it that is done."""
+    for node in ast.walk(MODULES[path]):
         if isinstance(node, ast.ImportFrom):
-            name = ("loopd." if node.level else "") + (node.module or "")
-            if name in {"loopd.", "loopd"}:
-                yield from (alias.name for alias in node.names if alias.name in MODULES)
-            elif name.startswith("loopd."):
-                yield name.removeprefix("loopd.")
+            assert node.level == 0, f"{path}: a relative import"
+            names = [node.module or ""]
+            if names == ["loopd"]:
+                names = [f"loopd.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            yield from (alias.name.removeprefix("loopd.") for alias in node.names if alias.name.startswith("loopd."))
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("loopd."))
 
 
-def layers() -> list[list[str]]:
-    table = PAGE.read_text().partition("| layer | modules |")[2].partition("\n\n")[0]
-    return [re.findall(r"`(\w+)`", line) for line in table.splitlines()[2:]]
+def allowed(folder: str) -> set[str]:
+    """What the first lines of a folder say that it may import."""
+    first_lines = ast.get_docstring(MODULES[PACKAGE / folder / "__init__.py"]) or ""
+    said = re.search(r"^Imports: (.*)\.$", first_lines, re.MULTILINE)
+    assert said, f"loopd/{folder}/__init__.py does not say what it may import"
+    return set() if said[1] == "nothing of the package" else set(said[1].split(", "))
 
 
-def test_every_module_is_in_one_layer() -> None:
-    # __init__ is the client's names, loaded when they are used.
-    assert sorted(module for layer in layers() for module in layer) == sorted(MODULES.keys() - {"__init__"})
+def test_every_folder_says_what_it_may_import() -> None:
+    for folder in FOLDERS:
+        assert allowed(folder) <= set(FOLDERS) - {folder}
+        assert "Never: " in (ast.get_docstring(MODULES[PACKAGE / folder / "__init__.py"]) or "")
 
 
-def test_imports_lead_down() -> None:
-    below: set[str] = set()
-    for layer in layers():
-        for module in layer:
-            assert below.issuperset(imports(module)), module
-        below.update(layer)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_what_it_says(folder: str) -> None:
+    found = {name for path in MODULES if folder_of(path) == folder for name in imports(path)}
+    assert found - {folder, "__version__", "loop"} <= allowed(folder)
 
 
-def test_stand_ins_import_nothing_of_the_package() -> None:
-    assert [list(imports(module)) for module in ("losetup", "mountloop", "loop", "wire")] == [[], [], [], []]
+def test_folders_import_in_one_direction() -> None:
+    left = {folder: allowed(folder) for folder in FOLDERS}
+    while left:
+        ready = [folder for folder, needs in left.items() if not needs & left.keys()]
+        assert ready, f"these import each other: {sorted(left)}"
+        for folder in ready:
+            del left[folder]
 
 
-def test_the_client_needs_no_module_of_the_daemon() -> None:
-    for module in CLIENT:
-        assert CLIENT.issuperset(imports(module)), module
+def test_no_import_goes_round() -> None:
+    """Within a folder, too."""
+    needs: dict[Path, set[Path]] = {}
+    for path, tree in MODULES.items():
+        needs[path] = set()
+        for node in tree.body:  # what is imported where it is used is no cycle
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("loopd."):
+                module = PACKAGE.parent / (node.module or "").replace(".", "/")
+                found = [module / f"{alias.name}.py" for alias in node.names] + [module.with_suffix(".py")]
+                needs[path] |= {module for module in found if module in MODULES}
+    while needs:
+        ready = [path for path, needed in needs.items() if not needed & needs.keys()]
+        assert ready, f"these import each other: {sorted(map(str, needs))}"
+        for path in ready:
+            del needs[path]
+
+
+def test_what_stands_alone_imports_nothing_of_the_package() -> None:
+    for name in ALONE:
+        assert list(imports(PACKAGE / f"{name}.py")) == [], name
 
 
 def names(tree: ast.AST) -> set[str]:
     """What a module or class defines, of classes with their members."""
     found: set[str] = set()
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found |= {node.name}
             if isinstance(node, ast.ClassDef):
                 found |= {f"{node.name}.{name}" for name in names(node)}
@@ -72,6 +104,6 @@ def names(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_what_pages_name_is_there(page: Path) -> None:
-    for module, name in re.findall(r"`(\w+)\.py: ([\w.]+)`", page.read_text()):
-        known = names(MODULES[module])
+    for module, name in re.findall(r"`([\w/]+)\.py: ([\w.]+)`", page.read_text()):
+        known = names(MODULES[PACKAGE / f"{module}.py"])
         assert name in known | {member.rpartition(".")[2] for member in known}, f"{module}.py: {name}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Daemon, bound_to, eventually, exists, prompt
 
-from loopd import wire
+from loopd.protocol import wire
 
 
 def test_bytes_through_the_node_are_in_the_file(daemon: Daemon, image: int, directory: int, devices: Path) -> None:

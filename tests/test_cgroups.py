@@ -17,8 +17,9 @@ from processes import Child, stays
 from untouched import cgroup as entered
 from untouched import elsewhere, helpers, maker, pair, paused, reply_of, send, stopped
 
-from loopd import cgroups, wire
-from loopd.accounts import cgroup_of, membership
+from loopd.daemon.accounts import cgroup_of, membership
+from loopd.kernel import cgroups
+from loopd.protocol import wire
 
 SOON = 10.0
 """Seconds within which the end of an account has ended its leases on a machine however busy."""

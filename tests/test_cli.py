@@ -19,8 +19,9 @@ import pytest
 from scripted import DEADLINE, Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_left, released
 from test_client import LEASE, REPLY, ROOT
 
-import loopd.client
-from loopd import cli, wire
+import loopd.client.api
+from loopd.cli import loopctl as cli
+from loopd.protocol import wire
 
 __all__ = ["loop", "no_directory_of_loopd", "no_fd_is_left"]  # fixtures
 
@@ -253,7 +254,7 @@ def test_run_exits_as_the_command(ctl: Ctl, loop: Loop, command: list[str], code
 def test_what_helps_is_said(ctl: Ctl) -> None:
     """Where a directory is given for an image, and where there is no administrator's socket."""
     assert "expected an image" in ctl("attach", ctl.dev).err
-    if not os.path.exists(loopd.client.ADMIN_SOCKET):
+    if not os.path.exists(loopd.client.api.ADMIN_SOCKET):
         assert "loopd-admin.socket" in ctl("--admin", "list").err
 
 

@@ -23,7 +23,9 @@ from processes import LANDLOCK
 from scripted import Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_left, released
 
 import loopd
-from loopd import client, layers, wire
+from loopd.client import api as client
+from loopd.client import layers
+from loopd.protocol import wire
 
 __all__ = ["loop", "no_directory_of_loopd", "no_fd_is_left"]  # fixtures
 
@@ -177,7 +179,7 @@ def test_an_image_that_cannot_be_written_is_opened_read_only(sock: Path) -> None
     """A process that is not root, for root may write everything."""
     code = """
 import os, sys
-import loopd.client  # now: another user may not reach the interpreter's own modules
+import loopd.client.api  # now: another user may not reach the interpreter's own modules
 os.setgid(65534), os.setuid(65534)
 loopd.attach(sys.argv[1], "/", open_device=False, socket=sys.argv[2]).close()
 """
@@ -371,7 +373,7 @@ def test_a_device_that_is_gone_counts_as_released(image: Path, sock: Path, tmp_p
 @pytest.fixture
 def sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is dropped is not sent again: the first pause would be longer than the deadline."""
-    monkeypatch.setattr(loopd.client, "_FIRST_PAUSE", 60.0)
+    monkeypatch.setattr(loopd.client.api, "_FIRST_PAUSE", 60.0)
 
 
 def test_a_detach_without_an_answer_hangs_up(image: Path, sock: Path, tmp_path: Path, sent_once: None) -> None:
@@ -488,7 +490,9 @@ def test_a_mount_whose_name_looks_like_the_end_of_a_line(tmp_path: Path, mark: s
     point.mkdir()
     script = """
 import os, sys
-from loopd import layers, losetup, openers
+from loopd import losetup
+from loopd.cli import openers
+from loopd.client import layers
 point, device = sys.argv[1], os.stat(sys.argv[1]).st_dev
 assert point in {mount.point for mount in layers.mounts()}
 assert layers.mount_points("loop77777777") == []
@@ -541,7 +545,7 @@ def test_a_symlink_of_the_nodes_name_is_not_followed(loop: Loop, sock: Path, tmp
 
 ATTACH = """
 import os, sys
-import loopd.client
+import loopd.client.api
 def attach(directory, image, sock):
     try:
         with loopd.attach(image, directory, socket=sock) as device:
@@ -755,14 +759,14 @@ def test_a_socket_that_is_not_the_usual_one_is_named_so(tmp_path: Path, monkeypa
     monkeypatch.setenv("LOOPD_SOCKET", other)
     with pytest.raises(loopd.Unavailable) as found:
         loopd.hello()
-    assert given.value.hint.startswith(f"the usual one is {loopd.client.SOCKET}; on the host: ")
+    assert given.value.hint.startswith(f"the usual one is {loopd.client.api.SOCKET}; on the host: ")
     assert found.value.hint.startswith("LOOPD_SOCKET names this one, the usual one is ")
 
 
 def test_what_to_do_where_the_socket_is_not_for_this_user() -> None:
     code = """
 import os, sys
-import loopd.client  # now: another user may not reach the interpreter's own modules
+import loopd.client.api  # now: another user may not reach the interpreter's own modules
 os.setgid(65534), os.setuid(65534)
 try:
     loopd.hello(socket=sys.argv[1])

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Daemon, Reply
 
-from loopd import cli
+from loopd.cli import loopctl as cli
 
 FOLDER = ROOT / "systemd/completion"
 LOOPCTL = ROOT / ".venv/bin/loopctl"

@@ -14,7 +14,7 @@ from conftest import eventually
 from kept import Kept, start_kept_fixture  # noqa: F401
 from untouched import children, helpers
 
-from loopd import uevents
+from loopd.kernel import uevents
 
 LEASES = 24
 IDLE = 6.0

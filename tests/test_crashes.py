@@ -23,7 +23,7 @@ from kept import KINDS, Holding, Kept, hold, start_kept_fixture, traced  # noqa:
 from processes import Child
 from untouched import helpers, pair, reply_of, send, state
 
-from loopd import wire
+from loopd.protocol import wire
 
 WAYS = [
     pytest.param(role, kinds, load, id=f"{role}-{'-'.join(kinds)}-{'under-load' if load else 'alone'}")

@@ -31,8 +31,10 @@ from processes import CLONE_NEWNS, Child, become, injected, mount_tmpfs, own_use
 from untouched import helpers, stopped
 
 import loopd
-from loopd import client, layers, wire
+from loopd.client import api as client
+from loopd.client import layers
 from loopd.loop import Loop
+from loopd.protocol import wire
 
 UID, OTHER = 1000, 1001
 MIB = 1 << 20

@@ -21,8 +21,10 @@ from processes import CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWUSER, Child, become, i
 from test_policy import apart
 from untouched import cgroup, elsewhere, helpers, leases, pair, reply_of, send
 
-from loopd import accounts, proc, wire
-from loopd.audit import Event
+from loopd.daemon import accounts
+from loopd.daemon.audit import Event
+from loopd.kernel import proc
+from loopd.protocol import wire
 
 ALICE, BOB = 20001, 20002
 SOON = 5.0

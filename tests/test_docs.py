@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Daemon
 
-from loopd import cli, policy
+from loopd.cli import loopctl as cli
+from loopd.daemon import policy
 
 sys.path.insert(0, str(ROOT / "tests/vm/inside"))
 import recipes  # of the tests in virtual machines

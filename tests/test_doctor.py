@@ -14,7 +14,7 @@ from conftest import require
 from processes import LANDLOCK
 from test_deliveries import BWRAP, MIB, PYTHON, UID, UNSHARED, World, as_user, is_devtmpfs, world
 
-from loopd import layers
+from loopd.client import layers
 
 __all__ = ["world"]  # a fixture
 

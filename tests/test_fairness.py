@@ -22,7 +22,8 @@ from processes import Child
 from test_policy import hanging, lingering, shed
 from untouched import LONG_QUEUE, cgroup, concurrently, flood, helpers, pair, reply_of, send, stopped
 
-from loopd import transport, wire
+from loopd.kernel import transport
+from loopd.protocol import wire
 
 FLOOD = 10_000
 ROUNDS = 60

@@ -25,8 +25,8 @@ import pytest
 from conftest import Daemon, Reply, bound_to, eventually, require
 from untouched import Untouched, helpers, honest, maker, pair, paused, reply_of, send
 
-from loopd import wire
-from loopd.poller import ONCE, Poller
+from loopd.kernel.poller import ONCE, Poller
+from loopd.protocol import wire
 
 REQUEST = b'{"fd": 0, "dir_fd": 1, "reply_fd": 2, "lock": true, "deliver": ["node", "fd"]}'
 

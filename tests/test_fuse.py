@@ -38,10 +38,10 @@ from untouched import (
     stopped,
 )
 
-from loopd import wire
-from loopd.cgroups import ROOTS
-from loopd.lifecycle import Lifecycle
+from loopd.daemon.lifecycle import Lifecycle
+from loopd.kernel.cgroups import ROOTS
 from loopd.loop import Loop
+from loopd.protocol import wire
 
 WRITTEN_OFF = 6.0
 """Seconds after which the daemons here write a helper off."""

@@ -34,7 +34,8 @@ from untouched import (
     send,
 )
 
-from loopd import files, wire
+from loopd.protocol import wire
+from loopd.worker import files
 
 NOBODY = 65534
 ALL = b'{"fd": 0, "dir_fd": 1, "reply_fd": 2}'

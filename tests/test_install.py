@@ -52,7 +52,7 @@ def prefix(tmp_path: Path) -> Path:
 def test_files_of_the_package(tmp_path: Path) -> None:
     install(f"DESTDIR={tmp_path}", "PREFIX=/usr")
     found = files(tmp_path)
-    modules = {f"usr/lib/loopd/loopd/{path.name}" for path in (ROOT / "loopd").glob("*.py")}
+    modules = {f"usr/lib/loopd/{path.relative_to(ROOT)}" for path in (ROOT / "loopd").rglob("*.py")}
     tag = subprocess.check_output([SYSTEM_PYTHON, "-c", "import sys; print(sys.implementation.cache_tag, end='')"])
     compiled = {f"{os.path.dirname(name)}/__pycache__/{Path(name).stem}.{tag.decode()}.pyc" for name in modules}
     stand_ins = {f"usr/lib/loopd/bin/{name}" for module, name in STAND_INS.items() if (ROOT / module).exists()}

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT, bound_to, eventually, require
 
-from loopd import policy
+from loopd.daemon import policy
 
 sys.path.insert(0, str(ROOT / "tests/vm/inside"))
 from recipes import recipe

@@ -22,7 +22,8 @@ from conftest import ROOT, Daemon, Reply, ask, bound_to, eventually, exists, pro
 from processes import Child, become, injected, stays
 from untouched import send
 
-from loopd import transport, wire
+from loopd.kernel import transport
+from loopd.protocol import wire
 
 SOON = 10.0
 """Seconds within which that is noticed on a machine however busy; how prompt it is, `prompt` shows."""

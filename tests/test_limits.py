@@ -23,9 +23,9 @@ from processes import Child
 from test_numbers import fill, set_times
 from untouched import children, helpers, honest, leases, state
 
-from loopd import wire
-from loopd.leases import Slots
-from loopd.numbers import BLOCK, BLOCKS, FEW
+from loopd.daemon.leases import Slots
+from loopd.daemon.numbers import BLOCK, BLOCKS, FEW
+from loopd.protocol import wire
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)

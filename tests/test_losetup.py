@@ -23,8 +23,9 @@ import pytest
 from conftest import ROOT, Daemon, bound_to, eventually, require
 from scripted import Peer, released
 
-from loopd import __version__, wire
+from loopd import __version__
 from loopd.loop import Loop
+from loopd.protocol import wire
 
 SOURCE = ROOT / "loopd" / "losetup.py"
 MIB = 1 << 20

@@ -18,10 +18,14 @@ from xml.etree import ElementTree as ET
 import pytest
 from conftest import ROOT, Daemon
 
-from loopd import __version__, cli, grants, losetup, policy, wire
-from loopd.audit import Event
-from loopd.daemon import STATE_DIRECTORY
-from loopd.daemon import _options as options_of_loopd
+from loopd import __version__, losetup
+from loopd.cli import loopctl as cli
+from loopd.daemon import policy
+from loopd.daemon.audit import Event
+from loopd.daemon.process import STATE_DIRECTORY
+from loopd.daemon.process import _options as options_of_loopd
+from loopd.protocol import wire
+from loopd.worker import grants
 
 MANUAL = ROOT / "docs/man"
 PAGES = ("loopctl.1", "loopd.8", "loopd.toml.5", "loopd-protocol.7", "loopd-losetup.8")
@@ -301,7 +305,7 @@ def test_events(page: dict[str, Page]) -> None:
 def recorded() -> set[str]:
     """The fields that the daemon's calls of `Audit.record` give, and those that it adds to each."""
     found = {"LOOPD_EVENT", "LOOPD_INSTANCE"}
-    for path in (ROOT / "loopd").glob("*.py"):
+    for path in (ROOT / "loopd").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue
@@ -314,24 +318,28 @@ def test_journal_fields(page: dict[str, Page]) -> None:
     assert page["loopd.8"].names("JOURNAL", "Fields") == recorded()
 
 
-def variables(*modules: str) -> set[str]:
-    """The environment variables that the modules name."""
+def variables(*places: str) -> set[str]:
+    """The environment variables that the modules of these files and folders name."""
     found: set[str] = set()
-    for module in modules:
-        text = (ROOT / f"loopd/{module}.py").read_text()
-        found |= set(re.findall(r"environ(?:\.get\(|\.pop\(|\[)\"(\w+)\"", text))
-        found |= set(re.findall(r"\"(LOOPD_\w+)\"", text))
+    for place in places:
+        alone = ROOT / f"loopd/{place}.py"
+        for path in [alone] if alone.exists() else (ROOT / "loopd" / place).glob("*.py"):
+            text = path.read_text()
+            found |= set(re.findall(r"environ(?:\.get\(|\.pop\(|\[)\"(\w+)\"", text))
+            found |= set(re.findall(r"\"(LOOPD_\w+)\"", text))
     return found - {"LOOPD_EVENT", "LOOPD_INSTANCE"}
 
 
+ALONE = ("losetup", "mountloop")
+
+
 def test_environment(page: dict[str, Page]) -> None:
-    stand_ins = {"losetup", "mountloop"}
-    clients = {"cli", "client", "doctor", "layers", "openers"}
-    others = {path.stem for path in (ROOT / "loopd").glob("*.py")} - stand_ins - clients
+    clients = {"cli", "client"}
+    others = {path.parent.name for path in (ROOT / "loopd").glob("*/__init__.py")} - clients
     assert page["loopctl.1"].names("ENVIRONMENT") == variables(*clients)
     assert page["loopd.8"].names("ENVIRONMENT") == variables(*others)
     assert variables(*others) >= SERVICE_MANAGER
-    assert page["loopd-losetup.8"].names("ENVIRONMENT") == variables(*stand_ins)
+    assert page["loopd-losetup.8"].names("ENVIRONMENT") == variables(*ALONE)
 
 
 def test_files_of_the_daemon(page: dict[str, Page]) -> None:

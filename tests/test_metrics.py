@@ -27,10 +27,11 @@ from test_deliveries import Served
 from test_install import install
 from untouched import pair, send
 
-from loopd import client, wire
+from loopd.client import api as client
+from loopd.daemon.numbers import AHEAD
 from loopd.loop import Loop, LoopControl
-from loopd.numbers import AHEAD
-from loopd.wire import Code
+from loopd.protocol import wire
+from loopd.protocol.wire import Code
 
 ALERTS = ROOT / "docs/alerts.yml"
 LINES = re.compile(r"^(\w+)\{([^}]*)\} (\S+)$", re.MULTILINE)

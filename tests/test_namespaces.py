@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, Daemon, ask, bound_to, eventually, require
 from processes import CLONE_NEWNET, CLONE_NEWNS, NOBODY, Child, become, mount_tmpfs, own_user_namespace, unshare
 
-from loopd import wire
+from loopd.protocol import wire
 
 CONTENT = b"written in a container"
 

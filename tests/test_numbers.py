@@ -27,12 +27,13 @@ from kept import Kept, hold, next_block, start_at, start_kept_fixture  # noqa: F
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, become
 from untouched import cgroup, kept_open, maker
 
-from loopd import numbers, wire
-from loopd.accounts import Account
-from loopd.devices import Access
+from loopd.daemon import numbers
+from loopd.daemon.accounts import Account
+from loopd.daemon.numbers import AHEAD, BLOCK, BLOCKS, FIRST, LAST, PARKED, QUARANTINE, Counter, Exhausted
+from loopd.daemon.policy import Policy
 from loopd.loop import Loop, LoopControl, backing_file
-from loopd.numbers import AHEAD, BLOCK, BLOCKS, FIRST, LAST, PARKED, QUARANTINE, Counter, Exhausted
-from loopd.policy import Policy
+from loopd.protocol import wire
+from loopd.worker.devices import Access
 
 SIZE = numbers._HEADER.size + BLOCKS * numbers._ENTRY.size
 

@@ -17,9 +17,9 @@ from kept import Kept, start_kept_fixture  # noqa: F401
 from processes import IN_NAMESPACE, Child, become, injected, mount_tmpfs, own_user_namespace
 from untouched import cgroup, children, helpers, leases
 
-from loopd import wire
+from loopd.daemon.numbers import FIRST
 from loopd.loop import Loop
-from loopd.numbers import FIRST
+from loopd.protocol import wire
 
 SOON = 5.0
 
@@ -244,7 +244,7 @@ def test_pseudo_file_systems(
     types = sorted({line.split()[-1] for line in Path("/proc/filesystems").read_text().splitlines()})
     never = ("proc", "sysfs", "cgroup", "cgroup2")
     allowed = [name for name in types if name not in never]
-    from loopd.files import NEVER  # noqa: PLC0415  # the daemon's side
+    from loopd.worker.files import NEVER  # noqa: PLC0415  # the daemon's side
 
     assert NEVER.issuperset(never)
     listed = [name for name in allowed if name not in NEVER]

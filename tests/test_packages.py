@@ -16,7 +16,9 @@ import pytest
 from conftest import ROOT, Daemon
 from test_install import files, install, make
 
-from loopd import __version__, cli, wire
+from loopd import __version__
+from loopd.cli import loopctl as cli
+from loopd.protocol import wire
 
 DEB = ROOT / f"build/loopd_{__version__}_all.deb"
 RPM = ROOT / f"build/loopd-{__version__}-1.noarch.rpm"
@@ -213,7 +215,7 @@ def test_grammar_and_modules_are_those_of_python_3_8(zipapp: Path) -> None:
         for name in archive.namelist():
             if name.endswith(".py"):
                 ast.parse(archive.read(name), name, feature_version=(3, 8))
-        assert {"__main__.py", "loopd/cli.py", "loopd/client.py"} <= set(archive.namelist())
+        assert {"__main__.py", "loopd/cli/loopctl.py", "loopd/client/api.py"} <= set(archive.namelist())
 
 
 @pytest.mark.parametrize("interpreter", interpreters())

@@ -24,8 +24,10 @@ from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
 from processes import CLONE_NEWNS, Activated, become, unshare
 from untouched import cgroup, elsewhere, helpers, leases, maker, pair, paused, reply_of, send, stopped
 
-from loopd import devices, numbers, policy, wire
-from loopd.policy import Allow, ConfigurationError, Limits, Policy
+from loopd.daemon import numbers, policy
+from loopd.daemon.policy import Allow, ConfigurationError, Limits, Policy
+from loopd.protocol import wire
+from loopd.worker import devices
 
 EXAMPLE = ROOT / "docs/loopd.toml.example"
 SOON = 5.0

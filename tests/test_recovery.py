@@ -24,10 +24,11 @@ from kept import KINDS, Holding, Kept, Record, hold, kept_fixture, once_there, s
 from processes import NOBODY, Child, become, stays
 from untouched import children, helpers, maker, pair, reply_of, send, state
 
-from loopd import records, wire
-from loopd.daemon import Daemon
-from loopd.leases import Slots
+from loopd.daemon.leases import Slots
+from loopd.daemon.process import Daemon
 from loopd.loop import Loop, backing_file
+from loopd.protocol import wire
+from loopd.worker import records
 
 SOON = 10.0
 """Seconds within which what ends a lease has ended it, on a machine however busy."""

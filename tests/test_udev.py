@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, Daemon, bound_to, eventually, exists, require
 from processes import IN_NAMESPACE, Activated, injected, locked, stays
 
-from loopd import wire
+from loopd.protocol import wire
 
 UDEVD = "/lib/systemd/systemd-udevd"
 RULES = Path("/run/udev/rules.d")

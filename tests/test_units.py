@@ -18,9 +18,12 @@ from conftest import Daemon, eventually, exists, require
 from processes import IN_NAMESPACE, Activated
 from untouched import leases
 
-from loopd import daemon, devices, grants, numbers, wire
-from loopd.audit import Event
+from loopd.daemon import numbers
+from loopd.daemon import process as daemon
+from loopd.daemon.audit import Event
 from loopd.loop import Loop, LoopControl
+from loopd.protocol import wire
+from loopd.worker import devices, grants
 
 ROOT = Path(__file__).parent.parent
 MOUNT = r"run-loopd\x2ddev.mount"

@@ -24,7 +24,7 @@ from typing import Any
 
 from conftest import Daemon, Reply, bound_to, eventually
 
-from loopd import wire
+from loopd.protocol import wire
 
 
 def _links(pid: int) -> list[str]:

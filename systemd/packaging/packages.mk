@@ -36,10 +36,10 @@ rpm: for-rpm
 	rm -f build/*.rpm && mv build/rpm/RPMS/noarch/loopd-$(VERSION)-1.noarch.rpm build
 
 # Standard library only, Python 3.8 and later; to be bind-mounted into a container.
-CLIENT = __init__ cli client doctor layers openers wire
+CLIENT = loopd/__init__.py $(wildcard loopd/cli/*.py loopd/client/*.py loopd/protocol/*.py)
 
 zipapp:
-	rm -rf build/zipapp && mkdir -p build/zipapp/loopd
-	cp $(CLIENT:%=loopd/%.py) build/zipapp/loopd
+	rm -rf build/zipapp
+	for module in $(CLIENT); do install -D -m 644 $$module build/zipapp/$$module || exit; done
 	printf '%s\n' 'import sys' 'from loopd.cli import main' 'sys.exit(main())' >build/zipapp/__main__.py
 	$(PYTHON) -m zipapp --python '/usr/bin/env python3' --output build/loopctl --compress build/zipapp && chmod 755 build/loopctl

@@ -34,7 +34,7 @@ from report import Row, alone, compared, load, plot, save, table, write_into
 from untouched import LONG_QUEUE, cgroup, pair, reply_of, send
 
 import loopd
-from loopd import wire
+from loopd.protocol import wire
 
 FLOOR = "C floor"
 BURNING = "C floor, each number once"

@@ -86,7 +86,7 @@ def test_catalog_explains_each_record(disk: Path, journal: Journal) -> None:
 
 
 def test_catalog_has_every_event() -> None:
-    source = Path("/usr/local/lib/loopd/loopd/audit.py").read_text()
+    source = Path("/usr/local/lib/loopd/loopd/daemon/audit.py").read_text()
     events = re.findall(r'_Kind\("([0-9a-f]{32})"', source)
     assert len(events) >= 5
     for event in events:

@@ -384,7 +384,7 @@ def test_an_upgrade_and_a_downgrade(disk: Path, folder: Path, journal: Journal) 
     newer = folder / "newer"
     shutil.copytree(PROJECT, newer, symlinks=True)
     version = set_version(newer, "loopd/__init__.py", r'(?<=^__version__ = ")[^"]+', "99.0")
-    set_version(newer, "loopd/records.py", r"(?<=^VERSION = )\d+", "99")
+    set_version(newer, "loopd/worker/records.py", r"(?<=^VERSION = )\d+", "99")
 
     def install(tree: Path, expected: str) -> None:
         before = main_pid()

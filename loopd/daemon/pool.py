@@ -17,11 +17,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Protocol
 
-from . import cgroups, helper, messages, rights, transport
-from .bugs import described
-from .helper import Tools
-from .poller import Poller, Timer
-from .transport import FdSet
+from loopd.children.bugs import described
+from loopd.kernel import cgroups, rights, transport
+from loopd.kernel.poller import Poller, Timer
+from loopd.kernel.transport import FdSet
+from loopd.worker import helper, messages
+from loopd.worker.helper import Tools
 
 
 class Lost(Protocol):

@@ -13,8 +13,8 @@ import socket
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from . import transport
-from .devices import Binding
+from loopd.kernel import transport
+from loopd.worker.devices import Binding
 
 VERSION = 2
 """With the first one the reply socket had the word on the answer. What it says of such a lease is that it was given."""

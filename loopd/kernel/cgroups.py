@@ -16,8 +16,8 @@ import errno
 import os
 from collections.abc import Callable
 
-from . import proc
-from .inotify import IN_MODIFY, OVERFLOW, Inotify
+from loopd.kernel import proc
+from loopd.kernel.inotify import IN_MODIFY, OVERFLOW, Inotify
 
 ROOTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 """Where cgroup v2 is mounted, alone or beside the first version."""

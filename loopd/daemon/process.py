@@ -16,20 +16,23 @@ import socket
 import sys
 import time
 
-from . import __version__, devices, leases, numbers, policy, pool, sd, sysfs, transport, uevents
-from .audit import Audit, Event
-from .bugs import described
-from .devices import Access
-from .grants import ROOT, Grants
-from .helper import Tools
-from .inotify import Inotify
-from .lifecycle import Lifecycle
-from .loop import LoopControl
-from .metrics import Metrics
-from .numbers import Counter, Numbers
-from .poller import ONCE, Poller
-from .pool import Pool
-from .service import Listener, Service
+from loopd import __version__
+from loopd.children.bugs import described
+from loopd.daemon import leases, numbers, policy, pool, sd
+from loopd.daemon.audit import Audit, Event
+from loopd.daemon.lifecycle import Lifecycle
+from loopd.daemon.metrics import Metrics
+from loopd.daemon.numbers import Counter, Numbers
+from loopd.daemon.pool import Pool
+from loopd.daemon.service import Listener, Service
+from loopd.kernel import sysfs, transport, uevents
+from loopd.kernel.inotify import Inotify
+from loopd.kernel.poller import ONCE, Poller
+from loopd.loop import LoopControl
+from loopd.worker import devices
+from loopd.worker.devices import Access
+from loopd.worker.grants import ROOT, Grants
+from loopd.worker.helper import Tools
 
 STATE_DIRECTORY = "/var/lib/loopd"
 ADMIN = "admin"

@@ -21,11 +21,12 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from . import devices, transport
-from . import loop as lo
-from .accounts import Owner
-from .devices import Access, Number
-from .loop import Loop, LoopControl, UnexpectedDevice, backing_file
+from loopd import loop as lo
+from loopd.daemon.accounts import Owner
+from loopd.kernel import transport
+from loopd.loop import Loop, LoopControl, UnexpectedDevice, backing_file
+from loopd.worker import devices
+from loopd.worker.devices import Access, Number
 
 FIRST = 4096
 LAST = 2**20 - 1

@@ -17,8 +17,8 @@ import stat
 import struct
 from typing import NamedTuple
 
-from . import proc
-from .wire import Attach, Code, Refusal
+from loopd.kernel import proc
+from loopd.protocol.wire import Attach, Code, Refusal
 
 ANSWERING = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "tmpfs", "ramfs", "overlay", "vfat", "devtmpfs")

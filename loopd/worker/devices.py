@@ -16,11 +16,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from . import loop as lo
-from . import rights
-from .files import Backing
-from .loop import LOOP_MAJOR, Loop, LoopControl, UnexpectedDevice, backing_file, supports_configure
-from .wire import Attach, Code, Refusal
+from loopd import loop as lo
+from loopd.kernel import rights
+from loopd.loop import LOOP_MAJOR, Loop, LoopControl, UnexpectedDevice, backing_file, supports_configure
+from loopd.protocol.wire import Attach, Code, Refusal
+from loopd.worker.files import Backing
 
 PRIVATE_NODES = "/run/loopd-nodes"
 """A directory of the service alone, on a mount without nodev (TemporaryFileSystem= in the unit)."""

@@ -14,19 +14,22 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import cgroups, devices, inotify, leases, messages, records, transport, wire
-from .accounts import Account, Accounts, Owner
-from .audit import Audit, Event
-from .devices import Binding
-from .inotify import Inotify
-from .leases import Lease, Leases, Slots, State
-from .loop import backing_file
-from .numbers import Numbers, is_parked, ours
-from .policy import Policy
-from .poller import HUNG_UP, READABLE, Poller
-from .pool import Pool, Worker
-from .transport import FdSet
-from .wire import Code, Refusal
+from loopd.daemon import leases
+from loopd.daemon.accounts import Account, Accounts, Owner
+from loopd.daemon.audit import Audit, Event
+from loopd.daemon.leases import Lease, Leases, Slots, State
+from loopd.daemon.numbers import Numbers, is_parked, ours
+from loopd.daemon.policy import Policy
+from loopd.daemon.pool import Pool, Worker
+from loopd.kernel import cgroups, inotify, transport
+from loopd.kernel.inotify import Inotify
+from loopd.kernel.poller import HUNG_UP, READABLE, Poller
+from loopd.kernel.transport import FdSet
+from loopd.loop import backing_file
+from loopd.protocol import wire
+from loopd.protocol.wire import Code, Refusal
+from loopd.worker import devices, messages, records
+from loopd.worker.devices import Binding
 
 
 class LeaseTask:

@@ -22,7 +22,9 @@ import sys
 import time
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequence
 
-from loopd import __version__, client, wire
+from loopd import __version__
+from loopd.client import api as client
+from loopd.protocol import wire
 
 SUFFIXES = "KMGTPE"
 _PARTITION = re.compile(r"(loop[0-9]+)p[0-9]+")
@@ -345,7 +347,7 @@ def _list(args: argparse.Namespace) -> int:
     leases = asked.list()
     everybodys = any(lease.account for lease in leases)
     if everybodys:
-        from loopd import openers  # noqa: PLC0415  # costs all who do not need it
+        from loopd.cli import openers  # noqa: PLC0415  # costs all who do not need it
 
         found = openers.find([lease.devname for lease in leases], asked.daemon_pid())
         leases = tuple(lease._replace(openers=found[lease.devname]) for lease in leases)
@@ -379,7 +381,7 @@ def _resize(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from loopd import doctor  # noqa: PLC0415  # nobody else needs it
+    from loopd.cli import doctor  # noqa: PLC0415  # nobody else needs it
 
     findings = []
     for finding in doctor.examine(_unproved(args)):

@@ -23,9 +23,10 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any, Iterator, Literal, NamedTuple, Sequence, TypeVar, Union
 
-from loopd import layers, wire
-from loopd.layers import Obstacle
-from loopd.wire import Attached, Code, Detached, Granted, Greeting, LeaseInfo, Measured, Rescanned, Resized
+from loopd.client import layers
+from loopd.client.layers import Obstacle
+from loopd.protocol import wire
+from loopd.protocol.wire import Attached, Code, Detached, Granted, Greeting, LeaseInfo, Measured, Rescanned, Resized
 
 SOCKET = "/run/loopd/loopd.sock"
 """Where loopd listens; the environment variable LOOPD_SOCKET says otherwise."""

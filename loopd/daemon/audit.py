@@ -12,7 +12,7 @@ import sys
 import time
 from typing import NamedTuple, Protocol
 
-from . import sd
+from loopd.daemon import sd
 
 ERR, WARNING, NOTICE, INFO = "3", "4", "5", "6"
 

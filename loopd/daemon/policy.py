@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import wire
-from .files import ANSWERING, NEVER
+from loopd.protocol import wire
+from loopd.worker.files import ANSWERING, NEVER
 
 CONFIGURATION = "/etc/loopd/loopd.toml"
 

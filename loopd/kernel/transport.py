@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from . import wire
+from loopd.protocol import wire
 
 # Not in Python's socket module; Linux 6.5 and later.
 SO_PASSPIDFD = 76

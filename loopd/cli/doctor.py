@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from loopd import client, layers
+from loopd.client import api as client
+from loopd.client import layers
 
 GRANTS = "/run/loopd-dev"
 """Where the host has the directories that are bound into containers."""

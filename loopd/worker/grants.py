@@ -15,9 +15,9 @@ import os
 import struct
 from collections.abc import Callable, Collection
 
-from .files import identify
-from .nodes import READ, SEARCH, WRITE, access_list, listed, names
-from .wire import Code, Refusal
+from loopd.protocol.wire import Code, Refusal
+from loopd.worker.files import identify
+from loopd.worker.nodes import READ, SEARCH, WRITE, access_list, listed, names
 
 ROOT = "/run/loopd-dev"
 MOST = 256

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 
-from loopd.layers import unescaped
+from loopd.client.layers import unescaped
 
 AT_FDCWD = -100
 AT_STATX_DONT_SYNC = 0x4000

@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from . import __version__
-from .wire import Code
+from loopd import __version__
+from loopd.protocol.wire import Code
 
 BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Of the histogram, in seconds: an attach takes about a millisecond, and is given up after `request_timeout`."""

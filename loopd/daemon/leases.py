@@ -15,11 +15,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from . import records, sd
-from .accounts import Account, Owner
-from .devices import Binding, partitions
-from .nodes import Client, Node
-from .transport import FdSet
+from loopd.daemon import sd
+from loopd.daemon.accounts import Account, Owner
+from loopd.kernel.transport import FdSet
+from loopd.worker import records
+from loopd.worker.devices import Binding, partitions
+from loopd.worker.nodes import Client, Node
 
 
 class Holder(NamedTuple):

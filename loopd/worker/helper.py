@@ -13,12 +13,16 @@ import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import cgroups, devices, files, inotify, messages, nodes, records, rights, transport, wire
-from .bugs import described
-from .devices import Access, Binding, Number
-from .grants import Grants, detached_mount
-from .loop import Loop, LoopControl, backing_file
-from .messages import (
+from loopd.children.bugs import described
+from loopd.kernel import cgroups, inotify, rights, transport
+from loopd.kernel.transport import FdSet, Packet
+from loopd.loop import Loop, LoopControl, backing_file
+from loopd.protocol import wire
+from loopd.protocol.wire import Attach, Code, Refusal
+from loopd.worker import devices, files, messages, nodes, records
+from loopd.worker.devices import Access, Binding, Number
+from loopd.worker.grants import Grants, detached_mount
+from loopd.worker.messages import (
     Arrange,
     Arranged,
     Changed,
@@ -38,9 +42,7 @@ from .messages import (
     Taken,
     Terms,
 )
-from .nodes import Client, Directory, Node, Numbers
-from .transport import FdSet, Packet
-from .wire import Attach, Code, Refusal
+from loopd.worker.nodes import Client, Directory, Node, Numbers
 
 MKNOD_WARNING = (
     "the client has CAP_MKNOD: with b 7:* in its device cgroup it can reach every loop device; use --cap-drop MKNOD"

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import proc
+from loopd.kernel import proc
 
 _UNIT = re.compile(r".\.(?:service|scope|socket|mount|swap|timer|path|target|device|automount)$")
 # Where no service manager made a unit: what runtimes put their containers' cgroups below.

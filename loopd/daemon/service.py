@@ -18,21 +18,38 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import __version__, accounts, messages, records, transport, wire
-from .accounts import Account, Membership, Owner
-from .audit import Audit, Event
-from .bugs import described
-from .devices import Number
-from .dropper import Dropped, Dropper
-from .leases import Holder, Lease, Slots, State
-from .lifecycle import Lifecycle, attached
-from .metrics import Gauges, Metrics
-from .numbers import Exhausted, Numbers
-from .policy import Allow, Policy, Terms
-from .poller import ONCE, Poller, Timer
-from .pool import Pool, Worker
-from .transport import FdSet, Sender
-from .wire import Attach, Code, Detach, Directory, Envelope, Hello, Leases, Refusal, Reply, Request, Rescan, Resize
+from loopd import __version__
+from loopd.children.bugs import described
+from loopd.daemon import accounts
+from loopd.daemon.accounts import Account, Membership, Owner
+from loopd.daemon.audit import Audit, Event
+from loopd.daemon.dropper import Dropped, Dropper
+from loopd.daemon.leases import Holder, Lease, Slots, State
+from loopd.daemon.lifecycle import Lifecycle, attached
+from loopd.daemon.metrics import Gauges, Metrics
+from loopd.daemon.numbers import Exhausted, Numbers
+from loopd.daemon.policy import Allow, Policy, Terms
+from loopd.daemon.pool import Pool, Worker
+from loopd.kernel import transport
+from loopd.kernel.poller import ONCE, Poller, Timer
+from loopd.kernel.transport import FdSet, Sender
+from loopd.protocol import wire
+from loopd.protocol.wire import (
+    Attach,
+    Code,
+    Detach,
+    Directory,
+    Envelope,
+    Hello,
+    Leases,
+    Refusal,
+    Reply,
+    Request,
+    Rescan,
+    Resize,
+)
+from loopd.worker import messages, records
+from loopd.worker.devices import Number
 
 FDS_OF_A_LEASE = 4
 """Device, directory, keeper and slot; one more for a lock that is kept, and one for each account."""

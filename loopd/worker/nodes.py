@@ -16,8 +16,8 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-from . import rights
-from .wire import Code, Refusal
+from loopd.kernel import rights
+from loopd.protocol.wire import Code, Refusal
 
 Numbers = tuple[int, int]
 """Major and minor of a device."""

@@ -14,7 +14,7 @@ import signal
 import struct
 from collections.abc import Iterator
 
-from . import proc
+from loopd.kernel import proc
 
 CAP_MKNOD = 27
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4

@@ -18,9 +18,9 @@ import signal
 import socket
 from collections.abc import Callable, Collection
 
-from . import transport
-from .poller import Poller, Timer
-from .pool import fork
+from loopd.daemon.pool import fork
+from loopd.kernel import transport
+from loopd.kernel.poller import Poller, Timer
 
 Dropped = dict[int, int]
 """How many datagrams of which process were dropped."""

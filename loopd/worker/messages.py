@@ -10,10 +10,10 @@ import copyreg
 import pickle
 from typing import Any, NamedTuple
 
-from .devices import Binding, Number
-from .nodes import Client, Node
-from .transport import Sender
-from .wire import Attach, Code, Refusal
+from loopd.kernel.transport import Sender
+from loopd.protocol.wire import Attach, Code, Refusal
+from loopd.worker.devices import Binding, Number
+from loopd.worker.nodes import Client, Node
 
 MAX_MESSAGE = 1 << 17
 """Bytes of a message: a record of 8 KiB of request, and the nodes of a device with 256 partitions."""
