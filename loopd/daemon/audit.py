@@ -30,6 +30,7 @@ class Event(_Kind, enum.Enum):
     EXPIRED = _Kind("6f627446202b41ccba539dbefc35b92a", INFO)
     REFUSED = _Kind("3c0f368802cb4ac2bfc120fce9c6e0db", NOTICE)
     HELD = _Kind("617a963d4b01435ca2e3e8894efb2b1c", NOTICE)
+    LOST = _Kind("a71c6e0bb0e14f2f9a3f7c6d5b2e9d10", ERR)
     SHED = _Kind("5169384b458e4ce4952db5f9b13e1a7d", WARNING)
     STUCK = _Kind("43eb208a7d8d4897828523e7cfce1227", WARNING)
     WARNED = _Kind("dc9aa196d7cf4d08b446fbf6444ced31", WARNING)
