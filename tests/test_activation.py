@@ -22,7 +22,7 @@ from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, prompt, re
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, stays
 from untouched import kept_open
 
-from loopd.daemon.service import Service
+from loopd.daemon.exchange import Answers
 from loopd.protocol import wire
 
 HELLO = wire.encode_request(wire.Hello(0))
@@ -554,7 +554,7 @@ def refuse(daemon: Daemon, number: int) -> None:
     started = time.monotonic()
     assert daemon.ask(wire.Detach("loop4096", 0, f"request-{number}"), []).code == "not-found"
     assert time.monotonic() - started < PROMPT
-    time.sleep(1.1 / Service.MOST_REFUSALS)  # more of them in a second have one record together
+    time.sleep(1.1 / Answers.MOST_REFUSALS)  # more of them in a second have one record together
 
 
 REFUSALS = 30

@@ -38,7 +38,7 @@ from untouched import (
     stopped,
 )
 
-from loopd.daemon.lifecycle import Lifecycle
+from loopd.daemon.accounts import Account
 from loopd.kernel.cgroups import ROOTS
 from loopd.loop import Loop
 from loopd.protocol import wire
@@ -353,7 +353,7 @@ def test_directories_that_their_owner_keeps_locked(
                 assert {record["LOOPD_ACCOUNT"] for record in records} == {f"/{account}"}
                 _served(daemon)
                 hanging = [pid for pid in children(daemon.pid) if state(pid) == "D"]
-                assert 0 < len(hanging) <= Lifecycle.MOST_JOBS
+                assert 0 < len(hanging) <= Account.MOST_HANGING
                 assert len(bound_to(tmp_path)) == LEASES, "until the device is really gone it stays charged"
         eventually(lambda: not list(devices.iterdir()), "the nodes are gone", 20)
     before.check(tmp_path)

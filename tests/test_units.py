@@ -18,12 +18,12 @@ from conftest import Daemon, eventually, exists, require
 from processes import IN_NAMESPACE, Activated
 from untouched import leases
 
-from loopd.daemon import numbers
+from loopd.daemon import counter
 from loopd.daemon import process as daemon
 from loopd.daemon.audit import Event
 from loopd.loop import Loop, LoopControl
 from loopd.protocol import wire
-from loopd.worker import devices, grants
+from loopd.worker import access, grants, make
 
 ROOT = Path(__file__).parent.parent
 MOUNT = r"run-loopd\x2ddev.mount"
@@ -131,7 +131,7 @@ def test_unit_and_daemon_name_the_same_things(prefix: Path) -> None:
     service = options(prefix / "lib/systemd/system/loopd.service")
     (nodes,) = service["TemporaryFileSystem"]
     path, _, flags = nodes.partition(":")
-    assert path == devices.PRIVATE_NODES
+    assert path == access.PRIVATE_NODES
     assert "dev" in flags.split(",")
     for name, started in (("loopd-admin.socket", "loopd.service"), ("loopd-admin@.socket", "loopd@%i.service")):
         admin = options(prefix / "lib/systemd/system" / name)
@@ -382,11 +382,11 @@ def covered(rules: Path) -> list[str]:
 
 def test_rule_covers_the_numbers_of_loopd_and_no_others(prefix: Path) -> None:
     patterns = covered(prefix / "lib/udev/rules.d/00-loopd.rules")
-    tried = {*range(12000), *(10**n + k for n in range(7) for k in (-1, 0, 1)), numbers.LAST}
+    tried = {*range(12000), *(10**n + k for n in range(7) for k in (-1, 0, 1)), counter.LAST}
     for number in tried:
         for name in (f"loop{number}", f"loop{number}p1", f"loop{number}p15"):
             matches = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-            assert matches == (number >= numbers.FIRST), name
+            assert matches == (number >= make.FIRST), name
 
 
 @contextlib.contextmanager
@@ -433,7 +433,7 @@ def test_an_image_cannot_claim_names_of_the_host(prefix: Path, tmp_path: Path) -
     assert run("mke2fs", "-q", "-F", "-L", "hostroot", image).returncode == 0
     with device(image, 2000) as number:
         assert "by-label/hostroot" in udev_makes_of(number, rules)  # else the other half would prove nothing
-    with device(image, numbers.LAST - 2000) as number:
+    with device(image, counter.LAST - 2000) as number:
         said = udev_makes_of(number, rules)
     assert "SYSTEMD_READY=0" in said.split()
     assert [word for word in ("hostroot", "ID_FS_", "blkid", "DEVLINKS=") if word in said] == []

@@ -176,8 +176,13 @@ class Untouched:
 
 def leases(daemon: Daemon) -> list[dict[str, Any]]:
     """What the daemon says about the leases of the test."""
-    found: list[dict[str, Any]] = daemon.ask(wire.Leases(0), []).fields["leases"]
-    return found
+    found: list[dict[str, Any]] = []
+    while True:
+        after = found[-1]["devname"] if found else ""
+        with contextlib.closing(daemon.ask(wire.Leases(0, after=after), [])) as reply:
+            found += reply.fields["leases"]
+            if not reply.fields["more"]:
+                return found
 
 
 def honest(daemon: Daemon) -> None:

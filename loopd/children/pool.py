@@ -6,7 +6,6 @@ does not come back in time is killed and another takes its place; its job stays 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import deque
@@ -141,6 +140,8 @@ class Pool:
         self._pending: deque[Job] = deque()
         self._trying = False
         self._jobs_first = False
+        self.no_room: OSError | None = None
+        """Why the last child that was wanted could not be made."""
         self.lost = 0
         """Children that were killed because they hung, and have not been reaped yet."""
 
@@ -156,8 +157,11 @@ class Pool:
             responding = sum(since > now - self.SLOW for _, since in self._busy.values())
             working = sum(job.slow_at > now for job, _ in self._busy.values())
             if responding < self._sizes.base and working < self._sizes.most:
-                with contextlib.suppress(OSError):  # TasksMax=, memory, open files: the others go on
+                try:
                     self._spawn()
+                    self.no_room = None
+                except OSError as error:  # TasksMax=, memory, open files: the others go on
+                    self.no_room = error
         return bool(self._idle)
 
     def submit(self, job: Job) -> Job:

@@ -81,8 +81,10 @@ class Attaches:
         mine = Reservation(exchange)
         try:
             number = self._number(mine)
-            with contextlib.suppress(OSError):  # ENFILE, ENOMEM: the same as a store that is full
+            try:
                 mine.slot = self._books.slots.take()
+            except OSError as error:  # EMFILE, ENFILE, ENOMEM
+                raise Refusal(Code.NO_DEVICE, f"loopd has no room for another device: {error.strerror}") from error
             if mine.slot is None:
                 raise Refusal(Code.NO_DEVICE, "the service manager takes no more file descriptors for now")
         except BaseException:
@@ -118,6 +120,8 @@ class Attaches:
                 raise Refusal(Code.NO_DEVICE, f"loopd has no more {what}")
         if books.numbers.few:
             self._warn("few numbers", f"More than {WARN_AT:.0%} of the device numbers are in use or in quarantine")
+        if books.pool.no_room is not None:
+            self._warn("processes", f"loopd could make no more worker processes (TasksMax=): {books.pool.no_room}")
 
     def _warn(self, what: str, text: str, **details: object) -> None:
         """Tell the administrator, once."""

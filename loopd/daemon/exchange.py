@@ -59,7 +59,7 @@ class Answers:
     """Refusals of one account in a second that are recorded one by one; the others are counted."""
 
     def __init__(self, books: Books, listeners: list[socket.socket], *, by_hand: bool) -> None:
-        """`by_hand`: root runs the daemon without a service manager, and can look at its senders' namespaces."""
+        """`by_hand`: root runs the daemon, not the service's user, and can look at its senders' namespaces."""
         self._books = books
         self._listeners = listeners
         self._by_hand = by_hand

@@ -59,7 +59,7 @@ class Operations:
         size = 0
         for lease in found:
             row = _row(lease, exchange.admin)
-            size += len(wire.encode_reply(wire.LeaseList((row,))))
+            size += _most_bytes(row)
             if rows and size > wire.MAX_REPLY:
                 more = True
                 break
@@ -127,6 +127,12 @@ class Operations:
         if lease.state is not State.BOUND:
             raise Refusal(Code.BUSY, f"{devname} is detached already, and goes at its last close")
         return lease
+
+
+def _most_bytes(row: wire.LeaseInfo) -> int:
+    """Bytes that a row may take at most: a character of a path takes six where it is no ASCII."""
+    texts = sum(6 * len(text) for text in row if isinstance(text, str))
+    return 1024 + texts + sum(len(name) + 3 for name in row.partitions)
 
 
 def _row(lease: Lease, admin: bool) -> wire.LeaseInfo:

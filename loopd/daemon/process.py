@@ -236,8 +236,7 @@ class Daemon:
         self._releases = releases
         self._foreign = Foreign(books, releases)
         self._recovery = Recovery(books, self._watches, releases, self._arrangements, bindings)
-        by_hand = not notifier.present and os.geteuid() == 0
-        answers = Answers(books, sockets, by_hand=by_hand)
+        answers = Answers(books, sockets, by_hand=os.geteuid() == 0)
         self._dropping = Dropping(self._children, sockets)
         self._operations = Operations(books, releases, self._arrangements, lambda: self._hanging)
         attaches = Attaches(books, answers, self._watches, releases, self._recovery)

@@ -53,6 +53,7 @@ class Recovery:
         slots = self._books.slots
         try:
             stored = records.read(slot.fileno())
+            holder = stored and _holder(stored)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             # Most likely a newer loopd's, before a downgrade: it stays in the store, and its device bound.
             self._unread.append(slot)
@@ -60,15 +61,14 @@ class Recovery:
             text = f"A lease in the fd store cannot be read and is kept as it is: {error}"
             self._books.audit.record(Event.WARNED, text)
             return
-        if stored is None:
+        if stored is None or holder is None:
             slots.came_back(slot)
             return
-        lease, fds = self._lease(stored, slots.came_back_with(slot, stored.row))
+        lease, fds = self._lease(stored, holder, slots.came_back_with(slot, stored.row))
         self._found.append((lease, stored, fds))
 
-    def _lease(self, stored: Stored, slot: Slot) -> tuple[Lease, dict[str, int]]:
+    def _lease(self, stored: Stored, holder: Holder, slot: Slot) -> tuple[Lease, dict[str, int]]:
         """The lease in the books, and the fds of its record that it does not keep, which are the caller's."""
-        holder = Holder(**{name: value for name, value in stored.holder.items() if name in Holder._fields})
         binding = stored.binding
         size = devices.size(binding.devname)
         if size is not None:  # it may have been resized
@@ -88,7 +88,7 @@ class Recovery:
         if stored is None:
             self._books.slots.give_back(slot)
             return False
-        lease, fds = self._lease(stored, slot)
+        lease, fds = self._lease(stored, _holder(stored), slot)
         events = fds.pop("cgroup", None)
         if events is not None:
             self._watches.watch_account_if_possible(lease.account, events)
@@ -120,7 +120,9 @@ class Recovery:
         known = {lease.slot.row for lease in self._books.leases}
         rows = tuple(row for row in self._bindings.rows() if row.row not in known)
         self._books.slots.keep_rows(row.row for row in rows)
-        self._books.poller.later(PAUSE, lambda: start(self._tidy(rows)))
+        # What is bound may belong to a lease that cannot be read.
+        left = () if self._unread else rows
+        self._books.poller.later(PAUSE, lambda: start(self._tidy(left)))
         self._books.poller.later(PAUSE, numbers.probe)
 
     def _carry_on(self, lease: Lease, stored: Stored, reply: int | None) -> None:
@@ -171,6 +173,11 @@ class Recovery:
         self._books.slots.free_rows(row.row for row in rows)
         # A device that lingers because it was bound can go now.
         self._books.numbers.removals.retry()
+
+
+def _holder(stored: Stored) -> Holder:
+    """TypeError where something is missing."""
+    return Holder(**{name: value for name, value in stored.holder.items() if name in Holder._fields})
 
 
 def attached(lease: Lease, warnings: tuple[str, ...] = ()) -> wire.Attached:

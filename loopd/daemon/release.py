@@ -52,6 +52,8 @@ class Releases:
     async def resume(self, lease: Lease) -> None:
         """Go on with a release of which an earlier daemon had done the first part."""
         lease.become(State.RELEASING)
+        if devices.still_bound(lease.binding):
+            lease.become(State.HELD)
         await self._wait_until_unbound(lease)
         self._finish(lease)
 

@@ -28,7 +28,8 @@ class Slots:
     """Free slots, and how many there are."""
 
     BATCH = 64
-    LOW = 16
+    """Slots that are made at once: the service manager is told of them by one message."""
+    BATCH_BY_HAND = 8
     STORE = 16384
     """FileDescriptorStoreMax= of the unit."""
     MOST = 2 * bindings.ROWS
@@ -41,6 +42,7 @@ class Slots:
         not know of what one before it had sent when it was killed.
         """
         self._notifier = notifier
+        self._batch = self.BATCH if notifier.present else self.BATCH_BY_HAND
         self._free: list[socket.socket] = []
         self._count = 0
         self._most = max(1, min(size or self.STORE, self.MOST) // 2 // self.BATCH) * self.BATCH
@@ -55,15 +57,14 @@ class Slots:
 
     def top_up(self) -> None:
         """Have some free slots ahead of need; OSError where there is no room for a socket."""
-        if len(self._free) >= self.LOW or self._count + self.BATCH > self._most:
+        if len(self._free) >= self._batch // 4 or self._count + self._batch > self._most:
             return
         made: list[socket.socket] = []
         try:
-            made += (records.make_slot() for _ in range(self.BATCH))
+            made += (records.make_slot() for _ in range(self._batch))
         except OSError:
-            if self._notifier.present or not made:
-                _close(made)
-                raise
+            _close(made)
+            raise
         if not self._notifier.present or self._notifier.send(
             "FDSTORE=1\nFDNAME=slot\nFDPOLL=0", [slot.fileno() for slot in made]
         ):
@@ -86,8 +87,12 @@ class Slots:
     def give_back(self, slot: Slot) -> None:
         """A slot whose lease is over: emptied, free for the next."""
         records.clear(slot.fd)
-        self._free.append(slot.socket)
         self._free_rows.append(slot.row)
+        if self._notifier.present or len(self._free) < self._batch:
+            self._free.append(slot.socket)
+        else:
+            slot.socket.close()
+            self._count -= 1
 
     def came_back(self, stored: socket.socket) -> None:
         """One more slot came back from the store, and is empty."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from loopd.kernel import transport
@@ -22,8 +21,8 @@ VERSION = 3
 MAX_RECORD = 32768
 FDS = ("keeper", "reply", "cgroup", "directory", "file", "lock")
 """Which fds a record may have along, in the order in which they are sent; the record says which it has."""
-OF_MAIN = 3
-"""So many of these, the first, may be opened by the main process: closing one of the others may wait."""
+OF_MAIN = FDS[:3]
+"""Those that the main process may open: closing one of the others may wait. They come first."""
 _PEEK = transport.MSG_PEEK | transport.MSG_DONTWAIT
 SO_PEEK_OFF = 42  # not in Python's socket module
 
@@ -87,12 +86,11 @@ def note_released(slot: int) -> None:
     For a worker: what is dropped may be the device's last open file.
     """
     with transport.borrowed(slot) as channel:
-        payloads = list(_payloads(channel, 0))
-        record = json.loads(payloads[0][0])
-        bound = next((note for note in (json.loads(payload) for payload, _ in payloads) if "bound" in note), None)
+        notes = [json.loads(payload) for payload in _payloads(channel)]
+        bound = next((note["bound"] for note in notes if note.get("bound")), None)
         # Written before the first is dropped: at no moment is the binding in no record.
-        _send(slot, record | {"fds": [], "released": True, "bound": bound and bound["bound"]})
-        _drop(channel, len(payloads))
+        _send(slot, notes[0] | {"fds": [], "released": True, "bound": bound})
+        _drop(channel, len(notes))
 
 
 def _send(slot: int, record: dict[str, Any], fds: list[int] | None = None) -> None:
@@ -100,40 +98,44 @@ def _send(slot: int, record: dict[str, Any], fds: list[int] | None = None) -> No
         transport.send(channel, json.dumps(record).encode(), fds or (), transport.MSG_DONTWAIT)
 
 
-def _payloads(channel: socket.socket, fds: int) -> Iterator[tuple[bytes, FdSet]]:
-    """Each message of the queue, which stays there, with at most so many fds of the first."""
+def _payloads(channel: socket.socket) -> list[bytes]:
+    """The messages of the queue, which stay there."""
+    found = []
     channel.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)  # from here on each look goes on behind the last one
     try:
         with contextlib.suppress(BlockingIOError):
-            yield transport.receive_some(channel, MAX_RECORD, fds, _PEEK)
             while True:
-                yield transport.receive_some(channel, MAX_RECORD, 0, _PEEK)
+                found.append(channel.recv(MAX_RECORD, _PEEK))
     finally:
         channel.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+    return found
 
 
-def read(slot: int, fds: int = OF_MAIN) -> Stored | None:
-    """What the slot holds, which stays there; None when it is empty. Of the record's fds the first `fds` are opened.
+def read(slot: int, *, every_fd: bool = False) -> Stored | None:
+    """What the slot holds, which stays there; None when it is empty. Its fds are opened, those of the main process or
+    `every_fd`.
 
     Raises ValueError for a record of another version, which is to be left as it is.
     """
     with transport.borrowed(slot) as channel:
-        messages = list(_payloads(channel, fds))
-    if not messages:
-        return None
-    with messages[0][1] as opened:
+        notes = [json.loads(payload) for payload in _payloads(channel)]
+        if not notes:
+            return None
         # A release that was cut short leaves two records; the later one holds.
-        notes = [json.loads(payload) for payload, _ in messages]
-        record = next(note for note in reversed(notes) if "version" in note)
+        record: dict[str, Any] = next((note for note in reversed(notes) if "version" in note), {})
         if record["version"] != VERSION:
             raise ValueError(f"record of version {record['version']}")
+        released = bool(record.get("released"))
+        names = [] if released else [name for name in record["fds"] if every_fd or name in OF_MAIN]
+        if not released and record["fds"] != [name for name in FDS if name in record["fds"]]:
+            raise ValueError(f"record with fds named {record['fds']}")
+        _, opened = transport.receive_some(channel, 1, len(names), _PEEK) if names else (b"", FdSet())
+    with opened:
+        if len(opened) != len(names):
+            raise ValueError(f"record with {len(opened)} fds, named {names}")
         bound = next((note["bound"] for note in notes if note.get("bound")), None)
         # A field that a later edition of this version adds is not known here, and not needed.
         known = {name: value for name, value in record["binding"].items() if name in Binding._fields}
-        released = bool(record.get("released"))
-        names = [] if released else list(record["fds"])[: len(opened)]
-        if not set(names) <= set(FDS):
-            raise ValueError(f"record with fds named {names}")
         found = Stored(
             dict(record["holder"]), str(record["kept_by"]), Binding(**known | (bound or {})), int(record["row"]),
             bound is not None, next((note["answer"] for note in reversed(notes) if "answer" in note), ""),

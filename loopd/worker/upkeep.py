@@ -36,7 +36,7 @@ from loopd.worker.process import Tools, Worker
 @contextlib.contextmanager
 def _kept(slot: int, client: Client) -> Iterator[tuple[Directory | None, int | None]]:
     """The lease's directory and its file, as they are in its slot."""
-    stored = records.read(slot, len(records.FDS))
+    stored = records.read(slot, every_fd=True)
     with FdSet(stored.fds.values() if stored else ()):
         fds = stored.fds if stored else {}
         directory = nodes.directory(fds["directory"], client) if "directory" in fds else None
@@ -126,6 +126,9 @@ def _of_row(number: int, dev: int, inode: int, diskseq: int | None) -> Binding:
 
 # Partitions -------------------------------------------------------------------------------------------------------
 
+UNREAD = -1
+"""In place of a checksum of the table: the kernel was asked to read it, and has not."""
+
 
 def revoke(worker: Worker, job: Revoke, fds: FdSet) -> bool:
     """Close the nodes of partitions that are gone."""
@@ -160,12 +163,12 @@ def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int 
     there: list[Node] = []
     if directory is not None:
         there = _there(directory, job, wanted_nodes(binding, partitions=binding.partscan))
-    if job.rescan or table != job.table:
+    if job.rescan or job.table not in (None, table):
         try:
             _reread(tools, binding, directory, there)
         except Refusal as error:
             # A partition is in use, most likely: once more when the node is closed the next time.
-            refusal, table = (error, table) if job.rescan else (None, job.table)
+            refusal, table = (error, UNREAD) if job.rescan else (None, job.table)
     if directory is None:
         return Arranged(refusal, (), None, table, tuple(devices.partitions(binding.devname)))
     wanted = wanted_nodes(binding, partitions=binding.partscan)
