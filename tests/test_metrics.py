@@ -182,7 +182,8 @@ def test_numbers_lost_to_somebody_else(
     name = served.attach(image, directory).fields["devname"]
     first = int(name.removeprefix("loop")) + 1
     following = [f"loop{number}" for number in range(first, first + 64)]
-    ahead = eventually(lambda: len(new := [*filter(exists, following)]) >= Numbers.AHEAD and new, "numbers were made ahead")
+    most = Numbers.AHEAD
+    ahead = eventually(lambda: len(new := [*filter(exists, following)]) >= most and new, "numbers were made ahead")
     other = make_image(name="other")
     with contextlib.ExitStack() as stack:
         for devname in ahead:

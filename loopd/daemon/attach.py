@@ -44,6 +44,8 @@ class Reservation:
         self.number: int | None = None
         self.fresh = False
         """Whether the number was charged to the account's new ones."""
+        self.again = True
+        """Whether the account may get the number again: not where its name is taken in the client's directory."""
         self._counted = True
         exchange.account.devices += 1
 
@@ -192,6 +194,8 @@ class Attaches:
                 events = fds.steal(0)
                 self._watches.watch_account_if_possible(exchange.account, events)
             if done.refusal is not None:
+                if done.refusal.code is Code.EXISTS:
+                    mine.again = False
                 raise done.refusal
             lease = self._book(exchange, mine, taken, done)
             if lease.account.ended:
@@ -275,7 +279,7 @@ class Attaches:
             if self._recovery.abandon(slot):
                 mine.number = None
         if mine.number is not None:
-            self._books.numbers.retire(mine.number, self._heir(mine.exchange))
+            self._books.numbers.retire(mine.number, self._heir(mine.exchange) if mine.again else None)
             mine.number = None
 
 
