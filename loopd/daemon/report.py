@@ -6,7 +6,7 @@ import contextlib
 import socket
 import sys
 
-from loopd.daemon import sd
+from loopd.daemon.manager import Notifier
 from loopd.kernel.poller import Poller
 
 STATUS_PAUSE = 1.0
@@ -15,10 +15,10 @@ READY_PAUSE = 0.1
 """Seconds before systemd is told again, where its queue was full."""
 
 
-class Manager:
+class Reporter:
     """Tells systemd, where there is one."""
 
-    def __init__(self, poller: Poller, notifier: sd.Notifier, watchdog: float | None) -> None:
+    def __init__(self, poller: Poller, notifier: Notifier, watchdog: float | None) -> None:
         """`watchdog`: seconds within which systemd wants a sign of life."""
         self._poller = poller
         self._notifier = notifier
