@@ -40,8 +40,10 @@ COMPLETION = loopctl.bash:share/bash-completion/completions/loopctl loopctl.fish
 	loopctl.zsh:share/zsh/site-functions/_loopctl
 MANUAL = $(patsubst docs/man/%.rst,build/man/%,$(wildcard docs/man/*.rst))
 PAGES = $(foreach page,$(MANUAL),$(page):share/man/man$(subst .,,$(suffix $(page)))/$(notdir $(page)))
-# A program that a target cannot do without, and the Debian package that has it.
-FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd
+# A program, or a module of $(PYTHON)'s, that a target cannot do without, and the Debian package that has it.
+FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd $(SYSTEMD_PYTHON)
+SYSTEMD_PYTHON = systemd.daemon:python3-systemd
+FOR_VENV = ensurepip:python3-venv venv:python3-venv $(SYSTEMD_PYTHON)
 FOR_CHECK = $(FOR_DEMO) $(FOR_BENCH) $(FOR_DEB) $(FOR_RPM) bwrap:bubblewrap lintian:lintian mkfs.btrfs:btrfs-progs \
 	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint sfdisk:fdisk strace:strace \
 	udevadm:udev
@@ -52,7 +54,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 FUZZ = 100000
 
-.PHONY: all help venv demo check fuzz bench man install uninstall for-demo for-check for-bench
+.PHONY: all help venv demo check fuzz bench man install uninstall for-demo for-check for-bench for-venv
 all: venv
 
 help:
@@ -61,8 +63,10 @@ help:
 for-demo: NEEDED = $(FOR_DEMO)
 for-check: NEEDED = $(FOR_CHECK)
 for-bench: NEEDED = $(FOR_BENCH)
-for-demo for-check for-bench for-deb for-rpm:
-	@missing=$$(for pair in $(NEEDED); do command -v $${pair%:*} >/dev/null || echo $${pair#*:}; done); $(get_missing)
+for-venv: NEEDED = $(FOR_VENV)
+for-demo for-check for-bench for-venv for-deb for-rpm:
+	@missing=$$(for pair in $(NEEDED); do name=$${pair%:*}; command -v $$name >/dev/null || \
+	    $(PYTHON) -Ic "import $$name" 2>/dev/null || echo $${pair#*:}; done); $(get_missing)
 
 define get_missing
 [ -z "$$missing" ] || { [ $$(id -u) = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
@@ -70,11 +74,14 @@ define get_missing
 	{ echo "make: please install (Debian's names):" $$missing >&2; exit 1; }
 endef
 
+# systemd-python is the system's: the Python Package Index has no wheel of it. Of the system's packages the environment gets this
+# one alone: with --system-site-packages pytest would load plugins of another version of it.
 venv: .venv/ready
 .venv/ready: pyproject.toml
-	@missing=$$($(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv); $(get_missing)
+	@$(MAKE) -s for-venv
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/pip --quiet --disable-pip-version-check install --editable '.[dev]'
+	ln -s -t .venv/lib/python3*/site-packages "$$($(PYTHON) -Ic 'import systemd.daemon; print(systemd.__path__[0])')"
 	touch $@
 
 # One process for all pages: most of what one takes is the import.

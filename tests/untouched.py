@@ -90,9 +90,20 @@ def _takers(daemon: Daemon) -> list[tuple[int, list[str]]]:
 
 
 def maker(daemon: Daemon) -> int:
-    """The process that makes and removes numbers: the child that has nothing to do with requests."""
-    (found,) = set(children(daemon.pid)) - {child for child, _ in _takers(daemon)}
+    """The process that makes and removes numbers: the child that makes devices and takes no requests."""
+    (found,) = [child for child, links in _others(daemon) if "/dev/loop-control" in links]
     return found
+
+
+def writer(daemon: Daemon) -> int:
+    """The process that writes the audit into the journal: it is there from the first record on."""
+    (found,) = [child for child, links in _others(daemon) if "/dev/loop-control" not in links]
+    return found
+
+
+def _others(daemon: Daemon) -> list[tuple[int, list[str]]]:
+    takers = {child for child, _ in _takers(daemon)}
+    return [(child, _links(child)) for child in children(daemon.pid) if child not in takers and state(child) != "Z"]
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from loopd.daemon import sd
 from loopd.daemon.accounts import Account, Owner
+from loopd.daemon.manager import Notifier
 from loopd.kernel.transport import FdSet
 from loopd.worker import records
 from loopd.worker.devices import Binding, partitions
@@ -130,7 +130,7 @@ class Slots:
     MOST = 24576
     """Of more the names would not fit into the environment of the next daemon, and it would not start."""
 
-    def __init__(self, notifier: sd.Notifier, size: int | None = None) -> None:
+    def __init__(self, notifier: Notifier, size: int | None = None) -> None:
         """`size` is that of the fd store, where it is known.
 
         Half of it is used: beyond its size the service manager closes what is sent, and only warns, and a daemon does

@@ -246,8 +246,9 @@ class Pool:
             task.reaped()
 
 
-def fork(keep: list[int], main: Callable[[], None]) -> int:
-    """Run `main` in a child that has no fd but `keep` and standard ones, and is killed when this process ends.
+def fork(keep: list[int], main: Callable[[], None], *, outlives: bool = False) -> int:
+    """Run `main` in a child that has no fd but `keep` and standard ones, and is killed when this process ends, unless
+    it `outlives` it.
 
     To be called by a single-threaded process only. Returns when the child has closed what is not its own: until then it
     would keep devices open that are released meanwhile.
@@ -257,7 +258,7 @@ def fork(keep: list[int], main: Callable[[], None]) -> int:
     try:
         pid = os.fork()
         if pid == 0:
-            _child(parent, keep, closing, main)
+            _child(0 if outlives else parent, keep, closing, main)
     except OSError:
         os.close(closed)
         raise
@@ -281,7 +282,8 @@ def _child(parent: int, keep: list[int], closing: int, main: Callable[[], None])
             low = fd + 1
         os.closerange(low, os.sysconf("SC_OPEN_MAX"))
         os.close(closing)
-        rights.die_with_parent(parent)
+        if parent:
+            rights.die_with_parent(parent)
         main()
     except ConnectionResetError:
         pass  # the main process ended with an answer unread

@@ -18,7 +18,7 @@ import time
 
 from loopd import __version__
 from loopd.children.bugs import described
-from loopd.daemon import leases, numbers, policy, pool, sd
+from loopd.daemon import leases, manager, numbers, policy, pool
 from loopd.daemon.audit import Audit, Event
 from loopd.daemon.lifecycle import Lifecycle
 from loopd.daemon.metrics import Metrics
@@ -74,6 +74,15 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="where the number counter is (default: $STATE_DIRECTORY or %(default)s)",
     )  # fmt: skip
     return parser.parse_args(arguments)
+
+
+def _passed() -> list[tuple[str, int]]:
+    try:
+        return manager.listen_fds()
+    except ImportError as error:
+        raise CannotStart(f"systemd-python is missing ({error}): install python3-systemd") from error
+    except OSError as error:
+        raise CannotStart(f"LISTEN_FDS and LISTEN_FDNAMES do not say which sockets were passed: {error}") from error
 
 
 def _listeners(passed: list[tuple[str, int]]) -> list[Listener]:
@@ -164,9 +173,9 @@ class Daemon:
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        passed = sd.listen_fds()
-        self._notifier = sd.Notifier()
-        self._watchdog = sd.watchdog_interval()
+        passed = _passed()
+        self._notifier = manager.Notifier()
+        self._watchdog = manager.watchdog_interval()
         self._audit = Audit(options.instance)
         listeners = _listeners(passed)
         self._access = Access(sysfs.mount())
@@ -183,7 +192,7 @@ class Daemon:
         service = f"loopd@{options.instance}" if options.instance else "loopd"
         saved = os.path.join(options.state_directory, f"metrics.{service.replace('/', '-')}")
         self._metrics = Metrics(service, saved)
-        slots = leases.Slots(self._notifier, sd.fd_store_size())
+        slots = leases.Slots(self._notifier, manager.fd_store_size())
         watches = Inotify()
         grants = Grants(options.grant_directory, options.instance)
         tools = Tools([listener.socket for listener in listeners], self._control, self._access, grants, watches.fd)
@@ -306,6 +315,7 @@ class Daemon:
         with contextlib.suppress(ChildProcessError):
             while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
                 self._pool.reap(pid)
+                self._audit.on_ended(pid)
                 if pid == self._maker:
                     self._maker = 0
 
@@ -416,12 +426,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _cannot_start(options: argparse.Namespace, reasons: list[str]) -> int:
     """Say why, in the audit where standard error is the journal; the exit status."""
-    if sd.logs_to_journal() and not options.check_config:
-        audit = Audit(options.instance)
-        for reason in reasons:
-            audit.record(Event.FAILED, reason)
-        audit.drain(1.0)
-    else:
-        for reason in reasons:
-            print(f"loopd: {reason}", file=sys.stderr)
+    with contextlib.suppress(ImportError):
+        if manager.logs_to_journal() and not options.check_config:
+            manager.library()  # which the child that writes the audit needs, too
+            audit = Audit(options.instance)
+            for reason in reasons:
+                audit.record(Event.FAILED, reason)
+            audit.drain(1.0)
+            return 1
+    for reason in reasons:
+        print(f"loopd: {reason}", file=sys.stderr)
     return 1
