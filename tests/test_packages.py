@@ -12,16 +12,18 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Daemon
-from test_install import files, imported, install, make
+from test_install import files, imported, install, make, prefix
 
 from loopd import __version__
 from loopd.cli import loopctl as cli
 from loopd.protocol import wire
 
+__all__ = ["prefix"]  # a fixture
 SOCKETS = ("loopd.socket", "loopd-admin.socket")
 
 
@@ -136,6 +138,27 @@ def test_files_of_the_deb(unpacked: Path, installed: set[str]) -> None:
     assert without_docs(found) == without_docs(named) | extra
     pages = {f"usr/share/doc/loopd/docs/{path.relative_to(ROOT / 'docs')}" for path in (ROOT / "docs").rglob("*.md")}
     assert {*pages, "usr/share/doc/loopd/README.md", "usr/share/doc/loopd/copyright"} <= found
+
+
+def test_what_the_deb_is_tested_with(
+    start_daemon: Callable[..., Daemon], prefix: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """debian/tests, which autopkgtest runs on an installed package, beside a daemon that is started by hand."""
+    grants = tmp_path_factory.mktemp("grants")
+    grants.chmod(0o711)
+    run("mount", "-t", "tmpfs", "-o", "mode=0711", "tmpfs", grants)
+    try:
+        daemon = start_daemon(f"--grant-directory={grants}")
+        environment = {"PATH": f"{prefix}/bin:{os.environ['PATH']}:/usr/sbin:/sbin", "LOOPD_SOCKET": daemon.path}
+        environment |= {"AUTOPKGTEST_TMP": str(tmp_path), "PYTHONPATH": f"{prefix}/lib/loopd"}
+        tests = ROOT / "systemd/packaging/debian/tests"
+        (command,) = re.findall(r"^Test-Command: (.*)", (tests / "control").read_text(), re.MULTILINE)
+        assert run("sh", "-euc", command, env=environment).strip() == __version__
+        assert re.search(r"disk\.img: 11/\d+ files", run(tests / "attach", env=environment))
+        assert list(grants.iterdir()) == []
+        daemon.stop()
+    finally:
+        run("umount", "--lazy", grants)
 
 
 def test_what_the_deb_does_with_units(unpacked: Path) -> None:
