@@ -91,7 +91,7 @@ class JournalChild:
     """
 
     ROOM = 1 << 20
-    """Bytes that the socketpair is asked to hold; net.core.wmem_max is the limit, which by default allows 180 records."""
+    """Bytes that the socketpair is asked to hold; net.core.wmem_max is the limit: 180 records by default."""
     PAUSE = 1.0
     """Seconds between one start and the next: a child that ends at once is not started in a loop."""
 
