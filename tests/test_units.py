@@ -82,7 +82,7 @@ def options(path: Path) -> dict[str, list[str]]:
 def verify(units: Path, *names: str) -> tuple[int, list[str]]:
     """What systemd has to say about these units of that directory."""
     instances = [name.replace("@.", "@some.") for name in names]
-    done = run("systemd-analyze", "verify", *instances, env={"SYSTEMD_UNIT_PATH": f"{units}:"})
+    done = run("systemd-analyze", "verify", "--man=no", *instances, env={"SYSTEMD_UNIT_PATH": f"{units}:"})
     said = [line for line in (done.stdout + done.stderr).splitlines() if line]
     if systemd_version() < 254:  # documented: there `stop` gives the leases up
         said = [line for line in said if "'FileDescriptorStorePreserve'" not in line]
@@ -91,6 +91,14 @@ def verify(units: Path, *names: str) -> tuple[int, list[str]]:
 
 def test_systemd_has_nothing_to_say_about_the_units(prefix: Path) -> None:
     assert verify(prefix / "lib/systemd/system", *UNITS) == (0, [])
+
+
+def test_units_name_pages_that_there_are(prefix: Path) -> None:
+    for name in UNITS:
+        (found,) = options(prefix / "lib/systemd/system" / name)["Documentation"]
+        for page, section in re.findall(r"man:([\w.-]+)\((\d)\)", found):
+            assert (prefix / f"share/man/man{section}/{page}.{section}").exists(), name
+        assert found.startswith("man:"), name
 
 
 def exposure(unit: Path) -> float:

@@ -29,6 +29,16 @@ MAX_FDS = 8
 _UNTOLD = (errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN, errno.ETOOMANYREFS, errno.EMSGSIZE)
 
 
+def packed(message: Any) -> bytes:
+    """A value as bytes, for another process of this program."""
+    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+
+
+def unpacked(payload: bytes) -> Any:
+    """The value that `packed` packed."""
+    return pickle.loads(payload)  # noqa: S301  # of our own process: see above
+
+
 class Role(NamedTuple):
     """What a kind of child is for. `keep` gives the parent's fds that the child keeps open. `main` runs in the child
     with its end of the channel. A child that `outlives` its parent ends by itself when the channel does; any other is
@@ -51,7 +61,7 @@ class Channel:
 
     def send(self, message: Any, fds: Iterable[int] = (), flags: int = 0) -> None:
         """Send a value with fds, which stay the caller's; OSError as sendmsg(2)."""
-        transport.send(self.socket, pickle.dumps(message, pickle.HIGHEST_PROTOCOL), fds, flags)
+        transport.send(self.socket, packed(message), fds, flags)
 
     def receive(self) -> tuple[Any, FdSet]:
         """The next value with its fds; EOFError when the other end is closed."""
@@ -61,7 +71,7 @@ class Channel:
             raise EOFError from None
         if not payload:
             raise EOFError
-        return pickle.loads(payload), fds  # noqa: S301  # of our own process: see above
+        return unpacked(payload), fds
 
     def close(self) -> None:
         self.socket.close()

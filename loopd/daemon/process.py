@@ -21,7 +21,7 @@ from loopd.children.bugs import described
 from loopd.children.child import Children, Role
 from loopd.children.flow import start
 from loopd.children.pool import Pool, Sizes
-from loopd.daemon import policy, sd
+from loopd.daemon import manager, policy
 from loopd.daemon.arrange import Arrangements
 from loopd.daemon.attach import Attaches
 from loopd.daemon.audit import Audit, Event
@@ -31,12 +31,12 @@ from loopd.daemon.dropping import Dropping
 from loopd.daemon.exchange import Answers
 from loopd.daemon.foreign import Foreign
 from loopd.daemon.leases import State
-from loopd.daemon.manager import Manager, collect_garbage
 from loopd.daemon.metrics import Metrics
 from loopd.daemon.numbers import Numbers
 from loopd.daemon.operations import Operations
 from loopd.daemon.recovery import Recovery
 from loopd.daemon.release import Releases
+from loopd.daemon.report import Reporter, collect_garbage
 from loopd.daemon.service import Listener, Service
 from loopd.daemon.slots import Slots
 from loopd.daemon.uevents import Uevents
@@ -95,6 +95,15 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         help="where the number counter is (default: $STATE_DIRECTORY or %(default)s)",
     )  # fmt: skip
     return parser.parse_args(arguments)
+
+
+def _passed() -> list[tuple[str, int]]:
+    try:
+        return manager.listen_fds()
+    except ImportError as error:
+        raise CannotStart(f"systemd-python is missing ({error}): install python3-systemd") from error
+    except OSError as error:
+        raise CannotStart(f"LISTEN_FDS and LISTEN_FDNAMES do not say which sockets were passed: {error}") from error
 
 
 def _listeners(passed: list[tuple[str, int]]) -> list[Listener]:
@@ -188,16 +197,16 @@ class Daemon:
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        passed = sd.listen_fds()
-        notifier = sd.Notifier()
+        passed = _passed()
+        notifier = manager.Notifier()
         self._options = options
-        self._audit = Audit(options.instance)
-        listeners = _listeners(passed)
         self._poller = Poller()
-        self._manager = Manager(self._poller, notifier, sd.watchdog_interval())
+        self._children = Children(self._poller)
+        self._audit = Audit(self._children, options.instance)
+        listeners = _listeners(passed)
+        self._reporter = Reporter(self._poller, notifier, manager.watchdog_interval())
         self._stopping = False
         self._catch_signals()
-        self._children = Children(self._poller)
         self._build(listeners, notifier)
         for name, fd in passed:
             if name == SLOT:
@@ -206,7 +215,7 @@ class Daemon:
         self._recovery.go_on()
         self._service.start()
 
-    def _build(self, listeners: list[Listener], notifier: sd.Notifier) -> None:
+    def _build(self, listeners: list[Listener], notifier: manager.Notifier) -> None:
         """Make what the daemon consists of, each from what it needs."""
         options = self._options
         sockets = [listener.socket for listener in listeners]
@@ -226,7 +235,7 @@ class Daemon:
         self._books = books = Books(
             self._poller, self._pool,
             Numbers(counter, self._children, maker, lambda number: self._foreign.on_number(number)),  # noqa: PLW0108
-            Slots(notifier, sd.fd_store_size()), self._audit,
+            Slots(notifier, manager.fd_store_size()), self._audit,
             Metrics(service, os.path.join(options.state_directory, f"metrics.{service}")), policy, options.instance,
         )  # fmt: skip
         releases = Releases(books)
@@ -283,7 +292,7 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until a signal or idleness ends it."""
-        self._manager.begin(self._status)
+        self._reporter.begin(self._status)
         # What started it waits in a queue; it is served before idleness is thought of.
         self._poller.later(self._books.policy.idle_timeout, self._idle_check)
         while not self._stopping:
@@ -307,7 +316,7 @@ class Daemon:
         if self._audit.waiting and not self._flushing:
             self._flushing = True
             self._poller.later(self.FLUSH_PAUSE, self._flush)
-        self._manager.look(self._status)
+        self._reporter.look(self._status)
 
     def _flush(self) -> None:
         self._flushing = False
@@ -346,9 +355,9 @@ class Daemon:
 
     def _stop(self) -> None:
         """Finish what is under way; take away what nothing will keep; leave the rest to the fd store."""
-        self._manager.stopping()
+        self._reporter.stopping()
         self._service.stop()
-        if not self._manager.present:
+        if not self._reporter.present:
             for lease in list(self._books.leases):
                 start(self._releases.release(lease, "stopped"))
         self._books.numbers.remove_unused(held=len(self._books.leases) > 0)
@@ -364,7 +373,7 @@ class Daemon:
         """Whether something is still to be done that the fd store does not keep."""
         # Who waits for the end of a lease asks the next daemon.
         requests = self._service.under_way > self._operations.waiting
-        ends = not self._manager.present and any(lease.state is State.RELEASING for lease in self._books.leases)
+        ends = not self._reporter.present and any(lease.state is State.RELEASING for lease in self._books.leases)
         return bool(requests or self._pool.busy or self._books.numbers.busy or ends)
 
 
@@ -386,12 +395,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _cannot_start(options: argparse.Namespace, reasons: list[str]) -> int:
     """Say why, in the audit where standard error is the journal; the exit status."""
-    if sd.logs_to_journal() and not options.check_config:
-        audit = Audit(options.instance)
-        for reason in reasons:
-            audit.record(Event.FAILED, reason)
-        audit.drain(1.0)
-    else:
-        for reason in reasons:
-            print(f"loopd: {reason}", file=sys.stderr)
+    with contextlib.suppress(ImportError):
+        if manager.logs_to_journal() and not options.check_config:
+            manager.library()  # which the child that writes the audit needs, too
+            audit = Audit(Children(Poller()), options.instance)
+            for reason in reasons:
+                audit.record(Event.FAILED, reason)
+            audit.drain(1.0)
+            return 1
+    for reason in reasons:
+        print(f"loopd: {reason}", file=sys.stderr)
     return 1

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from loopd.daemon import sd
+from loopd.daemon.manager import Notifier
 from loopd.worker import bindings, records
 
 
@@ -35,7 +35,7 @@ class Slots:
     MOST = 2 * bindings.ROWS
     """Of more the names would not fit into the environment of the next daemon, and it would not start."""
 
-    def __init__(self, notifier: sd.Notifier, size: int | None = None) -> None:
+    def __init__(self, notifier: Notifier, size: int | None = None) -> None:
         """`size` is that of the fd store, where it is known.
 
         Half of it is used: beyond its size the service manager closes what is sent, and only warns, and a daemon does
