@@ -41,6 +41,7 @@ from untouched import Untouched, cgroup, droppers, helpers, honest, pair
 from loopd.daemon import counter as counters
 from loopd.daemon import numbers
 from loopd.protocol import wire
+from loopd.protocol.decode import VALIDATORS, decode
 from loopd.worker import make
 
 DATAGRAMS = int(os.environ.get("LOOPD_FUZZ_DATAGRAMS", "100000"))
@@ -474,7 +475,7 @@ class Client:
                 fields, code = {}, refusal.code.value
             self.answers[code or ("attached" if "devname" in fields else "answered")] += 1
             assert code != "internal", (datagram, answer)
-            _, request = wire.decode(payload)
+            _, request = decode(payload)
             if isinstance(request, wire.Refusal):
                 assert code == request.code.value, (datagram, answer, request)
             elif isinstance(request, wire.Attach) and not code:
@@ -736,19 +737,19 @@ def test_daemon(fuzzed: Daemon, place: Path, tmp_path: Path) -> None:
 @given(payloads)
 def test_decoder(payload: bytes) -> None:
     """The decoder never raises; what it accepts is what it encodes, and the envelope says the same as the request."""
-    envelope, request = wire.decode(payload)
+    envelope, request = decode(payload)
     if isinstance(request, wire.Refusal):
         assert json.loads(wire.encode_reply(request, envelope.id))["error"]["code"] == request.code.value
         return
     again = wire.encode_request(request)
-    assert wire.decode(again) == (envelope, request)
+    assert decode(again) == (envelope, request)
     assert wire.OPERATIONS[envelope.op] is type(request)
     assert (envelope.id, envelope.reply_fd) == (request.id, request.reply_fd)
 
 
 def test_tables() -> None:
     """The fuzzer knows every field and every operation; what it takes for valid is valid."""
-    assert VALID.keys() == wire.VALIDATORS.keys()
+    assert VALID.keys() == VALIDATORS.keys()
     assert {name for name in VALID if name.endswith("fd")} == set(RIGHT)
     assert set(OPERATIONS) == set(wire.OPERATIONS)
     assert {kind for kinds in RIGHT.values() for kind in kinds} <= set(KINDS)

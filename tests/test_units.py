@@ -18,7 +18,7 @@ from conftest import Daemon, eventually, exists, require
 from processes import IN_NAMESPACE, Activated
 from untouched import leases
 
-from loopd.daemon import counter
+from loopd.daemon import counter, setup
 from loopd.daemon import process as daemon
 from loopd.daemon.audit import Event
 from loopd.loop import Loop, LoopControl
@@ -143,13 +143,13 @@ def test_unit_and_daemon_name_the_same_things(prefix: Path) -> None:
     assert "dev" in flags.split(",")
     for name, started in (("loopd-admin.socket", "loopd.service"), ("loopd-admin@.socket", "loopd@%i.service")):
         admin = options(prefix / "lib/systemd/system" / name)
-        assert (admin["FileDescriptorName"], admin["Service"]) == ([daemon.ADMIN], [started])
+        assert (admin["FileDescriptorName"], admin["Service"]) == ([setup.ADMIN], [started])
         assert (admin["DirectoryMode"], admin["SocketMode"]) == (["0700"], ["0600"])
     assert f"/var/lib/{service['StateDirectory'][0]}" == daemon.STATE_DIRECTORY
     # What systemd passes at start must fit: else 202/FDS, or names beyond the 128 KiB of a variable.
     stored = int(service["FileDescriptorStoreMax"][0])
     assert int(service["LimitNOFILE"][0]) > stored
-    assert len(f"{daemon.SLOT}:") * stored < 128 * 1024
+    assert len(f"{setup.SLOT}:") * stored < 128 * 1024
 
 
 def test_sockets_are_closed_by_no_number_of_requests(prefix: Path) -> None:

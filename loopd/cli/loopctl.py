@@ -25,6 +25,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, NoReturn, Sequ
 from loopd import __version__
 from loopd.client import api as client
 from loopd.protocol import wire
+from loopd.protocol.decode import VALIDATORS
 
 SUFFIXES = "KMGTPE"
 _PARTITION = re.compile(r"(loop[0-9]+)p[0-9]+")
@@ -149,7 +150,7 @@ def _seconds(text: str) -> float:
 
 def _device(text: str) -> str:
     try:
-        wire.VALIDATORS["devname"](os.path.basename(text))
+        VALIDATORS["devname"](os.path.basename(text))
     except ValueError:
         folder, name = os.path.split(text)
         partition = _PARTITION.fullmatch(name)
@@ -630,7 +631,7 @@ def _check_detach(args: argparse.Namespace, options: argparse.ArgumentParser) ->
 
 
 _WORDS = {"dir_fd": "DIR", "lease_fd": "--lifetime", "devname": "DEVICE", "name": "NAME"}
-_FIELD = re.compile(rf"(^|; )({'|'.join(wire.VALIDATORS)}): ")
+_FIELD = re.compile(rf"(^|; )({'|'.join(VALIDATORS)}): ")
 
 
 _ANOTHERS = re.compile(r"force: (loop\d+ is another's)")

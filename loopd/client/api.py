@@ -26,6 +26,7 @@ from typing import Any, Iterator, Literal, NamedTuple, Sequence, TypeVar, Union
 from loopd.client import layers
 from loopd.client.layers import Obstacle
 from loopd.protocol import wire
+from loopd.protocol.decode import VALIDATORS
 from loopd.protocol.wire import Attached, Code, Detached, Granted, Greeting, LeaseInfo, Measured, Rescanned, Resized
 
 SOCKET = "/run/loopd/loopd.sock"
@@ -334,7 +335,7 @@ def _parsed(kind: type[_Record], fields: Any) -> _Record:
     try:
         record = _record(kind, fields)
         if isinstance(record, (Attached, LeaseInfo)):
-            wire.VALIDATORS["devname"](record.devname)  # it becomes part of a path
+            VALIDATORS["devname"](record.devname)  # it becomes part of a path
         return record
     except (AttributeError, TypeError, ValueError) as error:
         raise BadReply(f"the reply makes no sense: {error}") from error

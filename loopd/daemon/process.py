@@ -1,14 +1,9 @@
-"""The daemon: start, signals, watchdog, idle exit, end.
-
-Prepares everything that the service needs, in the order in which it can fail, and says clearly what is missing. Knows
-nothing of requests.
-"""
+"""The daemon: options, start, signals, idle exit, end. Makes what the daemon consists of; knows nothing of requests."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import os
 import resource
 import signal
@@ -21,12 +16,11 @@ from loopd.children.bugs import described
 from loopd.children.child import Children, Role
 from loopd.children.flow import start
 from loopd.children.pool import Pool, Sizes
-from loopd.daemon import manager, policy
+from loopd.daemon import manager, policy, setup
 from loopd.daemon.arrange import Arrangements
 from loopd.daemon.attach import Attaches
 from loopd.daemon.audit import Audit, Event
 from loopd.daemon.books import Books
-from loopd.daemon.counter import Counter
 from loopd.daemon.dropping import Dropping
 from loopd.daemon.exchange import Answers
 from loopd.daemon.foreign import Foreign
@@ -41,13 +35,11 @@ from loopd.daemon.service import Listener, Service
 from loopd.daemon.slots import Slots
 from loopd.daemon.uevents import Uevents
 from loopd.daemon.watches import Watches
-from loopd.kernel import sysfs, transport
+from loopd.kernel import sysfs
 from loopd.kernel.inotify import Inotify
 from loopd.kernel.poller import Poller
-from loopd.loop import LoopControl
-from loopd.worker import devices, process
+from loopd.worker import process
 from loopd.worker.access import Access
-from loopd.worker.bindings import Bindings
 from loopd.worker.grants import ROOT, Grants
 from loopd.worker.jobs import JOBS
 from loopd.worker.make import make
@@ -56,14 +48,6 @@ from loopd.worker.process import Tools
 WORKERS = Sizes(base=4, most=64, rest=2)
 """Each takes some 4 MiB, and 3 ms to be made."""
 STATE_DIRECTORY = "/var/lib/loopd"
-ADMIN = "admin"
-"""FileDescriptorName= of the administrator's socket."""
-SLOT = "slot"
-"""FDNAME= of the slots in the fd store."""
-
-
-class CannotStart(Exception):
-    """What is missing, in words for the administrator."""
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -97,89 +81,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _passed() -> list[tuple[str, int]]:
-    try:
-        return manager.listen_fds()
-    except ImportError as error:
-        raise CannotStart(f"systemd-python is missing ({error}): install python3-systemd") from error
-    except OSError as error:
-        raise CannotStart(f"LISTEN_FDS and LISTEN_FDNAMES do not say which sockets were passed: {error}") from error
-
-
-def _listeners(passed: list[tuple[str, int]]) -> list[Listener]:
-    found = []
-    for name, fd in passed:
-        if name == SLOT:
-            continue
-        try:
-            listener = socket.socket(fileno=fd)
-        except OSError as error:
-            raise CannotStart(f"{name!r} is no AF_UNIX datagram socket, but no socket at all") from error
-        if listener.family != socket.AF_UNIX or listener.type != socket.SOCK_DGRAM:
-            raise CannotStart(f"socket {name!r} is no AF_UNIX datagram socket: loopd.socket has ListenDatagram=")
-        transport.prepare(listener)
-        found.append(Listener(listener, name == ADMIN))
-    if not found:
-        program = "python3 -m loopd" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
-        raise CannotStart(
-            "no socket was passed: start loopd.socket, or by hand"
-            f" systemd-socket-activate --datagram -l /run/loopd/loopd.sock {program}"
-        )
-    return found
-
-
-_CONTROL = {
-    errno.ENOENT: "/dev/loop-control is missing: is the loop module there (modprobe loop)?",
-    errno.ENODEV: "/dev/loop-control leads to no device: is the loop module there (modprobe loop)?",
-    errno.ENXIO: "/dev/loop-control leads to no device: is the loop module there (modprobe loop)?",
-    errno.EACCES: "opening /dev/loop-control is not permitted: run as root, or as the service does",
-    errno.EPERM: "opening /dev/loop-control is not permitted: the device cgroup (DeviceAllow=) refuses it",
-}
-
-
-def _control(access: Access) -> LoopControl:
-    try:
-        control = access.open_control()
-    except OSError as error:
-        raise CannotStart(_CONTROL.get(error.errno or 0, f"/dev/loop-control cannot be opened: {error}")) from error
-    try:
-        if not access.has_configure(control):
-            raise CannotStart(f"Linux {os.uname().release} has no LOOP_CONFIGURE: loopd needs Linux 5.8 or later")
-    except OSError as error:
-        raise CannotStart(f"no loop device can be opened: {error}") from error
-    return control
-
-
-def _bindings(path: str) -> Bindings:
-    try:
-        return Bindings(path)
-    except OSError as error:
-        raise CannotStart(f"the table of bindings cannot be kept in {path}: {error}") from error
-
-
-def _newest_sequence(control: LoopControl) -> int:
-    """The kernel's sequence number of disks, that of a device made for this; 0 before Linux 5.15."""
-    with contextlib.suppress(OSError):
-        number = control.add()
-        found = devices.sequence(f"loop{number}")
-        control.remove(number)
-        return found or 0
-    return 0
-
-
-def _counter(directory: str, instance: str, control: LoopControl, audit: Audit) -> Counter:
-    try:
-        os.makedirs(directory, 0o700, exist_ok=True)
-        counter = Counter(os.path.join(directory, "numbers"), instance, lambda: _newest_sequence(control))
-    except OSError as error:
-        raise CannotStart(f"the number counter cannot be kept in {directory}: {error}") from error
-    if counter.started_from_clock:
-        audit.record(
-            Event.WARNED, f"There was no number counter in {directory}: numbers start from the clock", path=directory
-        )
-    return counter
-
-
 class Daemon:
     """The running daemon."""
 
@@ -193,23 +94,23 @@ class Daemon:
         self._bugs = 0
         self._flushing = False
         if os.uname().sysname != "Linux" or sys.version_info < (3, 11):
-            raise CannotStart("loopd needs Linux and Python 3.11 or later")
+            raise setup.CannotStart("loopd needs Linux and Python 3.11 or later")
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         if limit < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        passed = _passed()
+        passed = setup.passed()
         notifier = manager.Notifier()
         self._options = options
         self._poller = Poller()
         self._children = Children(self._poller)
         self._audit = Audit(self._children, options.instance)
-        listeners = _listeners(passed)
+        listeners = setup.listeners(passed)
         self._reporter = Reporter(self._poller, notifier, manager.watchdog_interval())
         self._stopping = False
         self._catch_signals()
         self._build(listeners, notifier)
         for name, fd in passed:
-            if name == SLOT:
+            if name == setup.SLOT:
                 self._recovery.read(socket.socket(fileno=fd))
         self._uevents = Uevents(self._poller, self._foreign, self._arrangements)
         self._recovery.go_on()
@@ -220,12 +121,12 @@ class Daemon:
         options = self._options
         sockets = [listener.socket for listener in listeners]
         access = Access(sysfs.mount())
-        control = _control(access)
+        control = setup.control(access)
         policy = self._load_policy()
         # Instances share the state directory. One that is started by hand may have any name.
         service = (f"loopd@{options.instance}" if options.instance else "loopd").replace("/", "-")
-        counter = _counter(options.state_directory, options.instance, control, self._audit)
-        bindings = _bindings(os.path.join(options.state_directory, f"bindings.{service}"))
+        counter = setup.counter(options.state_directory, options.instance, control, self._audit)
+        bindings = setup.bindings(os.path.join(options.state_directory, f"bindings.{service}"))
         watches = Inotify()
         grants = Grants(options.grant_directory, options.instance)
         tools = Tools(sockets, control, access, grants, bindings, watches.fd)
@@ -387,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
         daemon = Daemon(options)
     except policy.ConfigurationError as error:
         return _cannot_start(options, [f"{file}: {key}: {reason}" for file, key, reason in error.problems])
-    except CannotStart as error:
+    except setup.CannotStart as error:
         return _cannot_start(options, [str(error)])
     daemon.run()
     return 0

@@ -28,6 +28,7 @@ from loopd.kernel import transport
 from loopd.kernel.poller import ONCE
 from loopd.kernel.transport import FdSet, Sender
 from loopd.protocol import wire
+from loopd.protocol.decode import decode
 from loopd.protocol.wire import Attach, Code, Directory, Refusal
 from loopd.worker import messages
 from loopd.worker.messages import Change, Changed, Recognised, Take, Taken
@@ -150,7 +151,7 @@ class Service:
     # Admit ------------------------------------------------------------------------------------------------------------
 
     def _admit(self, index: int, payload: bytes, sender: Sender) -> None:
-        envelope, request = wire.decode(payload)
+        envelope, request = decode(payload)
         cgroup = accounts.cgroup_of(sender.pid)
         member = Membership("", "") if cgroup is None else accounts.membership(cgroup)
         account = self._books.accounts.get(member.account)
