@@ -75,6 +75,8 @@ class Dropping:
         self._listeners = listeners
         self._pools = [Pool(children, self._role(listener), Sizes(1, 1, 1), lambda: None) for listener in listeners]
         self._parkers: dict[Account, list[Parker]] = {}
+        self._hung: set[Job] = set()
+        """Orders whose child hangs, until it is reaped."""
 
     @staticmethod
     def _role(listener: socket.socket) -> Role:
@@ -89,12 +91,16 @@ class Dropping:
         """Have the head of a queue dropped, which is from process `pid`, or a `run` of what is from it. How many
         datagrams there were, and whether the child hangs in one.
         """
-        parker = self._parker(self._listeners[index], account) if account.hung or account in self._parkers else None
+        hangs = account in self._parkers or not self._hung.isdisjoint(account.jobs)
+        parker = self._parker(self._listeners[index], account) if hangs else None
         if parker is not None:
             parked = await parker.drop(Drop((pid,), MOST_PARKED if run else 1))
             return (sum(parked.counts.values()), False) if parked else (1, True)
         job = Job(Drop((pid,), MOST if run else 1), [], PATIENCE, account.jobs)
         answer = await self._pools[index].submit(job).done()
+        if job.hung:
+            self._hung.add(job)
+            job.over.then(lambda: self._hung.discard(job))
         return (sum(answer.counts.values()), False) if isinstance(answer, Dropped) else (1, job.hung)
 
     def _parker(self, listener: socket.socket, account: Account) -> Parker | None:

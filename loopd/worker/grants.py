@@ -111,7 +111,8 @@ class Grants:
                     devname = outer.removeprefix(prefix)
                     left = devname[4:].isdecimal() and os.stat(outer, dir_fd=self._fd).st_ctime < before
                     if left and not bound(devname):
-                        self._empty(self._key_for(devname), before, bound)
+                        with contextlib.suppress(FileNotFoundError):  # whoever removed it was killed between the two
+                            self._empty(self._key_for(devname), before, bound)
                         self.unmake(self._key_for(devname))
                 elif not outer.startswith("."):
                     self._empty(outer, before, bound)
