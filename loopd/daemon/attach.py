@@ -198,10 +198,12 @@ class Attaches:
                     mine.again = False
                 raise done.refusal
             lease = self._book(exchange, mine, taken, done)
-            if lease.account.ended:
-                start(self._releases.release(lease, "expired"))
-                raise Refusal(Code.NOT_PERMITTED, "the sender's cgroup has ended")
-            self._check_bytes(exchange, lease)
+            refusal = self._objection(exchange, lease)
+            if refusal is not None:
+                # Answered first: the reply socket may be what keeps the lease.
+                self._answers.send(exchange, refusal)
+                start(self._releases.release(lease, "refused"))
+                return
             # Between the two notes the answer may have been given: a next daemon gives it again.
             records.note_answer(lease.slot.fd, "sending")
             if self._answers.send(exchange, attached(lease, done.warnings), tuple(fds)):
@@ -242,20 +244,22 @@ class Attaches:
         mine.slot = mine.number = None
         self._books.leases.add(lease)
         mine.uncount()
-        try:
-            self._watches.watch(lease)
-        except OSError as error:  # ENOMEM, ENOSPC (max_user_watches of epoll)
-            start(self._releases.release(lease, "refused"))
-            raise Refusal(Code.NO_DEVICE, f"the lease cannot be watched: {error}") from error
         return lease
 
-    def _check_bytes(self, exchange: Exchange, lease: Lease) -> None:
+    def _objection(self, exchange: Exchange, lease: Lease) -> Refusal | None:
+        """Watch the lease; why it cannot stay all the same."""
         limit = exchange.terms.limits.bytes
+        if lease.account.ended:
+            return Refusal(Code.NOT_PERMITTED, "the sender's cgroup has ended")
         if limit and exchange.account.bytes > limit:
             # A smaller one need not wait for its end.
             self._books.leases.resized(lease, lease.binding._replace(size=0))
-            start(self._releases.release(lease, "refused"))
-            raise Refusal(Code.QUOTA, f"the devices of this account would have more than {limit} bytes together")
+            return Refusal(Code.QUOTA, f"the devices of this account would have more than {limit} bytes together")
+        try:
+            self._watches.watch(lease)
+        except OSError as error:  # ENOMEM, ENOSPC (max_user_watches of epoll)
+            return Refusal(Code.NO_DEVICE, f"the lease cannot be watched: {error}")
+        return None
 
     def _record(self, exchange: Exchange, lease: Lease) -> None:
         duration = time.monotonic() - exchange.started

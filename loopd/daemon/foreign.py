@@ -43,8 +43,8 @@ class Foreign:
         self._looking = False
         self._told_remade = False
 
-    def on_disk(self, devname: str) -> None:
-        """The kernel says that something changed about a disk."""
+    def on_disk(self, devname: str, sequence: int = 0) -> None:
+        """The kernel says that something changed about a disk, which had that sequence number then (0: not known)."""
         if not ours(devname):
             # Perhaps the host bound one of the devices that are kept free for it.
             self._books.numbers.keep_low_free()
@@ -53,6 +53,8 @@ class Foreign:
         if lease is not None:
             if lease.state is not State.BOUND:
                 lease.wake()
+            elif 0 < sequence <= (lease.binding.diskseq or 0):
+                pass  # it is about the binding itself, as every attach makes some
             elif not devices.still_bound(lease.binding):
                 start(self._releases.release(lease, "unbound"))
             return
