@@ -130,6 +130,30 @@ SCENARIOS = {
     ),
 }
 
+CONTENT = tuple(SCENARIOS)
+
+NAMED_BY = """
+        named() { if test "${1##*/}" = "${d##*/}"; then echo the device; else echo "$1 is named"; fi; }
+        named "$(mount | sed -n "s, on $PWD/m type .*,,p")"
+        named "$(findmnt -n -o SOURCE m)"
+        named "$(sed -n "s, $PWD/m .*,,p" /proc/mounts)"
+"""
+NAMED = f"""
+        mount $d m
+        {NAMED_BY}
+        for device in $(mount | sed -n "s,^\\([^ ]*${{d##*/}}\\) on .*,\\1,p"); do umount $device; done
+        ! mountpoint -q m
+        """
+"""With AUTOCLEAR libmount would name the image, and a script that unmounts by the device would leave it mounted."""
+
+SCENARIOS["mount names the device"] = Scenario(
+    "truncate -s 16M disk.img; mkfs.ext4 -q disk.img; mkdir m", NAMED, exact=False
+)
+SCENARIOS["mount names the device of a window"] = Scenario(
+    "truncate -s 8M fs.img; mkfs.ext4 -q fs.img; truncate -s 1M disk.img; cat fs.img fs.img >>disk.img; mkdir m", NAMED,
+    exact=False, options=f"--offset={MIB} --sizelimit={8 * MIB}",
+)  # fmt: skip
+
 RAW = [name for name, scenario in SCENARIOS.items() if scenario.exact]
 
 PRELUDE = """
@@ -157,10 +181,11 @@ LIBRARY = """
 import os, subprocess, sys
 import loopd
 script, *options = sys.argv[1:]
-direct_io = options[0].partition("=")[2] if options and options[0].startswith("--direct-io=") else "auto"
+values = dict(option[2:].split("=") for option in options if option.startswith("--"))
 deliver = ["fd"] if "fd" in options else None
 with loopd.attach(
-    "disk.img", deliver=deliver, direct_io=direct_io, partscan="-P" in options, lifetime="process",
+    "disk.img", deliver=deliver, direct_io=values.get("direct-io", "auto"), offset=int(values.get("offset", 0)),
+    sizelimit=int(values.get("sizelimit", 0)), partscan="-P" in options, lifetime="process",
     open_device="unopened" not in options,
 ) as device:
     path = device.path
@@ -400,7 +425,7 @@ def mounted(world: World, request: pytest.FixtureRequest) -> Iterator[Path]:
         shutil.rmtree(base)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", CONTENT)
 @pytest.mark.parametrize("direct_io", ["on", "off"])
 @pytest.mark.parametrize("mounted", [kind for kind in FILE_SYSTEMS if kind in KNOWN], indirect=True)
 def test_as_with_losetup_on_every_file_system(world: World, mounted: Path, direct_io: str, scenario: str) -> None:
@@ -468,3 +493,15 @@ def test_mount_as_with_the_real_one(world: World, place: Path, sandbox: str, sce
     assert real.code == 0, real.out + real.err
     ours = world.run(Way(_MOUNT, "false", sandbox), MOUNTS[scenario], place)
     assert ours[:3] == real[:3]
+
+
+@pytest.mark.parametrize("sandbox", ["own", "grant"])
+def test_mount_names_the_device(world: World, place: Path, sandbox: str) -> None:
+    """Although the real one, whose device has AUTOCLEAR, names the image."""
+    look = """
+    mount -o loop disk.img m
+    d=$(grep -l "$PWD/disk.img" /sys/block/loop*/loop/backing_file | cut -d / -f 4); test -n "$d"
+    """
+    scenario = Scenario("truncate -s 16M disk.img; mkfs.ext4 -q -F disk.img; mkdir m", f"{look}{NAMED_BY}umount m")
+    ours = world.run(Way(_MOUNT, "false", sandbox), scenario, place)
+    assert (ours.code, ours.out, ours.err) == (0, "the device\nthe device\nthe device\n", "")
