@@ -7,11 +7,13 @@ that a client's close was the last one it can: the file has what was written, an
 
 from __future__ import annotations
 
+import array
 import contextlib
 import fcntl
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import time
@@ -50,6 +52,23 @@ def openers(daemon: Daemon, name: str) -> list[str]:
     return found
 
 
+def in_slots(kept: Kept) -> list[str]:
+    """The block devices among the fds that lie in the slots' queues."""
+    found = []
+    for slot in kept.slots():
+        with slot, contextlib.suppress(BlockingIOError):
+            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+            _, control, _, _ = slot.recvmsg(1, socket.CMSG_SPACE(4 * 16), flags)
+            fds = array.array("i")
+            for _, _, data in control:
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+            for fd in fds:
+                if stat.S_ISBLK(os.fstat(fd).st_mode):
+                    found.append(os.readlink(f"/proc/self/fd/{fd}"))
+                os.close(fd)
+    return found
+
+
 def autoclear(name: str) -> str:
     return Path(f"/sys/block/{name}/loop/autoclear").read_text().strip()
 
@@ -72,6 +91,8 @@ def nobody_has(daemon: Daemon, name: str, image: Path, device: Path | str | None
     is_last(device or f"/dev/{name}", image)
     assert autoclear(name) == "0"
     assert openers(daemon, name) == []
+    if isinstance(daemon, Kept):
+        assert in_slots(daemon) == []
 
 
 def unbinds_at_once(name: str) -> None:
@@ -219,6 +240,7 @@ def test_a_look_at_the_table_is_not_through_the_device(
     daemon: Daemon, image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:
     """loopd looks after each close of a client, and the client may open and close it again meanwhile."""
+    os.pwrite(image, b"\x55\xaa", 510)  # a table that is not changed, and so is not read again by the kernel
     name = daemon.attach(image, directory, partscan=True).fields["devname"]
     with slowly(daemon):
         for turn in range(60):
@@ -329,6 +351,7 @@ def test_a_lock_keeps_the_device_open(kept: Kept, image: int, directory: int, tm
     """A lock is on an open file, so that there is one: the exception, and what it costs."""
     with hold(kept, "socket", image, directory, lock=True) as lease:
         assert locked(lease.name)
+        assert openers(kept, lease.name) + in_slots(kept)
         assert autoclear(lease.name) == "0"
         with open(f"/dev/{lease.name}", "r+b", buffering=0) as file:
             file.write(b"cached".ljust(512))
