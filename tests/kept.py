@@ -115,6 +115,11 @@ class Kept(Daemon):
     def start(self) -> None:
         """Listen on the sockets; the daemon itself starts on the first datagram."""
         start_at(self.counter, self.block)
+        self.launch()
+
+    def launch(self) -> None:
+        """The same with the counter that is there."""
+        self._pid, self._ready, self._stores = 0, False, False
         program = str(Path(__file__).with_name("fdstore.py"))
         command = [*self.launcher, sys.executable, program, self.path, *self._wrapper, sys.executable, "-m", "loopd"]
         command += ["--state-directory", str(self.state), *self._options]
