@@ -306,6 +306,36 @@ def test_run_says_when_the_device_is_left_in_use(ctl: Ctl, loop: Loop) -> None:
         assert IN_USE in result.err
 
 
+def lost(request: Request) -> None:
+    request.reply({"state": "released", "lost": "Input/output error"})
+
+
+@pytest.mark.parametrize(("command", "code"), [("true", 1), ("exit 3", 3), ("kill -9 $$", 137)])
+def test_run_says_what_the_image_lacks(ctl: Ctl, loop: Loop, command: str, code: int) -> None:
+    with Peer(ctl.sock, loop.deliver, lost):
+        result = ctl("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", command)
+    path = ctl.dev / loop.reply["devname"]
+    said = f"loopctl: {path} is detached, but its image lacks what was written to it: Input/output error\n"
+    assert result == (code, "", said)
+
+
+def test_detach_says_what_the_image_lacks(ctl: Ctl) -> None:
+    rows = {"leases": [dict(LEASE, devname="loop1"), dict(LEASE, devname="loop2")]}
+
+    def lost_and_busy(request: Request) -> None:
+        request.reply({"state": "busy", "lost": "Input/output error"})
+
+    said = "is detached, but its image lacks what was written to it: Input/output error"
+    with Peer(ctl.sock, lost, released, lambda request: request.reply(rows), lost_and_busy, lost, released):
+        assert ctl("detach", "loop1", "loop2") == (1, "", f"loopctl: loop1 {said}\n")
+        result = ctl("detach", "--all")  # that of the one in use is waited for all the same
+    assert (result.code, result.out) == (1, "")
+    assert result.err.splitlines() == [
+        f"loopctl: loop1 {said}; and somebody still has it open",
+        f"loopctl: loop2 {said}",
+    ]
+
+
 COUNTS = """
 import os, signal, sys
 seen = []

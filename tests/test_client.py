@@ -370,6 +370,41 @@ def test_a_device_that_is_gone_counts_as_released(image: Path, sock: Path, tmp_p
             pass
 
 
+LOST: dict[str, Any] = {"state": "released", "lost": "No space left on device"}
+
+
+def test_what_the_image_lacks_is_an_error_of_its_own(image: Path, sock: Path, tmp_path: Path) -> None:
+    def lost(request: Request) -> None:
+        request.reply(LOST)
+
+    with Peer(sock, answer, lost, lost, lambda request: request.reply({**LOST, "state": "busy"})) as peer:
+        with pytest.raises(loopd.ImageIncomplete, match=r"loop4096 .* image lacks .*: No space left on device$") as end:
+            with loopd.attach(image, tmp_path, open_device=False, socket=sock) as device:
+                pass
+        assert (end.value.reason, end.value.released, end.value.hint) == ("No space left on device", True, "")
+        assert peer.hung_up(0)
+        assert device.detach()  # nobody is asked again
+        with pytest.raises(loopd.ImageIncomplete):
+            loopd.detach("loop4096", socket=sock)
+        with pytest.raises(loopd.ImageIncomplete, match="somebody still has it open") as held:
+            loopd.detach("loop4096", socket=sock)
+        assert not held.value.released
+
+
+def test_what_the_image_lacks_hides_no_exception_of_the_block(image: Path, sock: Path, tmp_path: Path) -> None:
+    with Peer(sock, answer, lambda request: request.reply(LOST)):
+        with pytest.raises(ZeroDivisionError) as caught:
+            with loopd.attach(image, tmp_path, open_device=False, socket=sock):
+                _ = 1 / 0
+    (note,) = caught.value.__notes__
+    assert re.fullmatch(r".*/loop4096 is detached, but its image lacks .*: No space left on device", note)
+
+
+def test_a_detach_that_lost_nothing_says_nothing_of_it() -> None:
+    assert wire.encode_reply(wire.Detached("released")) == b'{"state":"released"}'
+    assert wire.encode_reply(wire.Detached("busy", "why")) == b'{"state":"busy","lost":"why"}'
+
+
 @pytest.fixture
 def sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is dropped is not sent again: the first pause would be longer than the deadline."""
@@ -980,10 +1015,12 @@ def test_an_error_comes_out_of_a_worker_process_as_it_is(kind: type[client.Error
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_so_does_the_one_that_names_a_layer() -> None:
+def test_so_do_those_that_say_more() -> None:
     error = client.DeviceInaccessible("no", "do that", "nodev", 13)
     found = pickle.loads(pickle.dumps(error))
     assert (str(found), found.layer, found.errno) == (str(error), "nodev", 13)
+    lost = pickle.loads(pickle.dumps(client.ImageIncomplete("no", reason="why", released=False)))
+    assert (str(lost), lost.reason, lost.released) == ("no", "why", False)
 
 
 # Tools ------------------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 Owns the options, what is printed, and the exit codes; asks through `loopd.client` alone. What only one verb
 needs is imported there.
 
-Exit codes: 0, done; 1, refused or failed, or a device that is detached but still in use; 2, a wrong command
-line; 130, interrupted. ``loopctl run`` exits as its command did (128 + N where signal N ended it, 127 where
-there is no such command, 126 where it cannot be run), and with 1 where the command succeeded and the device
-is then still in use. What a program reads goes to standard output, all else to standard error.
+Exit codes: 0, done; 1, refused or failed, or a device that is detached but still in use, or whose image lacks
+what was written; 2, a wrong command line; 130, interrupted. ``loopctl run`` exits as its command did (128 + N
+where signal N ended it, 127 where there is no such command, 126 where it cannot be run), and with 1 where the
+command succeeded and one of the above holds of the device. What a program reads goes to standard output, all
+else to standard error.
 """
 
 from __future__ import annotations
@@ -322,6 +323,8 @@ def _detach_all(args: argparse.Namespace) -> int:
             except client.Error as error:
                 _explain(error)
                 failed = True
+                if isinstance(error, client.ImageIncomplete) and not error.released:
+                    busy.append((devname, diskseq))
         left = busy
     for devname, _ in left:
         _explain(client.Busy(f"{devname} is detached, but somebody still has it open"))
@@ -652,17 +655,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="surrogateescape")  # a path goes out as the bytes that it is
     try:
         return VERBS[args.verb].perform(args)
-    except client.Error as error:
-        _explain(error, getattr(args, "image", "IMAGE"))
-    except _Failure as error:
-        _say(str(error))
-    except OSError as error:
+    except (client.Error, _Failure, OSError, KeyboardInterrupt) as error:
+        _tell(error, getattr(args, "image", "IMAGE"))
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _tell(error: BaseException, image: str) -> None:
+    """Say what ended a verb, and what its notes add, such as that the image lacks what was written."""
+    if isinstance(error, client.Error):
+        _explain(error, image)
+    elif isinstance(error, OSError):
         said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         what_for = ": expected an image; --directory is for the nodes" if isinstance(error, IsADirectoryError) else ""
         _say(said + what_for)
-    except KeyboardInterrupt:
-        return 130
-    return 1
+    elif isinstance(error, _Failure):
+        _say(str(error))
+    for note in getattr(error, "__notes__", ()):
+        _say(note)
 
 
 if __name__ == "__main__":

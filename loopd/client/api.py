@@ -106,6 +106,20 @@ class DeviceInaccessible(Error):
         self.errno = errno
 
 
+class ImageIncomplete(Error):
+    """The device is detached, and the image lacks what was written to the device: the kernel could not write it back.
+
+    `reason` says why, as ``"Input/output error"``, which may mean a full disk. `released` is False while
+    somebody still has the device open.
+    """
+
+    # pickle makes it from the message alone, and then sets the attributes.
+    def __init__(self, message: str, hint: str = "", reason: str = "", released: bool = True) -> None:
+        super().__init__(message, hint)
+        self.reason = reason
+        self.released = released
+
+
 class Refused(Error):
     """The daemon said no. `code` is the wire's; each code has a subclass of its own."""
 
@@ -347,8 +361,9 @@ class Device:
     """A loop device that this client attached: a context manager, and a path wherever one is expected.
 
     The end of the ``with`` block detaches and waits up to `DETACH_WAIT` seconds until the image is free, else
-    raises `Busy`. An object that is not used so is ended by `detach` or `close`, or is left alone after
-    `keep`.
+    raises `Busy`; it raises `ImageIncomplete` where the image lacks what was written. An exception that the block
+    raised comes out instead, with either as its note (PEP 678). An object that is not used so is ended by `detach`
+    or `close`, or is left alone after `keep`.
 
     `path` is the node where this process sees it, or ``/proc/self/fd/N`` where only an fd was delivered; the
     nodes of the partitions are beside it. The other attributes are the daemon's answer: `diskseq` identifies
@@ -401,8 +416,9 @@ class Device:
         """End the lease; True when the image is free, False when it still is not after `wait` seconds.
 
         A device in use, by a mount for example, goes at the last close, and may be asked for again. One that
-        somebody else detached before counts as released. Raises `Error` when loopd could not be asked; a
-        lease of the lifetime ``"device"`` ends all the same.
+        somebody else detached before counts as released. Raises `ImageIncomplete` when the device is detached and
+        the image lacks what was written, `Error` when loopd could not be asked; a lease of the lifetime
+        ``"device"`` ends all the same.
         """
         if not self._released:
             if self._file is not None:
@@ -411,6 +427,9 @@ class Device:
                 self._released = self._client.detach(self._name, wait=wait, diskseq=self.diskseq)
             except NotFound:
                 self._released = True
+            except ImageIncomplete as error:
+                self._released = error.released
+                raise
             finally:
                 self.close()
         return self._released
@@ -426,7 +445,10 @@ class Device:
         return self.size
 
     def close(self) -> None:
-        """Close what is open here, which ends a lease of the lifetime ``"device"``; waits for nothing."""
+        """Close what is open here, which ends a lease of the lifetime ``"device"``.
+
+        Waits for nothing, so only the journal of the host tells what could not be written back to the image.
+        """
         if self._file is not None:
             self._file.close()
         self._channel.close()
@@ -447,19 +469,26 @@ class Device:
         if self._kept:
             return
         try:
-            released = self.detach()
-        except Error:
+            if not self.detach():
+                raise Busy(f"{self.devname} is detached, but somebody still has it open")
+        except Error as found:
             if error is None:
                 raise
-            return  # the error of the block is the one to see
-        if error is None and not released:
-            raise Busy(f"{self.devname} is detached, but somebody still has it open")
+            _add_note(error, str(found))  # the error of the block is the one to see
 
     def __fspath__(self) -> str:
         return self.path
 
     def __repr__(self) -> str:
         return f"<loopd.Device {self.path} diskseq={self.diskseq} size={self.size}>"
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception (PEP 678), which Python prints with it from 3.11 on."""
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    else:
+        error.__notes__ = [*getattr(error, "__notes__", ()), note]
 
 
 # What is needed to attach -----------------------------------------------------------------------------------
@@ -762,13 +791,19 @@ class Client:
 
         Waits up to `wait` seconds (at most 3600) beyond the timeout. True when the image is free, False while
         somebody has the device open: it goes at the last close. `force` is the administrator's, on the admin
-        socket. With `diskseq`, `NotFound` where the name stands for another binding by now.
+        socket. With `diskseq`, `NotFound` where the name stands for another binding by now. `ImageIncomplete` where
+        the device is detached, and the image lacks what was written.
         """
         name = os.path.basename(os.fspath(device))
         request = wire.Detach(devname=name, wait=wait, force=force, diskseq=diskseq)
-        state = _parsed(Detached, self._about(device, request, wait)).state
+        reply = _parsed(Detached, self._about(device, request, wait))
         layers.detach_mounts(name)
-        return state == "released"
+        released = reply.state == "released"
+        if reply.lost is not None:
+            text = f"{os.fspath(device)} is detached, but its image lacks what was written to it: {reply.lost}"
+            text += "" if released else "; and somebody still has it open"
+            raise ImageIncomplete(text, reason=reply.lost, released=released)
+        return released
 
     def rescan(self, device: StrPath) -> tuple[str, ...]:
         """Have the partition table of a device read again; the names of the partitions, whose nodes are there now."""
@@ -994,7 +1029,7 @@ def attach(
 
 
 def detach(device: StrPath, *, wait: float = 0.0, socket: StrPath | None = None, timeout: float = TIMEOUT) -> bool:
-    """`Client.detach`: True when the image is free, False while somebody has the device open."""
+    """`Client.detach`: True when the image is free, False while somebody has the device open; `ImageIncomplete`."""
     return Client(socket, timeout).detach(device, wait=wait)
 
 

@@ -395,9 +395,14 @@ class Attached(NamedTuple):
 
 
 class Detached(NamedTuple):
-    """Reply to ``detach``: ``released``, or ``busy`` while somebody has the device open: it goes at the last close."""
+    """Reply to ``detach``: ``released``, or ``busy`` while somebody has the device open: it goes at the last close.
+
+    `lost` is there only where the kernel could not write back to the image what was written to the device; it gives the
+    reason in words.
+    """
 
     state: str
+    lost: str | None = None
 
 
 class LeaseInfo(NamedTuple):
