@@ -21,7 +21,8 @@ PAGE = ROOT / "docs/api.md"
 
 
 def public(kind: type) -> set[str]:
-    return {name for name in vars(kind) if not name.startswith("_")}
+    ours = [base for base in kind.__mro__ if base.__module__.startswith("loopd.")]
+    return {name for base in ours for name in vars(base) if not name.startswith("_")}
 
 
 def named(text: str) -> set[str]:

@@ -24,7 +24,7 @@ from scripted import Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_
 
 import loopd
 from loopd.client import api as client
-from loopd.client import layers
+from loopd.client import exchange, layers
 from loopd.protocol import wire
 
 __all__ = ["loop", "no_directory_of_loopd", "no_fd_is_left"]  # fixtures
@@ -408,7 +408,7 @@ def test_a_detach_that_lost_nothing_says_nothing_of_it() -> None:
 @pytest.fixture
 def sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is dropped is not sent again: the first pause would be longer than the deadline."""
-    monkeypatch.setattr(loopd.client.api, "_FIRST_PAUSE", 60.0)
+    monkeypatch.setattr(exchange, "FIRST_PAUSE", 60.0)
 
 
 def test_a_detach_without_an_answer_hangs_up(image: Path, sock: Path, tmp_path: Path, sent_once: None) -> None:
