@@ -21,6 +21,7 @@ from test_client import LEASE, REPLY, ROOT
 
 import loopd.client.api
 from loopd.cli import loopctl as cli
+from loopd.cli import values
 from loopd.protocol import wire
 
 __all__ = ["loop", "no_directory_of_loopd", "no_fd_is_left"]  # fixtures
@@ -698,7 +699,7 @@ def test_what_may_have_been_meant(line: str, said: str, capsys: pytest.CaptureFi
     ],
 )
 def test_sizes_are_losetups(text: str, value: int) -> None:
-    assert cli.size(text) == value
+    assert values.size(text) == value
 
 
 @pytest.mark.parametrize(
@@ -706,7 +707,7 @@ def test_sizes_are_losetups(text: str, value: int) -> None:
 )
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        cli.size(text)
+        values.size(text)
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

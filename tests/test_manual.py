@@ -20,6 +20,7 @@ from conftest import ROOT, Daemon
 
 from loopd import __version__, losetup
 from loopd.cli import loopctl as cli
+from loopd.cli import table
 from loopd.daemon import policy
 from loopd.daemon.audit import Event
 from loopd.daemon.process import STATE_DIRECTORY
@@ -146,15 +147,15 @@ def test_examples_of_loopctl(page: dict[str, Page], daemon: Daemon, devices: Pat
     assert done.returncode == 0, done.stderr
     shown, listed = done.stdout.split("}\n")
     assert {"size": 16 << 20, "read_only": True}.items() <= json.loads(shown + "}").items()
-    assert listed.split()[: len(cli.COLUMNS)][0] == "NAME"
+    assert listed.split()[: len(table.COLUMNS)][0] == "NAME"
     assert len(daemon.records("detached")) == 3
     assert list(devices.iterdir()) == []
 
 
 def test_columns_of_list(page: dict[str, Page]) -> None:
     entries = [entry for entry in page["loopctl.1"].entries("VERBS", "list") if not entry.term.startswith("-")]
-    assert [entry.term for entry in entries] == [column.name for column in cli.COLUMNS]
-    assert [entry.text.startswith("With --admin") for entry in entries] == [column.admin for column in cli.COLUMNS]
+    assert [entry.term for entry in entries] == [column.name for column in table.COLUMNS]
+    assert [entry.text.startswith("With --admin") for entry in entries] == [column.admin for column in table.COLUMNS]
 
 
 def test_exit_codes_of_loopctl(page: dict[str, Page]) -> None:

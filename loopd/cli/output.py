@@ -1,0 +1,75 @@
+"""What loopctl prints and says: results to standard output, all else to standard error, each safe for a terminal.
+
+Changes when what is printed looks different, or when an error is told in other words.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from loopd.client import api as client
+from loopd.protocol import wire
+
+
+class Failure(Exception):
+    """Something of loopctl's own that ends it with exit code 1."""
+
+
+def clean(text: str) -> str:
+    """`text` on one line and harmless to a terminal: anybody may choose a backing file's name."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def say(text: str) -> None:
+    """One line to standard error."""
+    if sys.stderr is not None:
+        print(f"loopctl: {clean(text)}", file=sys.stderr)
+
+
+def put(text: str) -> None:
+    """To standard output, flushed: a device whose name nobody reads would be left over."""
+    # Python leaves it None where fd 1 was closed at the start, and print() would say nothing.
+    if sys.stdout is None:
+        raise Failure("standard output is closed")
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = None  # else the flush at exit fails again, with exit code 120
+        raise Failure(f"standard output: {error.strerror}") from error
+
+
+def fields(record: Any) -> dict[str, Any]:
+    """A reply as JSON has it; what is not known is left out."""
+    return {name: value for name, value in record._asdict().items() if value is not None}
+
+
+_WORDS = {"dir_fd": "DIR", "lease_fd": "--lifetime", "devname": "DEVICE", "name": "NAME"}
+_FIELD = re.compile(rf"(^|; )({'|'.join(wire.VALIDATORS)}): ")
+_ANOTHERS = re.compile(r"force: (loop\d+ is another's)")
+
+
+def explain(error: client.Error, image: str = "IMAGE") -> None:
+    """Say an error with the words of the command line in place of the wire's fields."""
+    words = {**_WORDS, "fd": image}
+    message = _ANOTHERS.sub(r"\1: --force ends it too", error.message)
+    say(_FIELD.sub(lambda m: f"{m[1]}{words.get(m[2], '--' + m[2].replace('_', '-'))}: ", message))
+    if error.hint:
+        say(error.hint)
+
+
+def tell(error: BaseException, image: str) -> None:
+    """Say what ended a verb, and what its notes add, such as that the image lacks what was written."""
+    if isinstance(error, client.Error):
+        explain(error, image)
+    elif isinstance(error, OSError):
+        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        what_for = ": expected an image; --directory is for the nodes" if isinstance(error, IsADirectoryError) else ""
+        say(said + what_for)
+    elif isinstance(error, Failure):
+        say(str(error))
+    for note in getattr(error, "__notes__", ()):
+        say(note)
