@@ -259,7 +259,15 @@ def test_what_helps_is_said(ctl: Ctl) -> None:
         assert "loopd-admin.socket" in ctl("--admin", "list").err
 
 
-@pytest.mark.parametrize("verb", ["detach", "rescan", "resize"])
+def test_an_image_that_no_device_has(ctl: Ctl) -> None:
+    with Peer(ctl.sock, *[lambda request: request.reply({"leases": [LEASE]})] * 2):
+        for image in (ctl.image, "missing.img"):
+            first, second = ctl("detach", image).err.splitlines()
+            assert first == f"loopctl: {image} is the image of no device here"
+            assert "`loopctl list`" in second
+
+
+@pytest.mark.parametrize("verb", ["rescan", "resize"])
 def test_an_image_is_no_device(ctl: Ctl, verb: str) -> None:
     """It is what one has at hand, and the list is where its device is found."""
     result = ctl(verb, ctl.image)
@@ -583,7 +591,8 @@ def test_an_fd_is_of_no_use_after_the_end_of_loopctl(ctl: Ctl, loop: Loop) -> No
 def test_list_in_json(ctl: Ctl) -> None:
     with Peer(ctl.sock, lambda request: request.reply({"leases": [LEASE]})):
         result = ctl("list", "--json")
-    assert json.loads(result.out) == {"leases": [{**LEASE, "partitions": []}]}
+    said = {"partitions": [], "backing_file_at_attach": LEASE["backing_file"]}
+    assert json.loads(result.out) == {"leases": [{**LEASE, **said}]}
 
 
 def test_list_into_a_pipe_that_is_closed(ctl: Ctl) -> None:

@@ -9,7 +9,7 @@ import argparse
 from typing import Any, Iterable, NoReturn
 
 from loopd.cli.output import say
-from loopd.cli.values import device, lifetime, seconds, size
+from loopd.cli.values import device, device_or_image, lifetime, seconds, size
 from loopd.client import api as client
 from loopd.protocol import wire
 
@@ -98,7 +98,13 @@ def attach_options(parser: argparse.ArgumentParser) -> None:
 
 def detach_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("device", metavar="DEVICE", nargs="*", type=device, help="the device, as /dev/loop4096 or loop4096")
+    add(
+        "device",
+        metavar="DEVICE",
+        nargs="*",
+        type=device_or_image,
+        help="the device, as /dev/loop4096 or loop4096, or its image",
+    )
     add(
         "-a",
         "--all",

@@ -61,7 +61,7 @@ def explain(error: client.Error, image: str = "IMAGE") -> None:
         say(error.hint)
 
 
-def tell(error: BaseException, image: str) -> None:
+def tell(error: BaseException, image: str = "IMAGE") -> None:
     """Say what ended a verb, and what its notes add, such as that the image lacks what was written."""
     if isinstance(error, client.Error):
         explain(error, image)

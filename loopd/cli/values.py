@@ -42,6 +42,22 @@ def seconds(text: str) -> float:
     return value
 
 
+def is_device(text: str) -> bool:
+    """Whether a word is a device's name or the path of its node: a file may be named so, too."""
+    try:
+        wire.VALIDATORS["devname"](os.path.basename(text))
+    except ValueError:
+        return False
+    return "/" not in text or not os.path.isfile(text)
+
+
+def device_or_image(text: str) -> str:
+    """A device, or the path of an image; of a partition it is said that it is none of both."""
+    if not is_device(text) and _PARTITION.fullmatch(os.path.basename(text)) and not os.path.isfile(text):
+        return device(text)
+    return text
+
+
 def device(text: str) -> str:
     try:
         wire.VALIDATORS["devname"](os.path.basename(text))

@@ -13,8 +13,9 @@ import time
 from typing import Iterator
 
 from loopd.cli import command
-from loopd.cli.output import Failure, clean, explain, fields, put, say
+from loopd.cli.output import Failure, clean, explain, fields, put, say, tell
 from loopd.cli.table import table
+from loopd.cli.values import is_device
 from loopd.client import api as client
 from loopd.protocol import wire
 
@@ -154,14 +155,23 @@ def detach(args: argparse.Namespace) -> int:
     if args.all:
         return _detach_all(args)
     asked, failed = _client(args), False
-    for device in args.device:
+    for word in args.device:
         try:
-            if not asked.detach(device, wait=args.wait, force=args.force):
-                raise client.Busy(f"{device} is detached, but somebody still has it open")
-        except client.Error as error:
-            explain(error)
+            for device, diskseq in [(word, None)] if is_device(word) else _on_image(asked, word):
+                if not asked.detach(device, wait=args.wait, force=args.force, diskseq=diskseq):
+                    raise client.Busy(f"{device} is detached, but somebody still has it open")
+        except (client.Error, OSError) as error:
+            tell(error)
             failed = True
     return int(failed)
+
+
+def _on_image(asked: client.Client, file: str) -> list[tuple[str, int | None]]:
+    """The devices that have an image, each with its binding."""
+    found = client.on_file(asked.list(), file)
+    if not found:
+        raise client.NotFound(f"{file} is the image of no device here")
+    return [(lease.devname, lease.diskseq) for lease in found]
 
 
 def listed(args: argparse.Namespace) -> int:

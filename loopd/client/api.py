@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from typing import Literal, Sequence
 
 from loopd.client import layers
+from loopd.client.backing import on_file
 from loopd.client.delivery import Deliver, Way, choices, concerns_the_way, ordered, received
 from loopd.client.device import DETACH_WAIT, Device
 from loopd.client.errors import (
@@ -101,6 +102,7 @@ __all__ = [
     "hello",
     "leases",
     "node_path",
+    "on_file",
     "pidfd_open",
     "rescan",
     "resize",

@@ -9,7 +9,7 @@ import os
 from contextlib import ExitStack, suppress
 from typing import Any, Iterator
 
-from loopd.client import layers
+from loopd.client import backing, layers
 from loopd.client.errors import BadReply, Busy, Error, ImageIncomplete, NotFound
 from loopd.client.exchange import Exchange, parsed
 from loopd.client.inputs import StrPath, directory_grant, opened_grant
@@ -72,12 +72,16 @@ class Requests(Exchange):
                 raise
 
     def list(self) -> tuple[LeaseInfo, ...]:
-        """The leases of this owner and of this container's directory; on the admin socket those of all."""
+        """The leases of this owner and of this container's directory; on the admin socket those of all.
+
+        `backing_file` is the name that the kernel has for the file now, as this process sees it, with `` (deleted)``
+        behind it where the file is; `backing_file_at_attach` is the one that it had.
+        """
         with ExitStack() as stack:
             grant = opened_grant(stack)
             leases = {lease.devname: lease for lease in (() if grant is None else self._listed(grant[0]))}
             leases.update((lease.devname, lease) for lease in self._listed(None))
-            return tuple(leases.values())
+            return tuple(map(backing.present, leases.values()))
 
     def _listed(self, dir_fd: int | None) -> Iterator[LeaseInfo]:
         request, fds = (wire.Leases(), ()) if dir_fd is None else (wire.Leases(dir_fd=0), (dir_fd,))

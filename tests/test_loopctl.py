@@ -1,0 +1,128 @@
+"""``loopctl`` with a real daemon: files by the names that they have now, and what a person reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_deliveries import MIB, UID, World, world
+
+import loopd
+
+__all__ = ["world"]  # a fixture
+
+
+@pytest.fixture
+def grant(world: World) -> str:
+    """The directory that a container of the user's would have at /dev/loopd."""
+    path = world.environment["LOOPD_DIRECTORY"] = str(world.grant("build"))
+    return path
+
+
+def attached(world: World, name: str = "disk.img", *options: str) -> str:
+    """Attach an image of that name; the device's name."""
+    return os.path.basename(world.ctl("attach", *options, world.image(name), uid=UID).stdout.rstrip("\n"))
+
+
+def rows(world: World, *options: str, uid: int = UID) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(world.ctl(*options, "list", "--json", uid=uid).stdout)["leases"]
+    return found
+
+
+# The file, by the name that it has now ----------------------------------------------------------------------
+
+
+def test_the_file_is_listed_by_its_present_name(world: World, grant: str) -> None:
+    device = attached(world)
+    old, new = world.work / "disk.img", world.work / "new \u00f1.img"
+
+    def shown() -> tuple[str, str]:
+        """As the kernel has it, and the admin's list; the user's list and the library agree with it."""
+        (row,) = rows(world)
+        kernels = Path(f"/sys/block/{device}/loop/backing_file").read_text()[:-1]
+        (of_all,) = rows(world, "--socket", world.daemon.admin, uid=0)
+        (of_library,) = loopd.list(socket=world.daemon.admin)
+        assert row["backing_file"] == of_all["backing_file"] == of_library.backing_file == kernels
+        assert row["backing_file_at_attach"] == of_library.backing_file_at_attach == str(old)
+        assert world.ctl("list", uid=UID).stdout.splitlines()[-1].endswith(f"  {kernels}")
+        return row["backing_file"], row["state"]
+
+    assert shown() == (str(old), "bound")
+    old.rename(new)
+    assert shown() == (str(new), "bound")
+    new.unlink()
+    assert shown() == (f"{new} (deleted)", "bound")
+    old.touch()
+    assert shown() == (f"{new} (deleted)", "bound")
+
+
+def test_another_binding_of_the_device_has_no_part_in_it(world: World, grant: str) -> None:
+    """A client can replace the file of its device: the lease is on the file that loopd bound."""
+    device = attached(world, "disk.img", "--read-only")
+    other = world.image("other.img")
+    node = f"{grant}/{device}"
+    change = "import fcntl, os, sys; fcntl.ioctl(os.open(sys.argv[1], 0), 0x4C06, os.open(sys.argv[2], os.O_RDONLY))"
+    world.run(["python3", "-c", change, node, str(other)])
+    assert Path(f"/sys/block/{device}/loop/backing_file").read_text() == f"{other}\n"
+    (row,) = rows(world)
+    assert row["backing_file"] == row["backing_file_at_attach"] == str(world.work / "disk.img")
+
+
+def test_a_list_where_there_is_no_sysfs(world: World, grant: str) -> None:
+    attached(world)
+    (world.work / "disk.img").rename(world.work / "new.img")
+    hidden = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /sys && exec "$@"', "sh"]
+    done = world.run([*hidden, "loopctl", "--socket", world.daemon.admin, "list", "--json"])
+    assert json.loads(done.stdout)["leases"][0]["backing_file"] == str(world.work / "disk.img")
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_detach_by_the_image(world: World, grant: str, relative: bool) -> None:
+    """By what the file is, not by what it was called."""
+    attached(world)
+    attached(world, "disk.img", "--offset", str(MIB))
+    kept = attached(world, "kept.img")
+    (world.work / "disk.img").rename(world.work / "new.img")
+    world.image("disk.img")
+    for _ in range(2):
+        done = world.ctl("detach", "disk.img" if relative else world.work / "disk.img", uid=UID, check=False)
+        assert (done.returncode, "is the image of no device here" in done.stderr) == (1, True)
+    assert len(rows(world)) == 3
+    (world.work / "link").symlink_to("new.img")
+    assert world.ctl("detach", "link" if relative else world.work / "new.img", uid=UID).stdout == ""
+    assert [row["devname"] for row in rows(world)] == [kept]
+
+
+def test_detach_by_the_name_of_an_image_that_is_gone(world: World, grant: str) -> None:
+    first, second = attached(world, "first.img"), attached(world, "second.img")
+    (world.work / "first.img").rename(world.work / "third.img")
+    (world.work / "third.img").unlink()
+    (world.work / "second.img").unlink()
+    assert world.ctl("detach", "first.img", uid=UID, check=False).returncode == 1  # it had another name last
+    assert world.ctl("detach", "second.img", uid=UID).stderr == ""
+    assert [row["devname"] for row in rows(world)] == [first]
+    assert world.ctl("detach", f"{world.work}/third.img (deleted)", uid=UID).stderr == ""
+    assert rows(world) == []
+    assert second != first
+
+
+def test_detach_by_an_image_that_is_named_as_a_device(world: World, grant: str) -> None:
+    device = attached(world)
+    image = world.work / device
+    image.touch()
+    done = world.ctl("detach", f"./{device}", uid=UID, check=False)
+    assert "is the image of no device here" in done.stderr
+    assert world.ctl("detach", device, uid=UID).stderr == ""
+    assert rows(world) == []
+
+
+def test_detach_of_anothers_image_by_the_administrator(world: World, grant: str) -> None:
+    attached(world)
+    admin = ["--socket", world.daemon.admin, "detach"]
+    done = world.ctl(*admin, "disk.img", check=False, LOOPD_DIRECTORY="/nonexistent")
+    assert (done.returncode, "--force ends it too" in done.stderr) == (1, True)
+    assert world.ctl(*admin, "--force", "disk.img").stderr == ""
+    assert rows(world) == []
