@@ -8,9 +8,11 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Sequence
@@ -483,9 +485,40 @@ def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
             "loop10000  1.5G  1   0    512     1d   attached  pidfd of 1  /a\\n\\x1b[31mloop",
         ]
         header, line = ctl("list").out.splitlines()
-        assert header.split()[8:13] == ["OWNER", "UNIT", "UID", "PID", "OPEN-IN"]
-        assert line.split()[-6:] == ["/a.scope", "b.scope", "1000", "7", "-", "/disk.img"]
+        assert header.split()[4:] == ["UID", "PID", "UNIT", "OPEN-IN", "BACK-FILE"]
+        assert line.split()[4:] == ["1000", "7", "b.scope", "-", "/disk.img"]
         assert ctl("list") == (0, "", "")
+
+
+def test_the_admins_list_is_no_wider_than_a_screen_and_its_file(ctl: Ctl) -> None:
+    container = f"libpod-{'0123456789abcdef' * 4}.scope"
+    account = f"/user.slice/user-1000.slice/user@1000.service/user.slice/{container}"
+    file = f"/{'directory/' * 20}disk.img"
+    theirs = dict(LEASE, size=3 << 29, state="releasing", uid=100000, pid=4194304, account=account, unit=container)
+    page = {"leases": [dict(theirs, devname="loop1048575", backing_file=file)]}
+    pages = iter([page, GREETING, page, page, GREETING])
+    with Peer(ctl.sock, *[lambda request: request.reply(next(pages))] * 5):
+        header, line = ctl("list").out.splitlines()
+        assert line.index(file) == header.index("BACK-FILE") < 100
+        assert line.split()[6] == "libpod-012345...ef.scope"
+        assert line.endswith(file)
+        assert ctl("list", "-o", "unit,owner").out.splitlines()[1].split() == [container, account]
+        assert ctl("list", "--noheadings", "--output=all").out.split()[-2:] == ["-", file]
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (["-o", "NAME,ref"], ["NAME      REF", "loop4096  -", "loop4097  mine"]),
+        (["-n", "-o", "REF,NAME"], ["-     loop4096", "mine  loop4097"]),
+        (["--noheadings", "--output", "OFFSET, SIZELIMIT"], ["0  0", "0  0"]),
+        (["-n", "-o", "name"], ["loop4096", "loop4097"]),
+    ],
+)
+def test_the_columns_that_are_asked_for(ctl: Ctl, options: list[str], lines: list[str]) -> None:
+    rows = [LEASE, dict(LEASE, devname="loop4097", ref="mine")]
+    with Peer(ctl.sock, lambda request: request.reply({"leases": rows})):
+        assert ctl("list", *options).out.splitlines() == lines
 
 
 def test_a_name_that_the_locale_has_no_characters_for_hides_no_device(ctl: Ctl) -> None:
@@ -660,6 +693,8 @@ def test_the_timeout(ctl: Ctl) -> None:
         "resize loop1 loop2",
         "doctor loop1",
         "list loop1",
+        "list -o NAMES",
+        "list -o",
         "--timeout nan list",
     ],
 )
@@ -726,6 +761,118 @@ def test_every_verb_has_help_and_is_in_the_overview(verb: str, capsys: pytest.Ca
             cli.main(line)
         assert caught.value.code == 0
         assert verb in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "attach --help", "list", "hello"])
+@pytest.mark.parametrize("stdout", ["full", "pipe", "closed"])
+def test_output_that_nobody_gets_is_a_failure(ctl: Ctl, line: str, stdout: str) -> None:
+    """One line for a person, and no traceback; the exit status is not 0 even where no person is told."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    fd = {"full": os.open("/dev/full", os.O_WRONLY), "pipe": writer, "closed": -1}
+    why = {"full": ": No space left on device", "pipe": ": Broken pipe", "closed": " is closed"}[stdout]
+    answer = {"list": {"leases": [LEASE]}, "hello": GREETING}.get(line)
+    steps = [lambda request: request.reply(answer)] * 2 if answer else []
+    options: dict[str, Any] = {"stdout": fd[stdout]}
+    if stdout == "closed":
+        options = {"stdout": None, "preexec_fn": lambda: os.close(1)}
+    try:
+        with Peer(ctl.sock, *steps):
+            result = ctl(*line.split(), **options)
+            assert (result.code, result.err) == (1, f"loopctl: standard output{why}\n")
+            assert ctl(*line.split(), **{**options, "stderr": fd["full"]}).code == 1
+    finally:
+        os.close(fd["full"])
+        os.close(writer)
+
+
+@pytest.mark.parametrize("line", ["list", "lis", "attach /missing"])
+def test_a_failure_that_nobody_reads_is_one(ctl: Ctl, line: str) -> None:
+    with open("/dev/full", "w") as full:
+        assert ctl(*line.split(), stderr=full).code == (2 if line == "lis" else 1)
+
+
+C_LOCALE = ("env", "LC_ALL=C", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["attach", ""], "'': No such file or directory"),
+        (["attach", "\u00f1"], "\u00f1: No such file or directory"),
+        (["attach", os.fsdecode(b"\xc3\xb1\xff\n")], "\u00f1\\xff\\n: No such file or directory"),
+        (["run", "\u00f1", "--", "true"], "\u00f1: No such file or directory"),
+        (["attach", "{image}", "-d", "\u00f1"], "\u00f1: No such file or directory"),
+        (["attach", "{image}", "--offset", "\u00f1"], "argument -o/--offset: not a size: '\u00f1'; expected bytes"),
+        (["attach", "{image}", "--direct-io", "\u00f1"], "argument --direct-io: invalid choice: '\u00f1' (choose"),
+        (["--socket", "/\u00f1", "list"], "cannot ask loopd at /\u00f1: No such file or directory"),
+        (["\u00f1"], "not '\u00f1'"),
+        (["attach", "{image}/x"], "{image}/x: Not a directory"),
+    ],
+)
+@pytest.mark.parametrize("before", [(), C_LOCALE], ids=["UTF-8", "C"])
+def test_what_is_wrong_as_a_person_reads_it(ctl: Ctl, words: list[str], said: str, before: tuple[str, ...]) -> None:
+    """No numbers of errors, and names as they are, in a locale that knows no letter of them, too."""
+    result = ctl(*(word.format(image=ctl.image) for word in words), before=before, encoding="utf-8")
+    assert said.format(image=ctl.image) in result.err.splitlines()[0]
+    assert result.code == (2 if "argument" in said or "not '" in said else 1)
+
+
+def test_names_in_a_locale_without_their_letters(ctl: Ctl, loop: Loop) -> None:
+    folder = ctl.dev / "\u00f1"
+    folder.mkdir()
+
+    def step(request: Request) -> None:
+        assert request.fields["ref"] == "\u00f1"
+        loop.deliver(request)
+
+    named = dict(LEASE, backing_file="/\u00f1.img")
+    path = folder / loop.reply["devname"]
+    with Peer(ctl.sock, step, step, lambda request: request.reply({"leases": [named]})):
+        for options in ([], ["--json"]):
+            words = ["attach", loop.image, "-d", folder, "--ref=\u00f1", *options]
+            result = ctl(*words, before=C_LOCALE, encoding="utf-8")
+            assert (result.code, result.err) == (0, "")
+            assert (json.loads(result.out)["path"] if options else result.out.rstrip("\n")) == str(path)
+            path.unlink()
+        assert ctl("list", before=C_LOCALE, encoding="utf-8").out.splitlines()[1].endswith("  /\u00f1.img")
+
+
+@pytest.mark.parametrize("line", ["list", "attach disk.img -d dev", "detach loop1", "resize loop1"])
+def test_a_relative_directory_of_loopds_is_refused(ctl: Ctl, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a sentence, and before anything is asked."""
+    monkeypatch.setenv("LOOPD_DIRECTORY", "dev")
+    first, second = ctl(*line.split(), cwd=ctl.dev.parent).err.splitlines()
+    assert first == "loopctl: LOOPD_DIRECTORY=dev is no absolute path"
+    assert "/dev/loopd" in second
+    with Peer(ctl.sock, lambda request: request.reply(GREETING)):
+        lines = ctl("doctor", cwd=ctl.dev.parent).out.splitlines()
+    assert lines[1].startswith("FAIL  directory: LOOPD_DIRECTORY=dev is no absolute path; ")
+
+
+def test_the_administrators_socket_is_roots(ctl: Ctl) -> None:
+    """That of an instance, too; in a container, where root is not the host's, sudo would not help."""
+    folder = Path(tempfile.mkdtemp(prefix="loopd-test-", dir="/tmp"))
+    folder.chmod(0o755)
+    try:
+        with Peer(folder / "admin.sock"):
+            (folder / "admin.sock").chmod(0o600)
+            # Another user may not reach the interpreter's own modules.
+            code = f"""
+import os, sys
+import {", ".join(f"loopd.cli.{name}" for name in ("loopctl", "verbs"))}
+os.setgid(65534), os.setuid(65534)
+sys.exit(loopd.cli.main(["--socket", "{folder}/admin.sock", "--admin", "list"]))
+"""
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        shutil.rmtree(folder)
+    assert done.stderr.splitlines() == [
+        f"loopctl: cannot ask loopd at {folder}/admin.sock: Permission denied",
+        "loopctl: you are not root: sudo loopctl ...",
+    ]
 
 
 def test_the_version(ctl: Ctl) -> None:

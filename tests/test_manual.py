@@ -154,8 +154,11 @@ def test_examples_of_loopctl(page: dict[str, Page], daemon: Daemon, devices: Pat
 
 def test_columns_of_list(page: dict[str, Page]) -> None:
     entries = [entry for entry in page["loopctl.1"].entries("VERBS", "list") if not entry.term.startswith("-")]
-    assert [entry.term for entry in entries] == [column.name for column in table.COLUMNS]
-    assert [entry.text.startswith("With --admin") for entry in entries] == [column.admin for column in table.COLUMNS]
+    assert [entry.term for entry in entries] == list(table.COLUMNS)
+    (said,) = (entry.text for entry in page["loopctl.1"].entries("VERBS", "list") if "--output" in entry.names)
+    for columns in (table.OWN, table.EVERYBODYS):
+        assert f"has {', '.join(columns[:-1])} and {columns[-1]}" in said
+    assert f"longer than {table.WIDEST} characters" in said
 
 
 def test_exit_codes_of_loopctl(page: dict[str, Page]) -> None:

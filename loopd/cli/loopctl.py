@@ -11,14 +11,12 @@ command succeeded and one of the above holds of the device.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from typing import Callable, NamedTuple, Sequence
 
-from loopd import __version__
 from loopd.cli import options, verbs
-from loopd.cli.options import Parser, common, meant
-from loopd.cli.output import Failure, tell
+from loopd.cli.options import Parser, Version, common, meant
+from loopd.cli.output import Failure, prepare, tell
 from loopd.client import api as client
 
 
@@ -34,7 +32,7 @@ VERBS: dict[str, Verb] = {
         "attach an image for the length of a command, {} in which is the device", verbs.run, options.image_options
     ),
     "detach": Verb("detach devices and wait until their images are free", verbs.detach, options.detach_options),
-    "list": Verb("show the devices that are held", verbs.listed, options.json_option),
+    "list": Verb("show the devices that are held", verbs.listed, options.list_options),
     "directory": Verb(
         "on the host: make a directory to be bound into a container, and print its path",
         verbs.directory,
@@ -65,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("--version", action="version", version=f"loopctl {__version__}", help="print the version")
+    top.add_argument("--version", action=Version, nargs=0, help="print the version")
     common(top, told=True)
     top.add_argument("verb", metavar="VERB", nargs="?", help=argparse.SUPPRESS)
     top.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -116,13 +114,14 @@ def _check_detach(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``loopctl`` with `argv`, by default the process's; its exit code. SystemExit(2) for bad usage."""
-    args = _parse(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a path goes out as the bytes that it is
+    prepare()
+    image = "IMAGE"
     try:
+        args = _parse(argv)
+        image = getattr(args, "image", image)
         return VERBS[args.verb].perform(args)
     except (client.Error, Failure, OSError, KeyboardInterrupt) as error:
-        tell(error, getattr(args, "image", "IMAGE"))
+        tell(error, image)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 

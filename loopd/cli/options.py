@@ -6,10 +6,14 @@ Changes when a verb has another option.
 from __future__ import annotations
 
 import argparse
+import codecs
+import re
 from typing import Any, Iterable, NoReturn
 
-from loopd.cli.output import say
-from loopd.cli.values import device, device_or_image, lifetime, seconds, size
+from loopd import __version__
+from loopd.cli.output import put, readable, say
+from loopd.cli.table import COLUMNS
+from loopd.cli.values import columns, device, device_or_image, lifetime, seconds, size
 from loopd.client import api as client
 from loopd.protocol import wire
 
@@ -22,14 +26,30 @@ def meant(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
+_ESCAPED = re.compile(r"(?:\\udc[89a-f][0-9a-f])+")
+
+
 class Parser(argparse.ArgumentParser):
     """One line for what is wrong, and one for where to read more: no usage of many lines in front of them."""
 
     def error(self, message: str) -> NoReturn:
         word = message.partition("unrecognized arguments: ")[2].partition(" ")[0]
+        # argparse quotes a word by repr(), which escapes what Python could not decode.
+        message = _ESCAPED.sub(lambda found: codecs.decode(found[0], "unicode_escape"), message)
         say(message + (meant(word, self._option_string_actions) if word.startswith("--") else ""))
         say(f"`{self.prog} --help` tells more")
         raise SystemExit(2)
+
+    def print_help(self, file: object = None) -> None:
+        put(self.format_help().rstrip("\n"))
+
+
+class Version(argparse.Action):
+    """Print the version and end, as argparse's own action, which does not see that nobody gets it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        put(f"loopctl {__version__}")
+        parser.exit()
 
 
 def image_options(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +97,7 @@ def image_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--ref",
         metavar="TEXT",
+        type=lambda text: readable(text, "surrogateescape"),
         default="",
         help=f"text to keep with the device, at most {wire.MAX_REF} bytes",
     )
@@ -133,6 +154,19 @@ def device_option(parser: argparse.ArgumentParser) -> None:
 
 def no_option(_: argparse.ArgumentParser) -> None:
     pass
+
+
+def list_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "-o",
+        "--output",
+        metavar="COLUMNS",
+        type=columns,
+        help=f"the columns to print, with commas between them, or all: {', '.join(COLUMNS)}",
+    )
+    add("-n", "--noheadings", action="store_true", help="leave out the line with the names of the columns")
+    add("--json", action="store_true", help="print JSON, with all that is known of each device")
 
 
 def json_option(parser: argparse.ArgumentParser) -> None:

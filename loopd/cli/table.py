@@ -5,11 +5,12 @@ Changes when there is another column.
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, Sequence
 
 from loopd.cli.output import clean
-from loopd.cli.values import SUFFIXES
 from loopd.protocol.wire import LeaseInfo
+
+SUFFIXES = "KMGTPE"
 
 
 def _size(size: int) -> str:
@@ -33,35 +34,44 @@ def _optional(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-class _Column(NamedTuple):
-    name: str
-    text: Callable[[LeaseInfo], str]
-    admin: bool = False
+COLUMNS: dict[str, Callable[[LeaseInfo], str]] = {
+    "NAME": lambda lease: lease.devname,
+    "SIZE": lambda lease: _size(lease.size),
+    "RO": lambda lease: str(int(lease.read_only)),
+    "DIO": lambda lease: str(int(lease.direct_io)),
+    "SECTOR": lambda lease: str(lease.sector_size),
+    "OFFSET": lambda lease: str(lease.offset),
+    "SIZELIMIT": lambda lease: str(lease.sizelimit),
+    "AGE": lambda lease: _age(lease.age),
+    "STATE": lambda lease: lease.state,
+    "LEASE": lambda lease: lease.lease,
+    "UID": lambda lease: _optional(lease.uid),
+    "PID": lambda lease: _optional(lease.pid),
+    "REF": lambda lease: lease.ref or "-",
+    "UNIT": lambda lease: lease.unit or "-",
+    "OWNER": lambda lease: _optional(lease.account),
+    "OPEN-IN": lambda lease: ", ".join(lease.openers or ()) or "-",
+    "BACK-FILE": lambda lease: lease.backing_file,
+}
+"""Of ``loopctl list``. Names of any length come last."""
+
+OWN = ("NAME", "SIZE", "RO", "DIO", "SECTOR", "AGE", "STATE", "LEASE", "BACK-FILE")
+"""What a user sees of his own devices."""
+EVERYBODYS = ("NAME", "SIZE", "AGE", "STATE", "UID", "PID", "UNIT", "OPEN-IN", "BACK-FILE")
+"""What the administrator sees."""
+WIDEST = 24
+"""Characters of a cell in `EVERYBODYS`, but for the last: a container's unit has 78."""
 
 
-COLUMNS = (
-    _Column("NAME", lambda lease: lease.devname),
-    _Column("SIZE", lambda lease: _size(lease.size)),
-    _Column("RO", lambda lease: str(int(lease.read_only))),
-    _Column("DIO", lambda lease: str(int(lease.direct_io))),
-    _Column("SECTOR", lambda lease: str(lease.sector_size)),
-    _Column("AGE", lambda lease: _age(lease.age)),
-    _Column("STATE", lambda lease: lease.state),
-    _Column("LEASE", lambda lease: lease.lease),
-    _Column("OWNER", lambda lease: _optional(lease.account), admin=True),
-    _Column("UNIT", lambda lease: lease.unit or "-", admin=True),
-    _Column("UID", lambda lease: _optional(lease.uid), admin=True),
-    _Column("PID", lambda lease: _optional(lease.pid), admin=True),
-    _Column("OPEN-IN", lambda lease: ", ".join(lease.openers or ()) or "-", admin=True),
-    _Column("BACK-FILE", lambda lease: lease.backing_file),
-)
-"""Of ``loopctl list``. The file's name, of any length, comes last."""
+def _cut(text: str) -> str:
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 11]}...{text[-8:]}"
 
 
-def table(leases: Sequence[LeaseInfo], *, admin: bool) -> str:
-    """The leases in lines, below the names of the columns."""
-    columns = [column for column in COLUMNS if not column.admin or admin]
-    rows = [[column.name for column in columns]]
-    rows += [[clean(column.text(lease)) for column in columns] for lease in leases]
+def table(leases: Sequence[LeaseInfo], columns: Sequence[str], *, cut: bool, headings: bool) -> str:
+    """The leases in lines, below the names of the columns; with `cut`, all but the last cell are of limited width."""
+    rows = [list(columns)] if headings else []
+    for lease in leases:
+        *cells, last = (clean(COLUMNS[column](lease)) for column in columns)
+        rows.append([*(map(_cut, cells) if cut else cells), last])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

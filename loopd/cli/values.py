@@ -9,9 +9,9 @@ import argparse
 import os
 import re
 
+from loopd.cli.table import COLUMNS, SUFFIXES
 from loopd.protocol import wire
 
-SUFFIXES = "KMGTPE"
 _PARTITION = re.compile(r"(loop[0-9]+)p[0-9]+")
 _SIZE = re.compile(rf"(0x[0-9a-f]+|0|[1-9][0-9]*)(?:([{SUFFIXES}])(i?b)?)?", re.ASCII | re.IGNORECASE)
 
@@ -71,6 +71,17 @@ def device(text: str) -> str:
             f"expected a device, as /dev/loop4096 or loop4096, not {text!r}: `loopctl list` shows which has which image"
         ) from None
     return text
+
+
+def columns(text: str) -> tuple[str, ...]:
+    """Columns of ``loopctl list``, by their names in any case, or all."""
+    if text.lower() == "all":
+        return tuple(COLUMNS)
+    found = tuple(name.strip().upper() for name in text.split(","))
+    wrong = [name for name in found if name not in COLUMNS]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"no column {wrong[0]!r}; expected all, or some of {','.join(COLUMNS)}")
+    return found
 
 
 def lifetime(text: str) -> str:

@@ -13,8 +13,8 @@ import time
 from typing import Iterator
 
 from loopd.cli import command
-from loopd.cli.output import Failure, clean, explain, fields, put, say, tell
-from loopd.cli.table import table
+from loopd.cli.output import Failure, clean, explain, fields, put, readable, tell, warn
+from loopd.cli.table import EVERYBODYS, OWN, table
 from loopd.cli.values import is_device
 from loopd.client import api as client
 from loopd.protocol import wire
@@ -72,12 +72,12 @@ def _attached(args: argparse.Namespace, lifetime: client.Lifetime) -> client.Dev
 
 def _warn(args: argparse.Namespace, device: client.Device) -> None:
     for warning in device.warnings:
-        say(f"warning: {warning}")
+        warn(f"warning: {warning}")
     if device.read_only and not args.read_only:
-        say(f"warning: {args.image} cannot be written here, so the device is read-only")
+        warn(f"warning: {args.image} cannot be written here, so the device is read-only")
     left = _beyond_the_last_sector(args)
     if left:
-        say(f"warning: {args.image}: the last {left} bytes fill no sector of {args.sector_size}, and are left out")
+        warn(f"warning: {args.image}: the last {left} bytes fill no sector of {args.sector_size}, and are left out")
 
 
 def _beyond_the_last_sector(args: argparse.Namespace) -> int:
@@ -95,7 +95,7 @@ def attach(args: argparse.Namespace) -> int:
         path = _lasting(device) if args.deliver == "fd" else device.path
         if args.json:
             fields = {name: getattr(device, name) for name in wire.Attached._fields}
-            put(json.dumps({"path": path, **fields}, indent=2))
+            put(json.dumps({"path": readable(path, "surrogateescape"), **fields}, indent=2))
         else:
             put(path)
         device.keep()
@@ -178,7 +178,9 @@ def listed(args: argparse.Namespace) -> int:
     asked = _client(args)
     leases = asked.list()
     everybodys = any(lease.account for lease in leases)
-    if everybodys:
+    columns = args.output or (EVERYBODYS if everybodys else OWN)
+    wants_openers = everybodys if args.json else "OPEN-IN" in columns
+    if wants_openers:
         from loopd.cli import openers  # noqa: PLC0415  # costs all who do not need it
 
         found = openers.find([lease.devname for lease in leases], asked.daemon_pid())
@@ -186,7 +188,7 @@ def listed(args: argparse.Namespace) -> int:
     if args.json:
         put(json.dumps({"leases": [fields(lease) for lease in leases]}, indent=2))
     elif leases:
-        put(table(leases, admin=everybodys))
+        put(table(leases, columns, cut=not args.output, headings=not args.noheadings))
     return 0
 
 

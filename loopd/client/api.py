@@ -125,6 +125,7 @@ class Client(Requests):
         lifetime: Lifetime = "device", open_device: bool = True,
     ) -> Device:  # fmt: skip
         """Bind `image` to a loop device and have it handed over: see `attach` of this module."""
+        directory_grant()  # refuse a wrong one now: the detach would be too late
         with ExitStack() as inputs:
             fds = [opened_image(image, read_only, inputs)]
             request = wire.Attach(

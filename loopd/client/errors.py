@@ -202,3 +202,4 @@ UNAVAILABLE = {
 }
 """What helps, by the errno of connect(2)."""
 ADMIN_UNAVAILABLE = "on the host, as root: systemctl enable --now loopd-admin.socket; no container has it"
+NOT_ROOT = "you are not root: sudo loopctl ..."

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Sequence, TypeVar
 from loopd.client.errors import (
     ADMIN_UNAVAILABLE,
     ERRORS,
+    NOT_ROOT,
     UNAVAILABLE,
     BadReply,
     Dropped,
@@ -94,6 +95,9 @@ def _send(path: str, payload: bytes, fds: Sequence[int], deadline: float) -> Non
 
 
 def _hint(path: str, error: OSError) -> str:
+    # Those of instances have the same name.
+    if error.errno == errno.EACCES and os.geteuid() and os.path.basename(path) == os.path.basename(ADMIN_SOCKET):
+        return NOT_ROOT
     hint = ADMIN_UNAVAILABLE if path == ADMIN_SOCKET else UNAVAILABLE.get(error.errno or 0, "")
     if path in (SOCKET, ADMIN_SOCKET):
         return hint

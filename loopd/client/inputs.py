@@ -98,8 +98,13 @@ def opened_lease(lifetime: Lifetime, stack: ExitStack) -> int | None:
 
 
 def directory_grant() -> str:
-    """Where this container has its directory of loopd's, if it has one."""
-    return os.environ.get("LOOPD_DIRECTORY") or DIRECTORY
+    """Where this container has its directory of loopd's, if it has one. `Error` where that is no absolute path."""
+    path = os.environ.get("LOOPD_DIRECTORY") or DIRECTORY
+    if not os.path.isabs(path):
+        # Relative to the working directory it would be another directory in each program that inherits it.
+        hint = f"give the directory of loopd's that is bound in, as {DIRECTORY}"
+        raise Error(f"LOOPD_DIRECTORY={path} is no absolute path", hint)
+    return path
 
 
 def opened_grant(stack: ExitStack) -> tuple[int, str] | None:
