@@ -462,7 +462,11 @@ def test_another_way_is_tried_after_a_refusal(
         with open(loop.path, "r+b", buffering=0) as file:
             request.reply(loop.reply, [file.fileno()])
 
-    steps = [lambda request: request.refuse("undeliverable"), kernels, released]
+
+    def none_listed(request: Request) -> None:
+        request.reply({"leases": []})
+
+    steps = [lambda request: request.refuse("undeliverable"), kernels, none_listed, released]
     with Peer(sock, *steps), loopd.attach(loop.image, socket=sock) as device:
         assert device.path == loop.path
 
@@ -833,29 +837,58 @@ def test_a_request_that_is_too_long_is_not_sent(image: Path, tmp_path: Path, soc
 # The other operations ---------------------------------------------------------------------------------------
 
 
-def test_a_request_about_a_device_names_its_directory_and_then_nothing(
-    sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("device", "asked"),
+    [
+        ("loop1", ["list bound", "resize -"]),
+        ("named/loop1", ["list bound", "resize named"]),
+        ("named/loop2", ["resize named"]),
+        ("loop3", ["resize bound"]),
+        ("named/loop3", ["resize bound"]),
+        ("link/loop3", ["resize bound"]),
+        ("loop4", ["list bound", "resize bound"]),
+        ("/nonexistent/loop1", ["list bound", "resize -"]),
+    ],
+)
+def test_a_request_about_a_device_goes_to_its_owner(
+    loop: Loop, sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, asked: list[str]
 ) -> None:
-    """Whose lease it is, the daemon says: that of the name's directory, of the container's, or of the user."""
-    named, bound = tmp_path / "named", tmp_path / "bound"
-    named.mkdir()
-    bound.mkdir()
-    monkeypatch.setenv("LOOPD_DIRECTORY", str(bound))
-    seen: list[Path | None] = []
+    """What is asked as another owner is refused, which the journal would have.
 
-    def not_found(request: Request) -> None:
-        assert request.fields["op"] == "resize"
+    loop2 and loop3 have nodes; loop4 is of the directory that is bound in, and has lost its node: somebody still has it
+    open after a detach.
+    """
+    folders = {name: tmp_path / name for name in ("named", "bound", "link")}
+    for folder in folders.values():
+        folder.mkdir()
+    os.mknod(folders["named"] / "loop2", 0o60600, loop.number)
+    os.mknod(folders["bound"] / "loop3", 0o60600, loop.number)
+    (folders["link"] / "loop3").symlink_to("../bound/loop3")
+    monkeypatch.setenv("LOOPD_DIRECTORY", str(folders["bound"]))
+    seen: list[str] = []
+
+    def step(request: Request) -> None:
         index = request.fields.get("dir_fd")
         status = None if index is None else os.fstat(request.fds[index])
-        seen.append(next((p for p in (named, bound) if status and os.path.samestat(p.stat(), status)), None))
-        request.refuse("not-found")
+        whose = next((n for n, p in folders.items() if status and os.path.samestat(p.stat(), status)), "-")
+        seen.append(f"{request.fields['op']} {whose}")
+        held = [dict(LEASE, devname="loop4")] if whose == "bound" else []
+        request.reply({"leases": held} if request.fields["op"] == "list" else {"size": 1})
 
-    with Peer(sock, *[not_found] * 6):
-        for device in (named / "loop1", "loop1", "/nonexistent/loop1"):
-            with pytest.raises(loopd.NotFound):
-                loopd.resize(device, socket=sock)
-            monkeypatch.setenv("LOOPD_DIRECTORY", str(bound) if device == named / "loop1" else "/nonexistent")
-    assert seen == [named, bound, None, bound, None, None]
+    with Peer(sock, *[step] * len(asked)):
+        assert loopd.resize(device if device.startswith("loop") else tmp_path / device, socket=sock) == 1
+    assert seen == asked
+
+
+def test_a_node_of_somebody_elses_making_is_not_the_last_word(
+    loop: Loop, sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that somebody else has made tells nothing."""
+    monkeypatch.setenv("LOOPD_DIRECTORY", str(tmp_path))
+    os.mknod(tmp_path / "loop1", 0o60600, loop.number)
+    with Peer(sock, lambda request: request.refuse("not-found"), lambda request: request.reply({"size": 1})) as peer:
+        assert loopd.resize("loop1", socket=sock) == 1
+    assert ["dir_fd" in request.fields for request in peer.requests] == [True, False]
 
 
 def test_a_devtmpfs_is_no_directory_to_ask_about(sock: Path) -> None:

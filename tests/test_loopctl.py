@@ -126,3 +126,39 @@ def test_detach_of_anothers_image_by_the_administrator(world: World, grant: str)
     assert (done.returncode, "--force ends it too" in done.stderr) == (1, True)
     assert world.ctl(*admin, "--force", "disk.img").stderr == ""
     assert rows(world) == []
+
+
+# Whose device it is -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["{device}", "{node}", "{work}/flat/{device}", "/dev/{device}"])
+def test_a_device_is_found_by_any_of_its_names_without_a_refusal(world: World, grant: str, name: str) -> None:
+    """One of the container's directory; the journal of the host has no word of what was not asked for."""
+    device = attached(world, "disk.img", "--partscan")
+    (world.work / "flat").mkdir()
+    (world.work / "flat" / device).symlink_to(f"{grant}/{device}")
+    text = name.format(device=device, node=f"{grant}/{device}", work=world.work)
+    os.truncate(world.work / "disk.img", 2 * MIB)
+    assert world.ctl("resize", text, uid=UID).stdout == f"{2 * MIB}\n"
+    assert world.ctl("rescan", text, uid=UID).stderr == ""
+    with open(f"{grant}/{device}", "rb"):
+        held = world.ctl("detach", "--wait=0", text, uid=UID, check=False)
+        assert f"{text} is detached, but somebody still has it open" in held.stderr
+        assert world.ctl("detach", "--wait=0", text, uid=UID, check=False).stderr == held.stderr  # its node is gone
+    assert world.daemon.records("refused") == []
+
+
+def test_a_device_of_this_users_is_found_where_a_directory_is_bound_in(world: World, grant: str) -> None:
+    own = world.work / "own"
+    own.mkdir()
+    os.chown(own, UID, UID)
+    for name in ("{}", f"{own}/{{}}", f"{grant}/{{}}"):
+        device = attached(world, "disk.img", "-d", str(own))
+        assert world.ctl("detach", name.format(device), uid=UID).stderr == ""
+    assert world.daemon.records("refused") == []
+
+
+def test_a_device_that_there_is_not_is_refused_once(world: World, grant: str) -> None:
+    done = world.ctl("detach", "loop1", f"{grant}/loop1", uid=UID, check=False)
+    assert (done.returncode, done.stderr.count("no device loop1 of yours")) == (1, 2)
+    assert len(world.daemon.records("refused")) == 2

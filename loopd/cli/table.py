@@ -57,7 +57,7 @@ COLUMNS: dict[str, Callable[[LeaseInfo], str]] = {
 
 OWN = ("NAME", "SIZE", "RO", "DIO", "SECTOR", "AGE", "STATE", "LEASE", "BACK-FILE")
 """What a user sees of his own devices."""
-EVERYBODYS = ("NAME", "SIZE", "AGE", "STATE", "UID", "PID", "UNIT", "OPEN-IN", "BACK-FILE")
+EVERYBODYS = ("NAME", "SIZE", "AGE", "STATE", "LEASE", "UID", "PID", "UNIT", "OPEN-IN", "BACK-FILE")
 """What the administrator sees."""
 WIDEST = 24
 """Characters of a cell in `EVERYBODYS`, but for the last: a container's unit has 78."""

@@ -115,6 +115,32 @@ def opened_grant(stack: ExitStack) -> tuple[int, str] | None:
         return None
 
 
+def opened_places(device: StrPath, stack: ExitStack) -> tuple[int | None, int | None]:
+    """This container's directory of loopd's, and the one that `device` is named in, if it is another; None where there
+    is none, or where it is a devtmpfs, which is none of loopd's.
+    """
+    # /dev/loopN may be a link to the node in the container's directory: the drop-in losetup makes one.
+    folder = os.path.dirname(os.fspath(device)) and os.path.dirname(os.path.realpath(device))
+    found: list[int | None] = []
+    for path in (directory_grant(), folder):
+        dir_fd = None
+        with suppress(OSError):
+            dir_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, dir_fd)
+        found.append(None if dir_fd is None or layers.is_devtmpfs(dir_fd) else dir_fd)
+    grant, named = found
+    if grant is not None and named is not None and os.path.sameopenfile(grant, named):
+        named = None
+    return grant, named
+
+
+def has_node(dir_fd: int, devname: str) -> bool:
+    """Whether the node of a device is in a directory."""
+    with suppress(OSError):
+        return stat.S_ISBLK(os.stat(devname, dir_fd=dir_fd, follow_symlinks=False).st_mode)
+    return False
+
+
 def node_path(device: StrPath) -> str | None:
     """Where this process sees the node of a device: beside the name that is given, else in the container's
     directory of loopd's, in /dev or in a mount of its own.

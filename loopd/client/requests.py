@@ -12,7 +12,7 @@ from typing import Any, Iterator
 from loopd.client import backing, layers
 from loopd.client.errors import BadReply, Busy, Error, ImageIncomplete, NotFound
 from loopd.client.exchange import Exchange, parsed
-from loopd.client.inputs import StrPath, directory_grant, opened_grant
+from loopd.client.inputs import StrPath, has_node, opened_grant, opened_places
 from loopd.protocol import wire
 from loopd.protocol.wire import Detached, Granted, Greeting, LeaseInfo, Measured, Rescanned, Resized
 
@@ -99,22 +99,28 @@ class Requests(Exchange):
             request = request._replace(after=leases[-1].devname)
 
     def _about(self, device: StrPath, request: wire.Detach | wire.Rescan | wire.Resize, wait: float = 0.0) -> Any:
-        """The answer to a request about a lease. Its owner may be a directory of loopd's: the one that `device`
-        is in or this container's, else it is this user.
-        """
-        folders = dict.fromkeys((os.path.dirname(os.fspath(device)), directory_grant()))
+        """The answer to a request about a lease, asked as the owner of the lease."""
         with ExitStack() as stack:
-            for folder in filter(None, folders):
-                try:
-                    dir_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                except OSError:
-                    continue
-                stack.callback(os.close, dir_fd)
-                if layers.is_devtmpfs(dir_fd):
-                    continue  # none of loopd's: the journal would have a refusal more
-                with suppress(NotFound):
-                    return self._ask(stack, request._replace(dir_fd=0), [dir_fd], wait).fields
+            if not (isinstance(request, wire.Detach) and request.force):
+                for dir_fd in self._owners(device, stack):
+                    with suppress(NotFound):
+                        return self._ask(stack, request._replace(dir_fd=0), [dir_fd], wait).fields
             return self._ask(stack, request, (), wait).fields
+
+    def _owners(self, device: StrPath, stack: ExitStack) -> Iterator[int]:
+        """The directories to ask as, before this user: a lease may be this container's directory's, or that of the
+        directory in the name.
+        """
+        # To ask as the wrong owner is refused, which the journal of the host would have for each device that is named
+        # without its directory. So look for the node first, and where there is none into the list, which refuses none.
+        name = os.path.basename(os.fspath(device))
+        grant, named = opened_places(device, stack)
+        if grant is not None:
+            elsewhere = named is not None and has_node(named, name)
+            if has_node(grant, name) or (not elsewhere and any(row.devname == name for row in self._listed(grant))):
+                yield grant
+        if named is not None:
+            yield named
 
     def hello(self) -> Greeting:
         """The daemon's version, and what this socket offers."""
