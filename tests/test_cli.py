@@ -10,12 +10,14 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import pytest
 from scripted import DEADLINE, Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_left, released
@@ -425,6 +427,121 @@ def test_a_signal_while_attaching_hangs_up(ctl: Ctl, number: signal.Signals) -> 
         assert peer.hung_up()
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert err == ""
+
+
+ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
+
+
+def status_of(number: signal.Signals) -> int:
+    return 130 if number == signal.SIGINT else -number
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def state_of(process: subprocess.Popen[str]) -> str:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0]
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_takes_back_an_attach_that_is_not_answered(ctl: Ctl, number: signal.Signals) -> None:
+    """At once; and from then on the daemon's answer fails, so that it undoes what it has done."""
+    with Peer(ctl.sock, lambda request: None) as peer:
+        with ctl.start("attach", ctl.image, "-d", ctl.dev) as process:
+            wait_for(lambda: peer.requests)
+            time.sleep(0.1)
+            process.send_signal(number)
+            assert process.communicate(timeout=DEADLINE) == ("", "")
+        assert process.returncode == status_of(number)
+        with pytest.raises(BrokenPipeError):
+            peer.requests[0].reply(REPLY)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_after_the_answer_detaches(ctl: Ctl, loop: Loop, number: signal.Signals) -> None:
+    """The answer is in the socket, and loopctl has not run since it came."""
+    answered = threading.Event()
+
+    def step(request: Request) -> None:
+        wait_for(lambda: state_of(process) == "S")
+        process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: state_of(process) == "T")
+        loop.deliver(request)
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        answered.set()
+
+    with Peer(ctl.sock, step, released) as peer:
+        with ctl.start("attach", loop.image, "-d", ctl.dev) as process:
+            assert process.communicate(timeout=DEADLINE) == ("", "")
+    assert process.returncode == status_of(number)
+    assert (peer.requests[1].fields["op"], peer.requests[1].fields["diskseq"]) == ("detach", 7)
+    assert answered.is_set()
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_before_the_name_is_printed_detaches(ctl: Ctl, loop: Loop, number: signal.Signals) -> None:
+    """The name goes into a pipe that is full; what the detach has to tell is said."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    try:
+        with Peer(ctl.sock, loop.deliver, lost) as peer:
+            with ctl.start("attach", loop.image, "-d", ctl.dev, stdout=writer) as process:
+                wait_for(lambda: peer.requests and "pipe" in Path(f"/proc/{process.pid}/wchan").read_text())
+                process.send_signal(number)
+                _, err = process.communicate(timeout=DEADLINE)
+        assert process.returncode == status_of(number)
+        assert peer.requests[1].fields["op"] == "detach"
+        assert "its image lacks what was written to it: Input/output error" in err
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_signal_while_the_queue_is_full(ctl: Ctl) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(ctl.sock))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
+            filler.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    filler.sendto(b"{}", str(ctl.sock))
+        with ctl.start("attach", ctl.image, "-d", ctl.dev) as process:
+            wait_for(lambda: "poll" in Path(f"/proc/{process.pid}/wchan").read_text())
+            process.send_signal(signal.SIGTERM)
+            assert process.communicate(timeout=DEADLINE) == ("", "")
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_a_signal_that_is_ignored_stays_so(ctl: Ctl, loop: Loop) -> None:
+    """As nohup has it."""
+
+    def step(request: Request) -> None:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        loop.deliver(request)
+
+    with Peer(ctl.sock, step):
+        with ctl.start("attach", loop.image, "-d", ctl.dev, before=["nohup"], stdin=subprocess.DEVNULL) as process:
+            out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out, err) == (0, f"{ctl.dev / loop.reply['devname']}\n", "")
+
+
+def test_an_answer_that_is_too_late_is_none(ctl: Ctl) -> None:
+    """Else a device would be left that nobody knows of: the daemon's answer fails, and it undoes the attach."""
+    with Peer(ctl.sock, lambda request: None) as peer:
+        result = ctl("--timeout", "0.2", "attach", ctl.image, "-d", ctl.dev)
+        assert "no answer" in result.err
+        with pytest.raises(BrokenPipeError):
+            peer.requests[0].reply(REPLY)
 
 
 def test_the_device_ends_with_loopctl(ctl: Ctl, loop: Loop) -> None:

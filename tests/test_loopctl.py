@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import eventually, require
 from test_deliveries import MIB, UID, World, world
 
 import loopd
@@ -162,3 +170,70 @@ def test_a_device_that_there_is_not_is_refused_once(world: World, grant: str) ->
     done = world.ctl("detach", "loop1", f"{grant}/loop1", uid=UID, check=False)
     assert (done.returncode, done.stderr.count("no device loop1 of yours")) == (1, 2)
     assert len(world.daemon.records("refused")) == 2
+
+
+# A signal in the middle of an attach ------------------------------------------------------------------------
+
+
+class Named:
+    """The names that attaches have printed, and those of the attaches that succeeded."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._printed: set[str] = set()
+        self._kept: set[str] = set()
+
+    def add(self, out: str, status: int) -> None:
+        if out:
+            name = os.path.basename(out.rstrip("\n"))
+            assert re.fullmatch(r"loop\d+", name)
+            self._printed.add(name)
+            if status == 0:
+                self._kept.add(name)
+        assert out or status != 0
+
+    def check(self) -> None:
+        """A signal that comes when the name is out may leave the device, and none that succeeded is gone."""
+        eventually(lambda: self._kept <= self._left() <= self._printed, "every device that is left has a name")
+
+    def _left(self) -> set[str]:
+        return {row["devname"] for row in rows(self._world, uid=0)}
+
+
+@pytest.fixture
+def named(world: World, grant: str) -> Iterator[Named]:
+    world.image()
+    yield Named(world)
+    world.ctl("detach", "--all", "--wait=10")
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("call", "socketpair sendmsg poll recvmsg openat write close rt_sigaction".split())
+def test_a_signal_at_any_step_leaves_no_device_without_a_name(
+    world: World, named: Named, call: str, number: str
+) -> None:
+    """It comes when the system call begins, the last of its kind, the one before that, and so on."""
+    require(shutil.which("strace"), "needs strace")
+    traced = ["strace", "-qq", "-o", f"{world.work}/trace", "-e", f"trace={call}"]
+    done = world.run([*traced, "loopctl", "attach", "disk.img"])
+    named.add(done.stdout, done.returncode)
+    calls = len((world.work / "trace").read_text().splitlines())
+    assert calls
+    for when in range(calls, max(0, calls - 12), -1):
+        inject = ["-e", f"inject={call}:signal={number}:when={when}"]
+        done = world.run([*traced, *inject, "loopctl", "attach", "disk.img"], check=False)
+        named.add(done.stdout, done.returncode)
+        named.check()
+
+
+def test_signals_at_random_leave_no_device_without_a_name(world: World, named: Named) -> None:
+    chance = random.Random(7)
+    for _ in range(40):
+        command = ["loopctl", "attach", "disk.img"]
+        options: dict[str, Any] = {"cwd": world.work, "env": world.environment, "text": True}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
+            time.sleep(chance.uniform(0, 0.2))
+            process.send_signal(chance.choice([signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]))
+            out, _ = process.communicate(timeout=60)
+        named.add(out, process.returncode)
+    named.check()

@@ -13,6 +13,7 @@ import time
 from typing import Iterator
 
 from loopd.cli import command
+from loopd.cli.interrupt import Interrupt
 from loopd.cli.output import Failure, clean, explain, fields, put, readable, tell, warn
 from loopd.cli.table import EVERYBODYS, OWN, table
 from loopd.cli.values import is_device
@@ -53,8 +54,8 @@ def _client(args: argparse.Namespace) -> client.Client:
     return asked
 
 
-def _attached(args: argparse.Namespace, lifetime: client.Lifetime) -> client.Device:
-    return _client(args).attach(
+def _attached(asked: client.Client, args: argparse.Namespace, lifetime: client.Lifetime) -> client.Device:
+    return asked.attach(
         args.image,
         args.directory,
         deliver=args.deliver and (args.deliver,),
@@ -89,14 +90,15 @@ def _beyond_the_last_sector(args: argparse.Namespace) -> int:
 
 
 def attach(args: argparse.Namespace) -> int:
-    # Whatever fails before the path is printed detaches again.
-    with _lease(args.lifetime) as lifetime, _attached(args, lifetime) as device:
-        _warn(args, device)
-        path = _lasting(device) if args.deliver == "fd" else device.path
-        if args.json:
-            fields = {name: getattr(device, name) for name in wire.Attached._fields}
-            put(json.dumps({"path": readable(path, "surrogateescape"), **fields}, indent=2))
-        else:
+    asked = _client(args)
+    # Whatever fails before the path is printed detaches again, and so does a signal.
+    with Interrupt(asked.withdraw) as ending, _lease(args.lifetime) as lease, _attached(asked, args, lease) as device:
+        with ending.raised():
+            _warn(args, device)
+            path = _lasting(device) if args.deliver == "fd" else device.path
+            if args.json:
+                fields = {name: getattr(device, name) for name in wire.Attached._fields}
+                path = json.dumps({"path": readable(path, "surrogateescape"), **fields}, indent=2)
             put(path)
         device.keep()
     return 0
@@ -113,7 +115,7 @@ def _lasting(device: client.Device) -> str:
 def run(args: argparse.Namespace) -> int:
     status = 0
     try:
-        with _attached(args, "device") as device:
+        with _attached(_client(args), args, "device") as device:
             _warn(args, device)
             if args.deliver == "fd":
                 os.set_inheritable(device.fd, True)  # its path is /proc/self/fd/N, in the command too

@@ -208,8 +208,8 @@ def attach(
     - `socket`, `timeout`: see `Client`.
 
     Raises OSError for an image or directory that cannot be opened, `DeviceInaccessible` where the device cannot
-    be, and the `Refused` of its code where the daemon says no; no device is left attached by either. After
-    `Timeout` and KeyboardInterrupt one may be, if its lifetime is not ``"device"``.
+    be, and the `Refused` of its code where the daemon says no. No device is left attached by these, nor by `Timeout`.
+    One may be after KeyboardInterrupt, if its lifetime is not ``"device"``: let the handler call `Client.withdraw`.
     """
     return Client(socket, timeout).attach(
         image, directory, offset=offset, sizelimit=sizelimit, sector_size=sector_size, read_only=read_only,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket as _socket
 import struct
 import time
-from contextlib import ExitStack
-from typing import Any, NamedTuple, Sequence, TypeVar
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Iterator, NamedTuple, Sequence, TypeVar
 
 from loopd.client.errors import (
     ADMIN_UNAVAILABLE,
@@ -21,6 +22,7 @@ from loopd.client.errors import (
     UNAVAILABLE,
     BadReply,
     Dropped,
+    Error,
     Malformed,
     Timeout,
     Unavailable,
@@ -75,23 +77,22 @@ def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 1e-3)
 
 
-def _send(path: str, payload: bytes, fds: Sequence[int], deadline: float) -> None:
-    with _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM) as sender:
-        # The kernel attaches credentials if either side asks for them; a socket made by hand may not.
-        sender.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
-        try:
-            # Connect first: poll(2) sees the full queue of the peer only on a connected socket, and would
-            # otherwise spin until the timeout.
-            sender.connect(path)
-            sender.settimeout(_left(deadline))
-            rights = struct.pack(f"{len(fds)}i", *fds)
-            sender.sendmsg([payload], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
-        except _socket.timeout:
-            raise Timeout(f"{path}: the queue of requests stays full") from None
-        except OSError as error:
-            if error.errno == errno.EBADF:
-                raise
-            raise Unavailable(f"cannot ask loopd at {path}: {error.strerror or error}", _hint(path, error)) from error
+def _send(sender: _socket.socket, path: str, payload: bytes, fds: Sequence[int], deadline: float) -> None:
+    # The kernel attaches credentials if either side asks for them; a socket made by hand may not.
+    sender.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
+    try:
+        # Connect first: poll(2) sees the full queue of the peer only on a connected socket, and would
+        # otherwise spin until the timeout.
+        sender.connect(path)
+        sender.settimeout(_left(deadline))
+        rights = struct.pack(f"{len(fds)}i", *fds)
+        sender.sendmsg([payload], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+    except _socket.timeout:
+        raise Timeout(f"{path}: the queue of requests stays full") from None
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise
+        raise Unavailable(f"cannot ask loopd at {path}: {error.strerror or error}", _hint(path, error)) from error
 
 
 def _hint(path: str, error: OSError) -> str:
@@ -105,18 +106,29 @@ def _hint(path: str, error: OSError) -> str:
     return f"{named}the usual one is {SOCKET}" + (f"; {hint}" if hint else "")
 
 
-def _receive(channel: _socket.socket, stack: ExitStack, deadline: float) -> tuple[bytes | None, Fds, int]:
+def _in_time(channel: _socket.socket, deadline: float, lasting: bool) -> bool:
+    """Wait for a reply or a hang-up. Where none comes, one to a `lasting` lease can no longer come."""
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
+    if poll.poll(_left(deadline) * 1000):
+        return True
+    if not lasting:
+        return False
+    # The device would be left with a name that nobody knows. When we receive no more, loopd's answer fails (EPIPE), and
+    # it undoes the attach. An answer that came just before is still in the queue (unix_shutdown, net/unix/af_unix.c).
+    channel.shutdown(_socket.SHUT_RD)
+    return bool(channel.recv(1, _socket.MSG_PEEK))
+
+
+def _receive(channel: _socket.socket, stack: ExitStack) -> tuple[bytes, Fds, int]:
     """The reply, its fds, which `stack` owns, and the pid of the sender (0 from another PID namespace).
 
-    The reply is empty where the daemon hung up, and None where none came in time.
+    The reply is empty where the daemon hung up.
     """
-    channel.settimeout(_left(deadline))
     room = _socket.CMSG_SPACE(wire.MAX_FDS * 4) + _socket.CMSG_SPACE(_UCRED.size)
     # One byte more than a reply may have shows a reply that is cut off.
     try:
         data, ancillary, _, _ = channel.recvmsg(wire.MAX_REPLY + 1, room, _socket.MSG_CMSG_CLOEXEC)
-    except _socket.timeout:
-        return None, Fds(()), 0
     except ConnectionResetError:
         return b"", Fds(()), 0
     rights, pid = b"", 0
@@ -131,11 +143,41 @@ def _receive(channel: _socket.socket, stack: ExitStack, deadline: float) -> tupl
 
 
 class Exchange:
-    """One loopd, by its socket. Keeps no connection and no fd: requests are independent of each other."""
+    """One loopd, by its socket. Keeps no connection and no fd between requests, which are independent of each other."""
 
     def __init__(self, socket: StrPath | None = None, timeout: float = TIMEOUT) -> None:
         self.socket = os.fspath(socket or os.environ.get("LOOPD_SOCKET") or SOCKET)
         self.timeout = timeout
+        self._withdrawn = False
+        self._attaching: set[_socket.socket] = set()
+
+    def withdraw(self) -> None:
+        """Take back an attach, from a signal handler: it raises InterruptedError, as does every later one.
+
+        Nothing is left attached by it. An attach that loopd has answered already returns its device.
+        """
+        self._withdrawn = True
+        for sock in tuple(self._attaching):
+            with suppress(OSError):  # it was closed meanwhile
+                sock.shutdown(_socket.SHUT_RDWR)
+
+    @contextmanager
+    def _withdrawable(self, request: wire.Request, *sockets: _socket.socket) -> Iterator[None]:
+        if not isinstance(request, wire.Attach):
+            yield
+            return
+        self._attaching.update(sockets)
+        try:
+            # In this order: a signal that comes between the two finds the sockets.
+            if self._withdrawn:
+                raise InterruptedError(errno.EINTR, "the attach was withdrawn")
+            yield
+        except Error:
+            if self._withdrawn:
+                raise InterruptedError(errno.EINTR, "the attach was withdrawn") from None
+            raise
+        finally:
+            self._attaching.difference_update(sockets)
 
     def _ask(self, stack: ExitStack, request: wire.Request, fds: Sequence[int] = (), wait: float = 0.0) -> Answer:
         """Send `request` with `fds` (borrowed) and a socket for the reply; `stack` owns what comes back."""
@@ -158,21 +200,23 @@ class Exchange:
         self, stack: ExitStack, request: wire.Request, fds: Sequence[int], deadline: float, timeout: float
     ) -> Answer:
         """One try; `Dropped` means that the request had no effect, or that loopd ended meanwhile."""
+        payload = wire.encode_request(request._replace(reply_fd=len(fds)))
+        if len(payload) > wire.MAX_REQUEST:
+            raise Malformed(f"the request has more than {wire.MAX_REQUEST} bytes")
         channel, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         stack.enter_context(channel)
         channel.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
-        with theirs:
-            payload = wire.encode_request(request._replace(reply_fd=len(fds)))
-            if len(payload) > wire.MAX_REQUEST:
-                raise Malformed(f"the request has more than {wire.MAX_REQUEST} bytes")
-            _send(self.socket, payload, [*fds, theirs.fileno()], deadline)
-        # Our copy of the daemon's end is closed, so that a hang-up of the daemon's shows here.
-        data, received, pid = _receive(channel, stack, deadline)
-        if data is None:
-            raise Timeout(f"no answer from {self.socket} within {timeout:g} s")
-        if not data:
-            channel.close()
-            raise Dropped(f"{self.socket}: the request was dropped without an answer")
+        sender = stack.enter_context(_socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM))
+        with self._withdrawable(request, channel, sender):
+            with theirs, sender:
+                _send(sender, self.socket, payload, [*fds, theirs.fileno()], deadline)
+            # Our copy of the daemon's end is closed, so that a hang-up of the daemon's shows here.
+            if not _in_time(channel, deadline, isinstance(request, wire.Attach) and request.lease_fd is not None):
+                raise Timeout(f"no answer from {self.socket} within {timeout:g} s")
+            data, received, pid = _receive(channel, stack)
+            if not data:
+                channel.close()
+                raise Dropped(f"{self.socket}: the request was dropped without an answer")
         return Answer(_decoded(data), received, channel, pid)
 
 
