@@ -134,7 +134,10 @@ install:
 	    program=$(DESTDIR)$(PREFIX)/$${pair%:*} && install -d $${program%/*} && \
 	    case $$pair in bin/*) python=/usr/bin/python3 ;; *) python=$(PYTHON) ;; esac && \
 	    printf '%s\n' "#!$$python -IS" 'import sys' 'sys.path.insert(0, "$(PREFIX)/lib/loopd")' \
-	        "from loopd.$${pair#*:} import main" 'sys.exit(main())' >$$program && chmod 755 $$program || exit; \
+	        'try:' "    from loopd.$${pair#*:} import main" \
+	        'except ModuleNotFoundError as error:' '    if not (error.name or "").startswith("loopd"):' '        raise' \
+	        "    sys.exit(\"$${program##*/}: its library is not here: bind $(PREFIX)/lib/loopd into the container, too\")" \
+	        'sys.exit(main())' >$$program && chmod 755 $$program || exit; \
 	done
 	for pair in $(STAND_INS); do install -D -m 755 loopd/$${pair%:*}.py $(LIB)/loopd/bin/$${pair#*:} || exit; done
 	for pair in $(COMPLETION); do \

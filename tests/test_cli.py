@@ -8,12 +8,16 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import pytest
 from scripted import DEADLINE, Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_left, released
@@ -21,6 +25,7 @@ from test_client import LEASE, REPLY, ROOT
 
 import loopd.client.api
 from loopd.cli import loopctl as cli
+from loopd.cli import values
 from loopd.protocol import wire
 
 __all__ = ["loop", "no_directory_of_loopd", "no_fd_is_left"]  # fixtures
@@ -258,7 +263,15 @@ def test_what_helps_is_said(ctl: Ctl) -> None:
         assert "loopd-admin.socket" in ctl("--admin", "list").err
 
 
-@pytest.mark.parametrize("verb", ["detach", "rescan", "resize"])
+def test_an_image_that_no_device_has(ctl: Ctl) -> None:
+    with Peer(ctl.sock, *[lambda request: request.reply({"leases": [LEASE]})] * 2):
+        for image in (ctl.image, "missing.img"):
+            first, second = ctl("detach", image).err.splitlines()
+            assert first == f"loopctl: {image} is the image of no device here"
+            assert "`loopctl list`" in second
+
+
+@pytest.mark.parametrize("verb", ["rescan", "resize"])
 def test_an_image_is_no_device(ctl: Ctl, verb: str) -> None:
     """It is what one has at hand, and the list is where its device is found."""
     result = ctl(verb, ctl.image)
@@ -304,6 +317,36 @@ def test_run_says_when_the_device_is_left_in_use(ctl: Ctl, loop: Loop) -> None:
         result = ctl("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", "exit 3")
         assert result.code == 3
         assert IN_USE in result.err
+
+
+def lost(request: Request) -> None:
+    request.reply({"state": "released", "lost": "Input/output error"})
+
+
+@pytest.mark.parametrize(("command", "code"), [("true", 1), ("exit 3", 3), ("kill -9 $$", 137)])
+def test_run_says_what_the_image_lacks(ctl: Ctl, loop: Loop, command: str, code: int) -> None:
+    with Peer(ctl.sock, loop.deliver, lost):
+        result = ctl("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", command)
+    path = ctl.dev / loop.reply["devname"]
+    said = f"loopctl: {path} is detached, but its image lacks what was written to it: Input/output error\n"
+    assert result == (code, "", said)
+
+
+def test_detach_says_what_the_image_lacks(ctl: Ctl) -> None:
+    rows = {"leases": [dict(LEASE, devname="loop1"), dict(LEASE, devname="loop2")]}
+
+    def lost_and_busy(request: Request) -> None:
+        request.reply({"state": "busy", "lost": "Input/output error"})
+
+    said = "is detached, but its image lacks what was written to it: Input/output error"
+    with Peer(ctl.sock, lost, released, lambda request: request.reply(rows), lost_and_busy, lost, released):
+        assert ctl("detach", "loop1", "loop2") == (1, "", f"loopctl: loop1 {said}\n")
+        result = ctl("detach", "--all")  # that of the one in use is waited for all the same
+    assert (result.code, result.out) == (1, "")
+    assert result.err.splitlines() == [
+        f"loopctl: loop1 {said}; and somebody still has it open",
+        f"loopctl: loop2 {said}",
+    ]
 
 
 COUNTS = """
@@ -386,6 +429,121 @@ def test_a_signal_while_attaching_hangs_up(ctl: Ctl, number: signal.Signals) -> 
     assert err == ""
 
 
+ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
+
+
+def status_of(number: signal.Signals) -> int:
+    return 130 if number == signal.SIGINT else -number
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def state_of(process: subprocess.Popen[str]) -> str:
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0]
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_takes_back_an_attach_that_is_not_answered(ctl: Ctl, number: signal.Signals) -> None:
+    """At once; and from then on the daemon's answer fails, so that it undoes what it has done."""
+    with Peer(ctl.sock, lambda request: None) as peer:
+        with ctl.start("attach", ctl.image, "-d", ctl.dev) as process:
+            wait_for(lambda: peer.requests)
+            time.sleep(0.1)
+            process.send_signal(number)
+            assert process.communicate(timeout=DEADLINE) == ("", "")
+        assert process.returncode == status_of(number)
+        with pytest.raises(BrokenPipeError):
+            peer.requests[0].reply(REPLY)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_after_the_answer_detaches(ctl: Ctl, loop: Loop, number: signal.Signals) -> None:
+    """The answer is in the socket, and loopctl has not run since it came."""
+    answered = threading.Event()
+
+    def step(request: Request) -> None:
+        wait_for(lambda: state_of(process) == "S")
+        process.send_signal(signal.SIGSTOP)
+        wait_for(lambda: state_of(process) == "T")
+        loop.deliver(request)
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        answered.set()
+
+    with Peer(ctl.sock, step, released) as peer:
+        with ctl.start("attach", loop.image, "-d", ctl.dev) as process:
+            assert process.communicate(timeout=DEADLINE) == ("", "")
+    assert process.returncode == status_of(number)
+    assert (peer.requests[1].fields["op"], peer.requests[1].fields["diskseq"]) == ("detach", 7)
+    assert answered.is_set()
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_before_the_name_is_printed_detaches(ctl: Ctl, loop: Loop, number: signal.Signals) -> None:
+    """The name goes into a pipe that is full; what the detach has to tell is said."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    try:
+        with Peer(ctl.sock, loop.deliver, lost) as peer:
+            with ctl.start("attach", loop.image, "-d", ctl.dev, stdout=writer) as process:
+                wait_for(lambda: peer.requests and "pipe" in Path(f"/proc/{process.pid}/wchan").read_text())
+                process.send_signal(number)
+                _, err = process.communicate(timeout=DEADLINE)
+        assert process.returncode == status_of(number)
+        assert peer.requests[1].fields["op"] == "detach"
+        assert "its image lacks what was written to it: Input/output error" in err
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_signal_while_the_queue_is_full(ctl: Ctl) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(ctl.sock))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler:
+            filler.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    filler.sendto(b"{}", str(ctl.sock))
+        with ctl.start("attach", ctl.image, "-d", ctl.dev) as process:
+            wait_for(lambda: "poll" in Path(f"/proc/{process.pid}/wchan").read_text())
+            process.send_signal(signal.SIGTERM)
+            assert process.communicate(timeout=DEADLINE) == ("", "")
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_a_signal_that_is_ignored_stays_so(ctl: Ctl, loop: Loop) -> None:
+    """As nohup has it."""
+
+    def step(request: Request) -> None:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        loop.deliver(request)
+
+    with Peer(ctl.sock, step):
+        with ctl.start("attach", loop.image, "-d", ctl.dev, before=["nohup"], stdin=subprocess.DEVNULL) as process:
+            out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out, err) == (0, f"{ctl.dev / loop.reply['devname']}\n", "")
+
+
+def test_an_answer_that_is_too_late_is_none(ctl: Ctl) -> None:
+    """Else a device would be left that nobody knows of: the daemon's answer fails, and it undoes the attach."""
+    with Peer(ctl.sock, lambda request: None) as peer:
+        result = ctl("--timeout", "0.2", "attach", ctl.image, "-d", ctl.dev)
+        assert "no answer" in result.err
+        with pytest.raises(BrokenPipeError):
+            peer.requests[0].reply(REPLY)
+
+
 def test_the_device_ends_with_loopctl(ctl: Ctl, loop: Loop) -> None:
     with Peer(ctl.sock, loop.deliver) as peer:
         with ctl.start("run", loop.image, "-d", ctl.dev, "--", "sh", "-c", "echo $$; exec sleep 30") as process:
@@ -444,9 +602,40 @@ def test_list_is_a_table_that_nobodys_file_name_can_forge(ctl: Ctl) -> None:
             "loop10000  1.5G  1   0    512     1d   attached  pidfd of 1  /a\\n\\x1b[31mloop",
         ]
         header, line = ctl("list").out.splitlines()
-        assert header.split()[8:13] == ["OWNER", "UNIT", "UID", "PID", "OPEN-IN"]
-        assert line.split()[-6:] == ["/a.scope", "b.scope", "1000", "7", "-", "/disk.img"]
+        assert header.split()[4:] == ["LEASE", "UID", "PID", "UNIT", "OPEN-IN", "BACK-FILE"]
+        assert line.split()[6:] == ["1000", "7", "b.scope", "-", "/disk.img"]
         assert ctl("list") == (0, "", "")
+
+
+def test_the_admins_list_is_no_wider_than_a_screen_and_its_file(ctl: Ctl) -> None:
+    container = f"libpod-{'0123456789abcdef' * 4}.scope"
+    account = f"/user.slice/user-1000.slice/user@1000.service/user.slice/{container}"
+    file = f"/{'directory/' * 20}disk.img"
+    theirs = dict(LEASE, devname="loop1048575", size=3 << 29, state="releasing", lease="pidfd", backing_file=file)
+    page = {"leases": [dict(theirs, uid=100000, pid=4194304, account=account, unit=container)]}
+    pages = iter([page, GREETING, page, page, GREETING])
+    with Peer(ctl.sock, *[lambda request: request.reply(next(pages))] * 5):
+        header, line = ctl("list").out.splitlines()
+        assert line.index(file) == header.index("BACK-FILE") < 100
+        assert "  libpod-012345...ef.scope  " in line
+        assert line.endswith(file)
+        assert ctl("list", "-o", "unit,owner").out.splitlines()[1].split() == [container, account]
+        assert ctl("list", "--noheadings", "--output=all").out.split()[-2:] == ["-", file]
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (["-o", "NAME,ref"], ["NAME      REF", "loop4096  -", "loop4097  mine"]),
+        (["-n", "-o", "REF,NAME"], ["-     loop4096", "mine  loop4097"]),
+        (["--noheadings", "--output", "OFFSET, SIZELIMIT"], ["0  0", "0  0"]),
+        (["-n", "-o", "name"], ["loop4096", "loop4097"]),
+    ],
+)
+def test_the_columns_that_are_asked_for(ctl: Ctl, options: list[str], lines: list[str]) -> None:
+    rows = [LEASE, dict(LEASE, devname="loop4097", ref="mine")]
+    with Peer(ctl.sock, lambda request: request.reply({"leases": rows})):
+        assert ctl("list", *options).out.splitlines() == lines
 
 
 def test_a_name_that_the_locale_has_no_characters_for_hides_no_device(ctl: Ctl) -> None:
@@ -552,7 +741,8 @@ def test_an_fd_is_of_no_use_after_the_end_of_loopctl(ctl: Ctl, loop: Loop) -> No
 def test_list_in_json(ctl: Ctl) -> None:
     with Peer(ctl.sock, lambda request: request.reply({"leases": [LEASE]})):
         result = ctl("list", "--json")
-    assert json.loads(result.out) == {"leases": [{**LEASE, "partitions": []}]}
+    said = {"partitions": [], "backing_file_at_attach": LEASE["backing_file"]}
+    assert json.loads(result.out) == {"leases": [{**LEASE, **said}]}
 
 
 def test_list_into_a_pipe_that_is_closed(ctl: Ctl) -> None:
@@ -620,6 +810,8 @@ def test_the_timeout(ctl: Ctl) -> None:
         "resize loop1 loop2",
         "doctor loop1",
         "list loop1",
+        "list -o NAMES",
+        "list -o",
         "--timeout nan list",
     ],
 )
@@ -668,7 +860,7 @@ def test_what_may_have_been_meant(line: str, said: str, capsys: pytest.CaptureFi
     ],
 )
 def test_sizes_are_losetups(text: str, value: int) -> None:
-    assert cli.size(text) == value
+    assert values.size(text) == value
 
 
 @pytest.mark.parametrize(
@@ -676,7 +868,7 @@ def test_sizes_are_losetups(text: str, value: int) -> None:
 )
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        cli.size(text)
+        values.size(text)
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
@@ -686,6 +878,118 @@ def test_every_verb_has_help_and_is_in_the_overview(verb: str, capsys: pytest.Ca
             cli.main(line)
         assert caught.value.code == 0
         assert verb in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["--help", "--version", "attach --help", "list", "hello"])
+@pytest.mark.parametrize("stdout", ["full", "pipe", "closed"])
+def test_output_that_nobody_gets_is_a_failure(ctl: Ctl, line: str, stdout: str) -> None:
+    """One line for a person, and no traceback; the exit status is not 0 even where no person is told."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    fd = {"full": os.open("/dev/full", os.O_WRONLY), "pipe": writer, "closed": -1}
+    why = {"full": ": No space left on device", "pipe": ": Broken pipe", "closed": " is closed"}[stdout]
+    answer = {"list": {"leases": [LEASE]}, "hello": GREETING}.get(line)
+    steps = [lambda request: request.reply(answer)] * 2 if answer else []
+    options: dict[str, Any] = {"stdout": fd[stdout]}
+    if stdout == "closed":
+        options = {"stdout": None, "preexec_fn": lambda: os.close(1)}
+    try:
+        with Peer(ctl.sock, *steps):
+            result = ctl(*line.split(), **options)
+            assert (result.code, result.err) == (1, f"loopctl: standard output{why}\n")
+            assert ctl(*line.split(), **{**options, "stderr": fd["full"]}).code == 1
+    finally:
+        os.close(fd["full"])
+        os.close(writer)
+
+
+@pytest.mark.parametrize("line", ["list", "lis", "attach /missing"])
+def test_a_failure_that_nobody_reads_is_one(ctl: Ctl, line: str) -> None:
+    with open("/dev/full", "w") as full:
+        assert ctl(*line.split(), stderr=full).code == (2 if line == "lis" else 1)
+
+
+C_LOCALE = ("env", "LC_ALL=C", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["attach", ""], "'': No such file or directory"),
+        (["attach", "\u00f1"], "\u00f1: No such file or directory"),
+        (["attach", os.fsdecode(b"\xc3\xb1\xff\n")], "\u00f1\\xff\\n: No such file or directory"),
+        (["run", "\u00f1", "--", "true"], "\u00f1: No such file or directory"),
+        (["attach", "{image}", "-d", "\u00f1"], "\u00f1: No such file or directory"),
+        (["attach", "{image}", "--offset", "\u00f1"], "argument -o/--offset: not a size: '\u00f1'; expected bytes"),
+        (["attach", "{image}", "--direct-io", "\u00f1"], "argument --direct-io: invalid choice: '\u00f1' (choose"),
+        (["--socket", "/\u00f1", "list"], "cannot ask loopd at /\u00f1: No such file or directory"),
+        (["\u00f1"], "not '\u00f1'"),
+        (["attach", "{image}/x"], "{image}/x: Not a directory"),
+    ],
+)
+@pytest.mark.parametrize("before", [(), C_LOCALE], ids=["UTF-8", "C"])
+def test_what_is_wrong_as_a_person_reads_it(ctl: Ctl, words: list[str], said: str, before: tuple[str, ...]) -> None:
+    """No numbers of errors, and names as they are, in a locale that knows no letter of them, too."""
+    result = ctl(*(word.format(image=ctl.image) for word in words), before=before, encoding="utf-8")
+    assert said.format(image=ctl.image) in result.err.splitlines()[0]
+    assert result.code == (2 if "argument" in said or "not '" in said else 1)
+
+
+def test_names_in_a_locale_without_their_letters(ctl: Ctl, loop: Loop) -> None:
+    folder = ctl.dev / "\u00f1"
+    folder.mkdir()
+
+    def step(request: Request) -> None:
+        assert request.fields["ref"] == "\u00f1"
+        loop.deliver(request)
+
+    named = dict(LEASE, backing_file="/\u00f1.img")
+    path = folder / loop.reply["devname"]
+    with Peer(ctl.sock, step, step, lambda request: request.reply({"leases": [named]})):
+        for options in ([], ["--json"]):
+            words = ["attach", loop.image, "-d", folder, "--ref=\u00f1", *options]
+            result = ctl(*words, before=C_LOCALE, encoding="utf-8")
+            assert (result.code, result.err) == (0, "")
+            assert (json.loads(result.out)["path"] if options else result.out.rstrip("\n")) == str(path)
+            path.unlink()
+        assert ctl("list", before=C_LOCALE, encoding="utf-8").out.splitlines()[1].endswith("  /\u00f1.img")
+
+
+@pytest.mark.parametrize("line", ["list", "attach disk.img -d dev", "detach loop1", "resize loop1"])
+def test_a_relative_directory_of_loopds_is_refused(ctl: Ctl, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a sentence, and before anything is asked."""
+    monkeypatch.setenv("LOOPD_DIRECTORY", "dev")
+    first, second = ctl(*line.split(), cwd=ctl.dev.parent).err.splitlines()
+    assert first == "loopctl: LOOPD_DIRECTORY=dev is no absolute path"
+    assert "/dev/loopd" in second
+    with Peer(ctl.sock, lambda request: request.reply(GREETING)):
+        lines = ctl("doctor", cwd=ctl.dev.parent).out.splitlines()
+    assert lines[1].startswith("FAIL  directory: LOOPD_DIRECTORY=dev is no absolute path; ")
+
+
+def test_the_administrators_socket_is_roots(ctl: Ctl) -> None:
+    """That of an instance, too; in a container, where root is not the host's, sudo would not help."""
+    folder = Path(tempfile.mkdtemp(prefix="loopd-test-", dir="/tmp"))
+    folder.chmod(0o755)
+    try:
+        with Peer(folder / "admin.sock"):
+            (folder / "admin.sock").chmod(0o600)
+            # Another user may not reach the interpreter's own modules.
+            code = f"""
+import os, sys
+import {", ".join(f"loopd.cli.{name}" for name in ("loopctl", "verbs"))}
+os.setgid(65534), os.setuid(65534)
+sys.exit(loopd.cli.main(["--socket", "{folder}/admin.sock", "--admin", "list"]))
+"""
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        shutil.rmtree(folder)
+    assert done.stderr.splitlines() == [
+        f"loopctl: cannot ask loopd at {folder}/admin.sock: Permission denied",
+        "loopctl: you are not root: sudo loopctl ...",
+    ]
 
 
 def test_the_version(ctl: Ctl) -> None:

@@ -24,7 +24,7 @@ from scripted import Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_
 
 import loopd
 from loopd.client import api as client
-from loopd.client import layers
+from loopd.client import exchange, layers
 from loopd.protocol import wire
 from loopd.protocol.decode import decode
 
@@ -371,10 +371,45 @@ def test_a_device_that_is_gone_counts_as_released(image: Path, sock: Path, tmp_p
             pass
 
 
+LOST: dict[str, Any] = {"state": "released", "lost": "No space left on device"}
+
+
+def test_what_the_image_lacks_is_an_error_of_its_own(image: Path, sock: Path, tmp_path: Path) -> None:
+    def lost(request: Request) -> None:
+        request.reply(LOST)
+
+    with Peer(sock, answer, lost, lost, lambda request: request.reply({**LOST, "state": "busy"})) as peer:
+        with pytest.raises(loopd.ImageIncomplete, match=r"loop4096 .* image lacks .*: No space left on device$") as end:
+            with loopd.attach(image, tmp_path, open_device=False, socket=sock) as device:
+                pass
+        assert (end.value.reason, end.value.released, end.value.hint) == ("No space left on device", True, "")
+        assert peer.hung_up(0)
+        assert device.detach()  # nobody is asked again
+        with pytest.raises(loopd.ImageIncomplete):
+            loopd.detach("loop4096", socket=sock)
+        with pytest.raises(loopd.ImageIncomplete, match="somebody still has it open") as held:
+            loopd.detach("loop4096", socket=sock)
+        assert not held.value.released
+
+
+def test_what_the_image_lacks_hides_no_exception_of_the_block(image: Path, sock: Path, tmp_path: Path) -> None:
+    with Peer(sock, answer, lambda request: request.reply(LOST)):
+        with pytest.raises(ZeroDivisionError) as caught:
+            with loopd.attach(image, tmp_path, open_device=False, socket=sock):
+                _ = 1 / 0
+    (note,) = caught.value.__notes__
+    assert re.fullmatch(r".*/loop4096 is detached, but its image lacks .*: No space left on device", note)
+
+
+def test_a_detach_that_lost_nothing_says_nothing_of_it() -> None:
+    assert wire.encode_reply(wire.Detached("released")) == b'{"state":"released"}'
+    assert wire.encode_reply(wire.Detached("busy", "why")) == b'{"state":"busy","lost":"why"}'
+
+
 @pytest.fixture
 def sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is dropped is not sent again: the first pause would be longer than the deadline."""
-    monkeypatch.setattr(loopd.client.api, "_FIRST_PAUSE", 60.0)
+    monkeypatch.setattr(exchange, "FIRST_PAUSE", 60.0)
 
 
 def test_a_detach_without_an_answer_hangs_up(image: Path, sock: Path, tmp_path: Path, sent_once: None) -> None:
@@ -428,7 +463,11 @@ def test_another_way_is_tried_after_a_refusal(
         with open(loop.path, "r+b", buffering=0) as file:
             request.reply(loop.reply, [file.fileno()])
 
-    steps = [lambda request: request.refuse("undeliverable"), kernels, released]
+
+    def none_listed(request: Request) -> None:
+        request.reply({"leases": []})
+
+    steps = [lambda request: request.refuse("undeliverable"), kernels, none_listed, released]
     with Peer(sock, *steps), loopd.attach(loop.image, socket=sock) as device:
         assert device.path == loop.path
 
@@ -799,29 +838,58 @@ def test_a_request_that_is_too_long_is_not_sent(image: Path, tmp_path: Path, soc
 # The other operations ---------------------------------------------------------------------------------------
 
 
-def test_a_request_about_a_device_names_its_directory_and_then_nothing(
-    sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("device", "asked"),
+    [
+        ("loop1", ["list bound", "resize -"]),
+        ("named/loop1", ["list bound", "resize named"]),
+        ("named/loop2", ["resize named"]),
+        ("loop3", ["resize bound"]),
+        ("named/loop3", ["resize bound"]),
+        ("link/loop3", ["resize bound"]),
+        ("loop4", ["list bound", "resize bound"]),
+        ("/nonexistent/loop1", ["list bound", "resize -"]),
+    ],
+)
+def test_a_request_about_a_device_goes_to_its_owner(
+    loop: Loop, sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, asked: list[str]
 ) -> None:
-    """Whose lease it is, the daemon says: that of the name's directory, of the container's, or of the user."""
-    named, bound = tmp_path / "named", tmp_path / "bound"
-    named.mkdir()
-    bound.mkdir()
-    monkeypatch.setenv("LOOPD_DIRECTORY", str(bound))
-    seen: list[Path | None] = []
+    """What is asked as another owner is refused, which the journal would have.
 
-    def not_found(request: Request) -> None:
-        assert request.fields["op"] == "resize"
+    loop2 and loop3 have nodes; loop4 is of the directory that is bound in, and has lost its node: somebody still has it
+    open after a detach.
+    """
+    folders = {name: tmp_path / name for name in ("named", "bound", "link")}
+    for folder in folders.values():
+        folder.mkdir()
+    os.mknod(folders["named"] / "loop2", 0o60600, loop.number)
+    os.mknod(folders["bound"] / "loop3", 0o60600, loop.number)
+    (folders["link"] / "loop3").symlink_to("../bound/loop3")
+    monkeypatch.setenv("LOOPD_DIRECTORY", str(folders["bound"]))
+    seen: list[str] = []
+
+    def step(request: Request) -> None:
         index = request.fields.get("dir_fd")
         status = None if index is None else os.fstat(request.fds[index])
-        seen.append(next((p for p in (named, bound) if status and os.path.samestat(p.stat(), status)), None))
-        request.refuse("not-found")
+        whose = next((n for n, p in folders.items() if status and os.path.samestat(p.stat(), status)), "-")
+        seen.append(f"{request.fields['op']} {whose}")
+        held = [dict(LEASE, devname="loop4")] if whose == "bound" else []
+        request.reply({"leases": held} if request.fields["op"] == "list" else {"size": 1})
 
-    with Peer(sock, *[not_found] * 6):
-        for device in (named / "loop1", "loop1", "/nonexistent/loop1"):
-            with pytest.raises(loopd.NotFound):
-                loopd.resize(device, socket=sock)
-            monkeypatch.setenv("LOOPD_DIRECTORY", str(bound) if device == named / "loop1" else "/nonexistent")
-    assert seen == [named, bound, None, bound, None, None]
+    with Peer(sock, *[step] * len(asked)):
+        assert loopd.resize(device if device.startswith("loop") else tmp_path / device, socket=sock) == 1
+    assert seen == asked
+
+
+def test_a_node_of_somebody_elses_making_is_not_the_last_word(
+    loop: Loop, sock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that somebody else has made tells nothing."""
+    monkeypatch.setenv("LOOPD_DIRECTORY", str(tmp_path))
+    os.mknod(tmp_path / "loop1", 0o60600, loop.number)
+    with Peer(sock, lambda request: request.refuse("not-found"), lambda request: request.reply({"size": 1})) as peer:
+        assert loopd.resize("loop1", socket=sock) == 1
+    assert ["dir_fd" in request.fields for request in peer.requests] == [True, False]
 
 
 def test_a_devtmpfs_is_no_directory_to_ask_about(sock: Path) -> None:
@@ -981,10 +1049,12 @@ def test_an_error_comes_out_of_a_worker_process_as_it_is(kind: type[client.Error
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_so_does_the_one_that_names_a_layer() -> None:
+def test_so_do_those_that_say_more() -> None:
     error = client.DeviceInaccessible("no", "do that", "nodev", 13)
     found = pickle.loads(pickle.dumps(error))
     assert (str(found), found.layer, found.errno) == (str(error), "nodev", 13)
+    lost = pickle.loads(pickle.dumps(client.ImageIncomplete("no", reason="why", released=False)))
+    assert (str(lost), lost.reason, lost.released) == ("no", "why", False)
 
 
 # Tools ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, Daemon, Reply
 
 from loopd.cli import loopctl as cli
+from loopd.cli.table import COLUMNS
 
 FOLDER = ROOT / "systemd/completion"
 LOOPCTL = ROOT / ".venv/bin/loopctl"
@@ -81,6 +82,17 @@ def test_bash_values(verb: str) -> None:
         assert bash(verb, option, "") == []
 
 
+def test_bash_columns() -> None:
+    names = ["all", *COLUMNS]
+    for option in ("-o", "--output"):
+        assert bash("list", option, "") == sorted(names)
+        assert bash("list", option, "S") == ["SECTOR", "SIZE", "SIZELIMIT", "STATE"]
+        assert bash("list", option, "NAME,RE") == ["NAME,REF"]
+    assert bash("attach", "-o", "") == []
+    for shell in ("zsh", "fish"):
+        assert f" {' '.join(names)}\n" in (FOLDER / f"loopctl.{shell}").read_text()
+
+
 def test_bash_behind_the_image() -> None:
     assert "--lock" in bash("run", "disk.img", "--l")
     assert "mkdir" in bash("run", "disk.img", "--", "mkdi")
@@ -141,6 +153,8 @@ def typed(keys: str, until: str, tmp_path: Path) -> str:
         ("loopctl attach disk.i\t", "loopctl attach disk.img "),
         ("loopctl run --directory no\t", "loopctl run --directory nodes/"),
         ("loopctl run disk.img -- setpri\t", "loopctl run disk.img -- setpriv "),
+        ("loopctl list -o NAME,BACK\t", "loopctl list -o NAME,BACK-FILE"),
+        ("loopctl detach disk.i\t", "loopctl detach disk.img "),
     ],
 )
 def test_keys_in_a_real_bash(keys: str, shown: str, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_hacking_by_hand(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     device, header, row = done.stdout.splitlines()
     assert re.fullmatch(rf"{tmp_path}/[^/]+/dev/0-build/loop\d+", device)
-    assert "OWNER" in header.split()
+    assert "UNIT" in header.split()
     assert row.split()[0] == os.path.basename(device)
     assert "LOOPD_EVENT='attached'" in done.stderr
     assert list(tmp_path.iterdir()) == []

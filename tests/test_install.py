@@ -151,6 +151,15 @@ def test_programs_are_those_of_the_package(prefix: Path) -> None:
         assert f"from {module} import {function}\n" in program.read_text()
 
 
+@pytest.mark.parametrize("program", ["sbin/loopd", "bin/loopctl"])
+def test_program_without_its_library_says_so(prefix: Path, program: str) -> None:
+    """As in a container with the program bound into it, and not the library."""
+    (prefix / "lib/loopd").rename(prefix / "lib/elsewhere")
+    ran = subprocess.run([prefix / program, "--version"], check=False, capture_output=True, text=True, cwd="/")
+    said = f"its library is not here: bind {prefix}/lib/loopd into the container, too"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", f"{Path(program).name}: {said}\n")
+
+
 @pytest.mark.parametrize("name", [name for module, name in STAND_INS.items() if (ROOT / module).exists()])
 def test_stand_in_runs_alone(prefix: Path, tmp_path: Path, name: str) -> None:
     alone = tmp_path / "alone" / name

@@ -19,9 +19,10 @@ from conftest import Daemon, bound_to, eventually, exists, require
 from kept import Kept
 from processes import stays
 
-from loopd.daemon.numbers import BLOCK, FIRST
+from loopd.daemon.counter import BLOCK
 from loopd.loop import Loop, LoopControl
 from loopd.protocol import wire
+from loopd.worker.make import FIRST
 
 SOON = 10.0
 MIB = 1 << 20

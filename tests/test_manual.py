@@ -20,6 +20,7 @@ from conftest import ROOT, Daemon
 
 from loopd import __version__, losetup
 from loopd.cli import loopctl as cli
+from loopd.cli import table
 from loopd.daemon import policy
 from loopd.daemon.audit import Event
 from loopd.daemon.process import STATE_DIRECTORY
@@ -147,15 +148,18 @@ def test_examples_of_loopctl(page: dict[str, Page], daemon: Daemon, devices: Pat
     assert done.returncode == 0, done.stderr
     shown, listed = done.stdout.split("}\n")
     assert {"size": 16 << 20, "read_only": True}.items() <= json.loads(shown + "}").items()
-    assert listed.split()[: len(cli.COLUMNS)][0] == "NAME"
+    assert listed.split()[: len(table.COLUMNS)][0] == "NAME"
     assert len(daemon.records("detached")) == 3
     assert list(devices.iterdir()) == []
 
 
 def test_columns_of_list(page: dict[str, Page]) -> None:
     entries = [entry for entry in page["loopctl.1"].entries("VERBS", "list") if not entry.term.startswith("-")]
-    assert [entry.term for entry in entries] == [column.name for column in cli.COLUMNS]
-    assert [entry.text.startswith("With --admin") for entry in entries] == [column.admin for column in cli.COLUMNS]
+    assert [entry.term for entry in entries] == list(table.COLUMNS)
+    (said,) = (entry.text for entry in page["loopctl.1"].entries("VERBS", "list") if "--output" in entry.names)
+    for columns in (table.OWN, table.EVERYBODYS):
+        assert f"has {', '.join(columns[:-1])} and {columns[-1]}" in said
+    assert f"longer than {table.WIDEST} characters" in said
 
 
 def test_exit_codes_of_loopctl(page: dict[str, Page]) -> None:

@@ -22,9 +22,9 @@ from kept import Kept, hold, kept_fixture, start_at, start_kept_fixture  # noqa:
 from processes import stays
 from untouched import leases, stopped
 
-from loopd.daemon.numbers import FIRST
 from loopd.loop import Loop, LoopControl, backing_file
 from loopd.protocol import wire
+from loopd.worker.make import FIRST
 
 SOON = 5.0
 

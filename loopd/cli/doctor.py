@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
+from loopd.cli.output import described
 from loopd.client import api as client
 from loopd.client import layers
 
@@ -159,7 +160,7 @@ def _device(asked: client.Client) -> Iterator[Finding]:
     except client.Error as error:
         found = error
     except OSError as error:
-        found = client.Error(str(error))
+        found = client.Error(described(error))
     layer = getattr(found, "layer", "")
     for name, what in (("device cgroup", "the device cgroup"), ("lsm", f"a security module ({_lsm()})")):
         if layer == name and found is not None:
@@ -217,7 +218,11 @@ def _max_loop() -> Finding:
 def examine(asked: client.Client) -> Iterator[Finding]:
     """Every check, in the order in which a request meets them."""
     yield _socket(asked)
-    place = _place()
+    try:
+        place = _place()
+    except client.Error as error:  # LOOPD_DIRECTORY
+        yield Finding("FAIL", "directory", error.message, error.hint)
+        return
     yield _group(asked, place)
     if place is None:
         yield Finding("FAIL", "directory", "/dev cannot be opened")

@@ -95,8 +95,8 @@ def _partition_folders(devname: str) -> Iterator[str]:
 def find(devnames: Collection[str], daemon: int) -> dict[str, tuple[str, ...]]:
     """Who has each device open, as text: ``mke2fs[123]``, ``/mnt in bash[45]``, ``dm-0``.
 
-    `daemon` is loopd's process, which is left out with its helpers. A file system is named once for each mount
-    namespace.
+    `daemon` is loopd's process, which is left out with its helpers; 0 where it is of another PID namespace. A file
+    system is named once for each mount namespace.
     """
     numbers = _numbers(devnames)
     found: dict[str, list[str]] = {devname: list(_of_devices(devname)) for devname in devnames}
@@ -106,7 +106,7 @@ def find(devnames: Collection[str], daemon: int) -> dict[str, tuple[str, ...]]:
             line.split(":\t", 1) for line in _read(f"/proc/{pid}/status").split("\n") if ":\t" in line
         )
         process = f"{status.get('Name', '?')}[{pid}]"
-        if str(daemon) not in (pid, status.get("PPid")):
+        if daemon == 0 or str(daemon) not in (pid, status.get("PPid")):
             for devname in _of_process(pid, numbers):
                 found[devname].append(process)
         with suppress(OSError):

@@ -114,6 +114,8 @@ class Recovery:
         for lease, stored, fds in found:
             with FdSet(fds.values()):
                 self._carry_on(lease, stored, fds.get("reply", lease.keeper))
+        with contextlib.suppress(OSError):  # told where one is needed
+            self._books.slots.top_up()
         numbers = self._books.numbers
         numbers.sweep({lease.binding.number for lease in self._books.leases})
         numbers.keep_low_free()

@@ -210,8 +210,8 @@ class Detached(NamedTuple):
 
 
 class LeaseInfo(NamedTuple):
-    """One row of the reply to ``list``. Times in seconds, sizes in bytes; the owner is for the admin socket; `openers`
-    is the client's to fill in.
+    """One row of the reply to ``list``. Times in seconds, sizes in bytes; the owner is for the admin socket. The
+    client fills in `openers` and `backing_file_at_attach`, and puts the file's present name into `backing_file`.
     """
 
     devname: str
@@ -239,6 +239,7 @@ class LeaseInfo(NamedTuple):
     pid: int | None = None
     unit: str | None = None
     openers: tuple[str, ...] | None = None
+    backing_file_at_attach: str | None = None
 
 
 class LeaseList(NamedTuple):

@@ -8,7 +8,7 @@ _loopctl() {
         [attach]="$image --lifetime --json"
         [run]="$image"
         [detach]='-a --all --wait --force'
-        [list]='--json'
+        [list]='-o --output -n --noheadings --json'
         [directory]='--remove'
         [rescan]=''
         [resize]=''
@@ -33,8 +33,8 @@ _loopctl() {
         fi
         case $word in
             --admin) admin=--admin ;;
-            --socket|--timeout|-d|--directory|--deliver|-o|--offset|--sizelimit|-b|--sector-size|--direct-io|--ref|\
-            --lifetime|--wait) skip=1 ;;
+            --socket|--timeout|-d|--directory|--deliver|-o|--offset|--output|--sizelimit|-b|--sector-size|--direct-io|\
+            --ref|--lifetime|--wait) skip=1 ;;
             --) command=$((index + 1)); break ;;
             -*|=) ;;
             *) verb=${verb:-$word} ;;
@@ -50,6 +50,7 @@ _loopctl() {
         fi
         return
     fi
+    [[ $verb$prev == list-o ]] && prev=--output
     case $prev in
         -d|--directory) compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
         --socket) compopt -o default; return ;;
@@ -57,6 +58,15 @@ _loopctl() {
         -b|--sector-size) word='512 1024 2048 4096' ;;
         --direct-io) word='auto on off' ;;
         --lifetime) word='container parent detach' ;;
+        --output)
+            # The columns behind a comma, too.
+            for word in all NAME SIZE RO DIO SECTOR OFFSET SIZELIMIT AGE STATE LEASE UID PID REF UNIT OWNER OPEN-IN BACK-FILE; do
+                [[ $cur == *,* ]] && word=${cur%,*},$word
+                [[ $word == "$cur"* ]] && COMPREPLY+=("$word")
+            done
+            compopt -o nospace
+            return
+            ;;
         -o|--offset|--sizelimit|--ref|--timeout|--wait) return ;;
         *)
             if [[ ! $verb ]]; then
@@ -66,7 +76,10 @@ _loopctl() {
             else
                 case $verb in
                     attach|run) compopt -o default; return ;;
-                    detach|rescan|resize) word=$(loopctl $admin --timeout 2 list 2>/dev/null | sed -n 's/^\(loop[0-9]*\) .*/\1/p') ;;
+                    detach|rescan|resize)
+                        word=$(loopctl $admin --timeout 2 list --noheadings -o NAME 2>/dev/null)
+                        [[ $verb == detach ]] && compopt -o default # an image does, too
+                        ;;
                     *) return ;;
                 esac
             fi

@@ -3,8 +3,17 @@
 
 _loopctl_devices() {
     local -a devices
-    devices=(${(f)"$(loopctl ${opt_args[--admin]+--admin} --timeout 2 list 2>/dev/null | sed -n 's/^\(loop[0-9]*\) .*/\1/p')"})
+    devices=(${(f)"$(loopctl ${opt_args[--admin]+--admin} --timeout 2 list --noheadings -o NAME 2>/dev/null)"})
     compadd -a devices
+}
+
+_loopctl_detached() {
+    _alternative 'devices:device:_loopctl_devices' 'images:image:_files'
+}
+
+_loopctl_columns() {
+    _values -s , column \
+        all NAME SIZE RO DIO SECTOR OFFSET SIZELIMIT AGE STATE LEASE UID PID REF UNIT OWNER OPEN-IN BACK-FILE
 }
 
 _loopctl() {
@@ -53,8 +62,11 @@ _loopctl() {
                 detach)
                     _arguments $common '(-a --all)'{-a,--all}'[all that list shows]' \
                         '--wait[how long to wait until the image is free]:seconds:' '--force[whoever owns it]' \
-                        '*:device:_loopctl_devices' ;;
-                list|hello) _arguments $common '--json[print JSON]' ;;
+                        '*:device or image:_loopctl_detached' ;;
+                list)
+                    _arguments $common '(-o --output)'{-o,--output}'[the columns to print]:columns:_loopctl_columns' \
+                        '(-n --noheadings)'{-n,--noheadings}'[leave out the names of the columns]' '--json[print JSON]' ;;
+                hello) _arguments $common '--json[print JSON]' ;;
                 directory) _arguments $common '--remove[remove it]' '1:name:' ;;
                 rescan|resize) _arguments $common '1:device:_loopctl_devices' ;;
                 doctor|metrics) _arguments $common ;;
