@@ -44,20 +44,25 @@ def _one_on_the_other() -> None:
         mount(b"m", "m", b"ramfs")
 
 
-def _one_long_line() -> None:
+def _one_long_line(depth: int = 5000) -> None:
     """One mount so deep that its line is 5 MB long."""
-    for _ in range(5000):
+    for _ in range(depth):
         os.mkdir(AWKWARD)
         os.chdir(AWKWARD)
     os.mkdir("m")
     mount(b"m", "m", b"ramfs")
 
 
-TABLES = {"long lines": _long_lines, "one on the other": _one_on_the_other, "one long line": _one_long_line}
+TABLES: dict[str, Callable[[], None]] = {
+    "long lines": _long_lines,
+    "one on the other": _one_on_the_other,
+    "one long line": _one_long_line,
+    "one of 60 MB": lambda: _one_long_line(60000),
+}
 
 
-@pytest.fixture(params=TABLES)
-def client(request: pytest.FixtureRequest, daemon: Daemon, image: int, tmp_path: Path) -> Iterator[Child]:
+@pytest.fixture(name="client", params=TABLES)
+def client_fixture(request: pytest.FixtureRequest, daemon: Daemon, image: int, tmp_path: Path) -> Iterator[Child]:
     """A user with such a table, who tells what is answered to two attaches: of a file on a file system that was mounted
     before, and with a directory on one that was mounted last.
     """

@@ -531,5 +531,6 @@ def borrow(fds: FdSet, index: int, name: str) -> int:
 def main(channel: socket.socket, tools: Tools) -> None:
     """Be a helper process, from its fork to its end."""
     rights.drop_groups()
+    rights.die_first()
     os.umask(0)
     Helper(channel, tools).run()
