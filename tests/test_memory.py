@@ -87,7 +87,9 @@ def _option(unit: str, key: str) -> str:
 def test_the_service_has_room_for_as_many_leases_as_it_takes(
     memory: Memory, daemon: Daemon, image: int, directory: int
 ) -> None:
-    """And for as many workers, of which each writes into all of its memory once: all of that is three quarters of MemoryMax= at most."""
+    """And for as many workers, of which each has written into all of its memory: three quarters of MemoryMax= are more
+    than that.
+    """
     daemon.hello()
     keeper = os.pidfd_open(os.getpid())
     message = wire.encode_request(wire.Attach(0, 1, 3, 2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -20,10 +21,12 @@ from collections.abc import Collection, Iterable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from loopd.kernel import proc
 from loopd.protocol import wire
 
 # Not in Python's socket module; Linux 6.5 and later.
 SO_PASSPIDFD = 76
+SO_PEERPIDFD = 77
 SCM_PIDFD = 4
 SO_TIMESTAMPNS = SCM_TIMESTAMPNS = 35
 
@@ -294,7 +297,8 @@ def check_reply_socket(fd: int, sender: Sender) -> None:
     """Refuse what is not the sender's own end of an unnamed SEQPACKET socketpair.
 
     Both names must be empty: a connection to somebody's server would pass the check of the uid, and carry a reply with
-    loopd's credentials there. SO_PEERCRED of a socketpair is who made it.
+    loopd's credentials there. SO_PEERCRED of a socketpair is who made it. Which process that was says `check_maker`: to
+    one of the same uid a refusal may be told.
     """
     no_pair = wire.Refusal(wire.Code.BAD_FD, "reply_fd is no AF_UNIX SOCK_SEQPACKET socket")
     if not _is_socket(fd):
@@ -307,6 +311,36 @@ def check_reply_socket(fd: int, sender: Sender) -> None:
         _, uid, _ = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     if uid != sender.uid:
         raise wire.Refusal(wire.Code.NOT_PERMITTED, "reply_fd was made by another uid than the sender's")
+
+
+def check_maker(fd: int, sender: Sender) -> None:
+    """Refuse a reply socket that another process has made than the one that the datagram's credentials name.
+
+    These are a claim: with CAP_SYS_ADMIN over a pid namespace a process may put in the pid of any other one there
+    (net/core/scm.c: scm_check_creds), and SCM_PIDFD follows it. Who has made a socketpair is the kernel's own word.
+    """
+    if _maker(fd) != sender.pid:
+        raise wire.Refusal(
+            wire.Code.NOT_PERMITTED,
+            "reply_fd was made by another process than the sender: make it in the process that sends, after its fork",
+        )
+
+
+def _maker(fd: int) -> int | None:
+    """The process that has made a socketpair, None when it has ended: its pid may be another's by now."""
+    with borrowed(fd) as peer:
+        try:
+            pidfd = int.from_bytes(peer.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4), sys.byteorder)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ESRCH):  # it has ended; Linux 6.16 gives a pidfd all the same
+                return None
+            if error.errno != errno.ENOPROTOOPT:  # EMFILE, ENFILE, ENOMEM
+                raise
+            # Before Linux 6.5: the number that it had, which may be another's since it has ended.
+            return int(_UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
+    with FdSet((pidfd,)):
+        found = re.search(rb"(?m)^Pid:\t(\d+)$", proc.read(f"/proc/self/fdinfo/{pidfd}"))  # -1 when it has ended
+        return None if found is None else int(found[1])
 
 
 def _peer_name(peer: socket.socket) -> object:

@@ -173,6 +173,8 @@ class Helper:
         pidfd, lease_fd, lease, granted = packet.pidfd, None, "sender" if reply is None else "reply", False
         try:
             pidfd = _living_sender(job, packet)
+            if reply is not None:
+                transport.check_maker(reply, packet.sender)
             if job.lease is not None:
                 candidate = borrow(packet.fds, job.lease, "lease_fd")
                 kind = transport.check_lease(candidate)
