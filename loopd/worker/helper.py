@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from loopd.children.bugs import described
-from loopd.kernel import cgroups, inotify, rights, transport
+from loopd.kernel import cgroups, inotify, peers, rights, transport
 from loopd.kernel.transport import FdSet, Packet
 from loopd.loop import Loop, LoopControl, backing_file
 from loopd.protocol import wire
@@ -174,12 +174,12 @@ class Helper:
         try:
             pidfd = _living_sender(job, packet)
             if reply is not None:
-                transport.check_maker(reply, packet.sender)
+                peers.check_maker(reply, packet.sender)
             if job.lease is not None:
                 candidate = borrow(packet.fds, job.lease, "lease_fd")
-                kind = transport.check_lease(candidate)
+                kind = peers.check_lease(candidate)
                 if kind == "socket":
-                    transport.seal(candidate, "lease_fd")
+                    peers.seal(candidate, "lease_fd")
                 lease, lease_fd = kind, candidate
             if job.directory is not None:
                 granted = self._tools.grants.has(borrow(packet.fds, job.directory, "dir_fd"))
@@ -208,8 +208,8 @@ class Helper:
         for candidate in () if index is None else range(len(packet.fds)) if index == messages.SEARCH else (index,):
             try:
                 fd = borrow(packet.fds, candidate, "reply_fd")
-                transport.check_reply_socket(fd, packet.sender)
-                transport.seal(fd, "reply_fd")
+                peers.check_reply_socket(fd, packet.sender)
+                peers.seal(fd, "reply_fd")
                 return fd, None
             except Refusal as error:
                 refusal = error
