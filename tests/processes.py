@@ -45,9 +45,14 @@ def unshare(flags: int) -> None:
         _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
 
 
+def mount(source: bytes, path: str, kind: bytes = b"tmpfs") -> None:
+    """Mount a file system of that kind, as mount(2) and without starting a program."""
+    _call("mount", source, path.encode(), kind, 0, None)
+
+
 def mount_tmpfs(path: str) -> int:
     """Mount a tmpfs; an fd of its root."""
-    _call("mount", b"tmpfs", path.encode(), b"tmpfs", 0, None)
+    mount(b"tmpfs", path)
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
 

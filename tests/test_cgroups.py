@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -453,20 +454,23 @@ def test_it_has_ended_before_the_lease_is_booked(
     daemon: Daemon, cgroup: Cgroup, image: int, directory: int, tmp_path: Path, outside: int
 ) -> None:
     """While a helper attaches for it, its only process ends, and the cgroup goes."""
-    ours, theirs = pair()
+    here, there = pair()
     request = wire.encode_request(wire.Attach(0, 1, 3, 2))
-    fds = [image, directory, outside, theirs.fileno()]
+    fds = [image, directory, outside]
 
     def attach(tell: Callable[[Any], None]) -> None:
         cgroup.enter()
-        send(daemon.path, request, fds).close()
+        ours, theirs = pair()
+        socket.send_fds(there, [b"ours"], [ours.fileno()])
+        send(daemon.path, request, [*fds, theirs.fileno()]).close()
         signal.pause()
 
     daemon.hello()
-    with ours, theirs, traced(helpers(daemon), "-o/dev/null", "-einject=mknodat:delay_enter=700ms"):
-        with Child(attach, fds):
+    with here, there, traced(helpers(daemon), "-o/dev/null", "-einject=mknodat:delay_enter=700ms"):
+        with Child(attach, [*fds, there.fileno()]):
             eventually(lambda: bound_to(tmp_path), "the device is bound")
+            _, (ours,), _, _ = socket.recv_fds(here, 16, 1)
         cgroup.remove()
-        with contextlib.closing(reply_of(ours)) as reply:
+        with contextlib.closing(reply_of(socket.socket(fileno=ours))) as reply:
             assert "devname" in reply.fields
             eventually(lambda: not bound_to(tmp_path), "the file is free", SOON)

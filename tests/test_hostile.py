@@ -873,7 +873,4 @@ def test_many_at_once(served: Daemon, image: int, directory: int, tmp_path: Path
 
 def test_a_file_system_whose_name_is_no_text() -> None:
     """Who mounts FUSE in a user namespace of its own chooses what follows "fuse.": any byte but a few."""
-    table = b"\n7 1 0:99 / /mnt rw - fuse.\xff source rw\n"
-    found = files.Mounts(os.getpid())._look(7, table)
-    assert found is not None
-    assert found.type == "fuse.\\xff"
+    assert files._parsed(b"7 1 0:99 / /mnt rw - fuse.\xff source rw").type == "fuse.\\xff"

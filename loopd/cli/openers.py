@@ -13,6 +13,7 @@ import stat
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from time import process_time
 
 from loopd.client.layers import unescaped
 
@@ -24,8 +25,13 @@ _STATX = struct.Struct("=28xH98xII120x")  # mode and device number of struct sta
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-MOST = 1 << 24
-"""Characters of a mount table that are read: who may mount in a namespace of his own can have one of more than 1 GB."""
+LONGEST = 1 << 16
+"""Bytes of a line of a mount table that is looked at: each of its paths has at most 16 KiB."""
+
+PATIENCE = 0.25
+"""Seconds of CPU time for one mount table: whoever may mount in a namespace of his own can have one of more than 1 GB,
+or one that takes the kernel 15 s to make up.
+"""
 
 
 def _device(path: str) -> tuple[int, int] | None:
@@ -39,8 +45,22 @@ def _device(path: str) -> tuple[int, int] | None:
 
 def _read(path: str) -> str:
     with suppress(OSError), open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        return file.read(MOST)
+        return file.read()
     return ""
+
+
+def _mount_lines(pid: str) -> Iterator[str]:
+    """The mount table of a process, a line at a time; what is longer or takes longer than it should is left out."""
+    until = process_time() + PATIENCE
+    with suppress(OSError), open(f"/proc/{pid}/mountinfo", "rb") as file:
+        begins = True
+        for line in iter(lambda: file.readline(LONGEST), b""):
+            if process_time() > until:
+                return
+            ends = line.endswith(b"\n")
+            if begins and ends:
+                yield line[:-1].decode(errors="surrogateescape")
+            begins = ends
 
 
 def _numbers(devnames: Collection[str]) -> dict[tuple[int, int], str]:
@@ -69,7 +89,7 @@ def _of_process(pid: str, numbers: Mapping[tuple[int, int], str]) -> set[str]:
 
 def _of_mounts(pid: str, numbers: Mapping[tuple[int, int], str]) -> Iterator[tuple[str, str]]:
     """The devices with a file system that a process sees mounted, and where."""
-    for line in filter(None, _read(f"/proc/{pid}/mountinfo").split("\n")):
+    for line in _mount_lines(pid):
         fields = line.split(" ", 5)
         with suppress(ValueError, IndexError):
             major, minor = fields[2].split(":")

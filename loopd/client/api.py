@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Literal, Sequence
 
 from loopd.client import layers
 from loopd.client.backing import on_file
-from loopd.client.delivery import Deliver, Way, choices, concerns_the_way, ordered, received
+from loopd.client.delivery import Deliver, Way, choices, concerns_the_way, ordered, received, reopened
 from loopd.client.device import DETACH_WAIT, Device
 from loopd.client.errors import (
     ERRORS,
@@ -176,7 +177,8 @@ class Client(Requests):
                 raise
             answer.fds.close()
             outputs.pop_all()
-            return Device(self, attached, path, lifetime, answer.channel, file)
+            reopen = partial(reopened, path, attached) if open_device and file is None else None
+            return Device(self, attached, path, lifetime, answer.channel, file, reopen)
 
 
 def attach(
@@ -204,7 +206,7 @@ def attach(
       directory that is made in `directory` (else in /dev/loopd, $XDG_RUNTIME_DIR/loopd or $TMPDIR); an ``"fd"``,
       opened by the daemon; an fd goes with each of the others.
     - `lifetime`: see `Lifetime`.
-    - `open_device`: open the node, to say which layer refuses if it cannot be used, and for `Device.fd`.
+    - `open_device`: open the node once, to say which layer refuses if it cannot be used; `Device.fd` opens it again.
     - `socket`, `timeout`: see `Client`.
 
     Raises OSError for an image or directory that cannot be opened, `DeviceInaccessible` where the device cannot

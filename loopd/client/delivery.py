@@ -78,7 +78,11 @@ def concerns_the_way(error: Error) -> bool:
 
 
 def received(way: Way, attached: Attached, fds: Fds, open_device: bool) -> tuple[str, io.FileIO | None]:
-    """Where the device is, and the device, open. Attaches the mount, if `way` is one."""
+    """Where the device is, and the device, open, if an fd of it was delivered. Attaches the mount, if `way` is one.
+
+    A device at a path is opened to prove that it can be, and closed again: while this process has it open, a close by
+    another writes nothing back into the image.
+    """
     # The fds of a reply come in the order of the deliveries that have one.
     order = [name for name in way.deliver if name != "node"]
     with ExitStack() as stack:
@@ -94,10 +98,10 @@ def received(way: Way, attached: Attached, fds: Fds, open_device: bool) -> tuple
                 fd = fds.take(order.index("fd"), "open device")
                 file = io.FileIO(fd, "rb" if attached.read_only else "rb+")
                 path = path if len(way.deliver) > 1 else f"/proc/self/fd/{fd}"
-            elif open_device and dir_fd is not None:
-                file = _opened_device(dir_fd, path, attached)
-            if file is not None:
                 _prove(file, path, attached)
+            elif open_device and dir_fd is not None:
+                with _opened_device(dir_fd, path, attached) as opened:
+                    _prove(opened, path, attached)
         except BaseException:
             if file is not None:
                 file.close()  # the detach that follows would find the device in use by this process
@@ -122,6 +126,18 @@ def _attached_mount(mount: int, devname: str, folder: str | None) -> str:
     finally:
         os.close(mount)
     return point
+
+
+def reopened(path: str, attached: Attached) -> io.FileIO:
+    """The device at its path. OSError as open(2)."""
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_RDONLY if attached.read_only else os.O_RDWR)
+    file = io.FileIO(path, "rb" if attached.read_only else "rb+", opener=lambda name, _: os.open(name, flags))
+    try:
+        _prove(file, path, attached)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _opened_device(dir_fd: int, path: str, attached: Attached) -> io.FileIO:

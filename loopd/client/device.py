@@ -9,6 +9,7 @@ import io
 import socket as _socket
 import sys
 from types import TracebackType
+from typing import Callable
 
 from loopd.client.errors import Busy, Error, ImageIncomplete, NotFound
 from loopd.client.inputs import Lifetime
@@ -42,6 +43,7 @@ class Device:
         lifetime: Lifetime,
         channel: _socket.socket,
         file: io.FileIO | None,
+        reopen: Callable[[], io.FileIO] | None,
     ) -> None:
         self.path = path
         self.devname = attached.devname
@@ -58,6 +60,7 @@ class Device:
         self._lifetime = lifetime
         self._channel = channel  # with the lifetime "device", this open socket is the lease
         self._file = file
+        self._reopen = reopen
         self._kept = False
         self._released = False
 
@@ -68,10 +71,16 @@ class Device:
 
     @property
     def fd(self) -> int:
-        """The open device, in the access that it has. ValueError after `close` or with
-        ``open_device=False``."""
+        """The open device, in the access that it has.
+
+        It is opened when this is first asked for, and stays open until the device is detached or closed. As long as it
+        is open, a close by somebody else writes nothing back into the image: sync it (`os.fsync`). ValueError after
+        `close` or with ``open_device=False``; OSError as open(2).
+        """
         if self._file is None:
-            raise ValueError(f"{self.devname} was attached with open_device=False")
+            if self._reopen is None:
+                raise ValueError(f"{self.devname} was attached with open_device=False, or is closed")
+            self._file = self._reopen()
         return self._file.fileno()
 
     def detach(self, wait: float = DETACH_WAIT) -> bool:
@@ -111,6 +120,7 @@ class Device:
 
         Waits for nothing, so only the journal of the host tells what could not be written back to the image.
         """
+        self._reopen = None
         if self._file is not None:
             self._file.close()
         self._channel.close()

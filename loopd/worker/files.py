@@ -15,6 +15,7 @@ import functools
 import os
 import stat
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from loopd.kernel import proc
@@ -79,13 +80,32 @@ def _mount_id(fd: int) -> int:
     return _statx(fd, STATX_MNT_ID)[-1]
 
 
+GONE = (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EINVAL)
+"""What procfs says of a process that has ended, or is hidden."""
+
+
 def _read(path: str, most: int = proc.MOST) -> bytes:
     try:
         return proc.read(path, most)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EINVAL):  # the client is gone, or hidden
+        if error.errno in GONE:
             return b""
         raise
+
+
+def _table(process: int | str) -> Iterator[bytes]:
+    """The mount table of a process, a line at a time; a refusal where that takes the kernel too long."""
+    try:
+        yield from proc.lines(f"/proc/{process}/mountinfo")
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
+    except proc.TooLong as error:
+        raise Refusal(
+            Code.NOT_PERMITTED,
+            "there are too many mounts: reading the mount table, to tell what the file is on, was given up after"
+            f" {proc.PATIENCE:g} s",
+        ) from error
 
 
 _seen: dict[int, FileSystem] = {}
@@ -95,31 +115,28 @@ _MOST_SEEN = 1024
 
 
 class Mounts:
-    """The mount tables that matter for one client, each read when it is first needed."""
+    """The mount tables that matter for one client: its own, the service's, and the host's.
+
+    The service has a namespace of its own, to which what is mounted later need not come: podman has its containers'
+    overlays below a private mount. So PID 1 is asked too.
+    """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
 
     @functools.cached_property
-    def _theirs(self) -> bytes:
-        return b"\n" + _read(f"/proc/{self._pid}/mountinfo")
-
-    @functools.cached_property
-    def _ours(self) -> bytes:
-        return b"\n" + _read("/proc/self/mountinfo")
-
-    @functools.cached_property
-    def _hosts(self) -> bytes:
-        # The service has a namespace of its own, to which what is mounted later need not come: podman has its
-        # containers' overlays below a private mount.
-        return b"\n" + _read("/proc/1/mountinfo")
+    def on_host(self) -> bool:
+        """Whether the client sees the host's file systems as the host does: `on_host`."""
+        return on_host(self._pid)
 
     def find(self, fd: int, identity: Identity) -> FileSystem | None:
-        """The file system of a file that the client holds; None when the mount is in neither mount table."""
+        """The file system of a file that the client holds; None when the mount is in neither mount table. A refusal
+        where its table is too long to tell.
+        """
         found = None if identity.mount is None else _seen.get(identity.mount)
         if found is None:
-            mount = _mount_id(fd)
-            found = self._look(mount, self._theirs) or self._look(mount, self._ours)
+            mount = b"%d " % _mount_id(fd)
+            found = _look(mount, self._pid) or _look(mount, "self")
             # What the host has not mounted yet, it may mount later.
             if found is not None and found.hosts and identity.mount is not None:
                 if len(_seen) >= _MOST_SEEN:
@@ -127,22 +144,21 @@ class Mounts:
                 _seen[identity.mount] = found
         return found
 
-    def _look(self, mount: int, table: bytes) -> FileSystem | None:
-        start = table.find(b"\n%d " % mount) + 1
-        if start == 0:
-            return None
-        line = table[start : table.find(b"\n", start)]
-        kind, _, _ = line.partition(b" - ")[2].split(b" ", 2)
-        dev = line.split(b" ", 3)[2]
-        # A user who mounts FUSE chooses what follows "fuse.", down to the byte.
-        return FileSystem(kind.decode(errors="backslashreplace"), kind != b"overlay" or self._on_host(dev))
 
-    def _on_host(self, dev: bytes) -> bool:
-        return _lists(self._hosts, dev) or _lists(self._ours, dev)
+def _look(mount: bytes, process: int | str) -> FileSystem | None:
+    """What the mount table of a process says of the mount whose line begins so."""
+    return next((_parsed(line) for line in _table(process) if line.startswith(mount)), None)
 
 
-def _lists(table: bytes, dev: bytes) -> bool:
-    return any(line.split(b" ", 3)[2:3] == [dev] for line in table.split(b"\n"))
+def _parsed(line: bytes) -> FileSystem:
+    kind, _, _ = line.partition(b" - ")[2].split(b" ", 2)
+    # A user who mounts FUSE chooses what follows "fuse.", down to the byte.
+    return FileSystem(kind.decode(errors="backslashreplace"), kind != b"overlay" or _is_hosts(line.split(b" ", 3)[2]))
+
+
+def _is_hosts(dev: bytes) -> bool:
+    """Whether PID 1 or the service sees a file system of that device mounted."""
+    return any(line.split(b" ", 3)[2:3] == [dev] for process in (1, "self") for line in _table(process))
 
 
 def on_host(pid: int) -> bool:

@@ -77,5 +77,6 @@ class Worker:
 def main(channel: Channel, tools: Tools, jobs: dict[type[Job], Callable[[Worker, Any, FdSet], bool]]) -> None:
     """Be a worker, from the fork to the end."""
     rights.drop_groups()
+    rights.die_first()
     os.umask(0)
     Worker(channel, tools).run(jobs)

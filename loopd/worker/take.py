@@ -9,7 +9,7 @@ from __future__ import annotations
 import select
 
 from loopd.children.bugs import described
-from loopd.kernel import cgroups, transport
+from loopd.kernel import cgroups, peers, transport
 from loopd.kernel.transport import FdSet, Packet
 from loopd.protocol import wire
 from loopd.protocol.wire import Code, Refusal
@@ -73,11 +73,13 @@ class _Taking:
         self._kept_by = "sender" if self._reply is None else "reply"
         try:
             self._pidfd = _living_sender(self._job, self._packet)
+            if self._reply is not None:
+                peers.check_maker(self._reply, self._packet.sender)
             if self._job.lease is not None:
                 candidate = borrow(self._packet.fds, self._job.lease, "lease_fd")
-                kind = transport.check_lease(candidate)
+                kind = peers.check_lease(candidate)
                 if kind == "socket":
-                    transport.seal(candidate, "lease_fd")
+                    peers.seal(candidate, "lease_fd")
                 self._kept_by, self._lease = kind, candidate
             if self._job.directory is not None:
                 granted = self._grants.has(borrow(self._packet.fds, self._job.directory, "dir_fd"))
@@ -97,8 +99,8 @@ class _Taking:
         for candidate in () if index is None else range(len(fds)) if index == messages.SEARCH else (index,):
             try:
                 fd = borrow(fds, candidate, "reply_fd")
-                transport.check_reply_socket(fd, self._packet.sender)
-                transport.seal(fd, "reply_fd")
+                peers.check_reply_socket(fd, self._packet.sender)
+                peers.seal(fd, "reply_fd")
             except Refusal as error:
                 refusal = error
             except OSError as error:

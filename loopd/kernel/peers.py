@@ -1,0 +1,136 @@
+"""The sockets and pidfds that a client sends along: tell what they are and who has made them, and have nothing come in.
+
+Nothing here waits for a client or asks a file system. Runs in helper processes, on fds that stay their owner's.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import socket
+import struct
+import sys
+
+from loopd.kernel import proc
+from loopd.kernel.transport import FdSet, Sender, borrowed
+from loopd.protocol import wire
+
+SO_PEERPIDFD = 77  # not in Python's socket module; Linux 6.5
+_UCRED = struct.Struct("iII")  # pid, uid, gid: struct ucred
+
+
+def is_pidfd(fd: int) -> bool:
+    """Whether `fd` is a pidfd, without asking the file: no file system's path begins so (pid_fs since Linux 6.9)."""
+    return os.readlink(f"/proc/self/fd/{fd}").startswith(("anon_inode:[pidfd]", "pidfd:["))
+
+
+def _is_socket(fd: int) -> bool:
+    # readlink asks the kernel's path code alone, whatever file system the file is of.
+    return os.readlink(f"/proc/self/fd/{fd}").startswith("socket:[")
+
+
+def _unix_type(channel: socket.socket) -> int | None:
+    """The type of an AF_UNIX socket, None for another."""
+    if channel.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) != socket.AF_UNIX:
+        return None
+    return channel.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
+
+
+def check_reply_socket(fd: int, sender: Sender) -> None:
+    """Refuse what is not the sender's own end of an unnamed SEQPACKET socketpair.
+
+    Both names must be empty: a connection to somebody's server would pass the check of the uid, and carry a reply with
+    loopd's credentials there. SO_PEERCRED of a socketpair is who made it. Which process that was says `check_maker`: to
+    one of the same uid a refusal may be told.
+    """
+    no_pair = wire.Refusal(wire.Code.BAD_FD, "reply_fd is no AF_UNIX SOCK_SEQPACKET socket")
+    if not _is_socket(fd):
+        raise no_pair
+    with borrowed(fd) as peer:
+        if _unix_type(peer) != socket.SOCK_SEQPACKET:
+            raise no_pair
+        if peer.getsockname() or _peer_name(peer):
+            raise wire.Refusal(wire.Code.BAD_FD, "reply_fd is no unnamed socketpair")
+        _, uid, _ = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    if uid != sender.uid:
+        raise wire.Refusal(wire.Code.NOT_PERMITTED, "reply_fd was made by another uid than the sender's")
+
+
+def check_maker(fd: int, sender: Sender) -> None:
+    """Refuse a reply socket that another process has made than the one that the datagram's credentials name.
+
+    These are a claim: with CAP_SYS_ADMIN over a pid namespace a process may put in the pid of any other one there
+    (net/core/scm.c: scm_check_creds), and SCM_PIDFD follows it. Who has made a socketpair is the kernel's own word.
+    """
+    if _maker(fd) != sender.pid:
+        raise wire.Refusal(
+            wire.Code.NOT_PERMITTED,
+            "reply_fd was made by another process than the sender: make it in the process that sends, after its fork",
+        )
+
+
+def _maker(fd: int) -> int | None:
+    """The process that has made a socketpair, None when it has ended: its pid may be another's by now."""
+    with borrowed(fd) as peer:
+        try:
+            pidfd = int.from_bytes(peer.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4), sys.byteorder)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ESRCH):  # it has ended; Linux 6.16 gives a pidfd all the same
+                return None
+            if error.errno != errno.ENOPROTOOPT:  # EMFILE, ENFILE, ENOMEM
+                raise
+            # Before Linux 6.5: the number that it had, which may be another's since it has ended.
+            return int(_UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
+    with FdSet((pidfd,)):
+        found = re.search(rb"(?m)^Pid:\t(\d+)$", proc.read(f"/proc/self/fdinfo/{pidfd}"))  # -1 when it has ended
+        return None if found is None else int(found[1])
+
+
+def _peer_name(peer: socket.socket) -> object:
+    try:
+        return peer.getpeername()
+    except OSError:  # ENOTCONN: never connected, or listening
+        return "none"
+
+
+def check_lease(fd: int) -> str:
+    """Refuse what is neither a pidfd nor a connected AF_UNIX SOCK_SEQPACKET socket; else say which.
+
+    A datagram pair gives no hang-up when the other end is closed, and a stream has out-of-band data (Linux 5.15), which
+    `seal` could not see.
+    """
+    if is_pidfd(fd):
+        return "pidfd"
+    if not _is_socket(fd):
+        raise wire.Refusal(wire.Code.BAD_FD, "lease_fd is neither a pidfd nor an AF_UNIX SOCK_SEQPACKET socket")
+    with borrowed(fd) as peer:
+        if _unix_type(peer) != socket.SOCK_SEQPACKET or _peer_name(peer) == "none":
+            raise wire.Refusal(wire.Code.BAD_FD, "lease_fd is no connected AF_UNIX SOCK_SEQPACKET socket")
+    return "socket"
+
+
+FIONREAD = 0x541B  # <asm-generic/ioctls.h>
+
+
+def seal(fd: int, name: str) -> None:
+    """Have nothing come in through a client's socket any more; a refusal if something has.
+
+    What is in its queue is released by whoever closes the socket last, and may be a device whose last close waits for
+    a file that never answers: not even SIGKILL ends that. So the main process gets no socket but sealed ones. The
+    other end is told EPIPE, and its close is a hang-up as before; of both ends of one pair each hangs up at once, for
+    the other is sealed.
+    """
+    with borrowed(fd) as peer:
+        peer.shutdown(socket.SHUT_RD)
+        unread = int.from_bytes(fcntl.ioctl(peer, FIONREAD, bytes(4)), sys.byteorder)
+    # Nothing is added from here on, and this the client cannot bend: it counts the fds of every message that waits
+    # (net/unix/af_unix.c: unix_show_fdinfo, Linux 5.6). A message with neither bytes nor fds holds nothing.
+    info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        waiting = b"\nscm_fds: 0\n" not in os.read(info, 4096)
+    finally:
+        os.close(info)
+    if waiting or unread:
+        raise wire.Refusal(wire.Code.BAD_FD, f"{name}: something was sent into it, which is for loopd to answer")
