@@ -57,7 +57,7 @@ class Attaching:
         with contextlib.ExitStack() as undo:
             undo.callback(self._unmake_mount)
             bound = self._bind(bind.Request(fd, self._request, backing), kept_by, kept)
-            with FdSet((bound.lock,)), Loop.from_fd(bound.device) as device:
+            with FdSet((bound.lock,)), bound.device as device:
                 done, client = self._deliver(device, bound.binding)
             undo.pop_all()
         if backing.quiet:
@@ -110,13 +110,17 @@ class Attaching:
             self._tools.bindings.intend(self._row, expected)
 
         try:
-            bound = bind.bind(self._tools.control, self._tools.access, request, next_number, intend)
-            records.note_bound(self._slot, bound.binding)
-            self._tools.bindings.bound(self._row, bound.binding)
+            return bind.bind(self._tools.control, self._tools.access, request, next_number, intend, self._note)
         except BaseException:
             self._forget()
             raise
-        return bound
+
+    def _note(self, binding: Binding) -> None:
+        try:
+            records.note_bound(self._slot, binding)
+        except OSError as error:  # ENOBUFS, ENOMEM
+            raise Refusal(Code.NO_DEVICE, f"the lease cannot be booked: {error}") from error
+        self._tools.bindings.bound(self._row, binding)
 
     def _ask_for_number(self) -> Number:
         self._worker.say(NumberPlease())

@@ -53,10 +53,10 @@ def delete_partitions(loop: Loop) -> None:
 
 
 class Bound(NamedTuple):
-    """A device that was bound; both fds are the caller's to close, `lock` holds LOCK_EX against udev."""
+    """A device that was bound; device and lock are the caller's to close, `lock` holds LOCK_EX against udev."""
 
     binding: Binding
-    device: int
+    device: Loop
     lock: int
 
 
@@ -92,11 +92,12 @@ class Request(NamedTuple):
 
 def bind(
     control: LoopControl, access: Access, request: Request, next_number: Callable[[], Number],
-    intend: Callable[[Binding, int], None],
+    intend: Callable[[Binding, int], None], note: Callable[[Binding], None],
 ) -> Bound:  # fmt: skip
     """Bind the file to the first number of `next_number` that can be had.
 
-    `intend` is called just before each try, with the binding as it will be and the fd that has the lock against udev.
+    `intend` is called just before each try, with the binding as it will be and the fd that has the lock against udev;
+    `note` with the binding as it is. What `note` raises undoes it.
     """
     reason = ""
     for _ in range(ATTEMPTS):
@@ -104,7 +105,7 @@ def bind(
         try:
             if not made:
                 control.add(number)
-            return _bind(*access.open(number), request, intend)
+            return _bind(*access.open(number), request, intend, note)
         except UnexpectedDevice as error:
             reason = str(error)
         except OSError as error:
@@ -116,7 +117,10 @@ def bind(
     raise Refusal(Code.BUSY, f"{ATTEMPTS} numbers were lost to others, the last because: {reason}")
 
 
-def _bind(loop: Loop, lock_fd: int, request: Request, intend: Callable[[Binding, int], None]) -> Bound:
+def _bind(
+    loop: Loop, lock_fd: int, request: Request, intend: Callable[[Binding, int], None],
+    note: Callable[[Binding], None],
+) -> Bound:  # fmt: skip
     """Takes over the device and its lock."""
     try:
         lock(lock_fd)
@@ -125,7 +129,9 @@ def _bind(loop: Loop, lock_fd: int, request: Request, intend: Callable[[Binding,
         intend(expected, lock_fd)
         _configure(loop, request)
         try:
-            return Bound(_verify(loop, expected, request.attach), loop.fd, lock_fd)
+            binding = _verify(loop, expected, request.attach)
+            note(binding)
+            return Bound(binding, loop, lock_fd)
         except BaseException as error:
             _unbind(loop)
             if isinstance(error, OSError):  # not lost to anybody: it was bound, and its file was asked
