@@ -13,7 +13,7 @@ from loopd.children.pool import Job
 from loopd.daemon.accounts import Account
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
-from loopd.daemon.leases import State
+from loopd.daemon.leases import Lease, State
 from loopd.daemon.numbers import ours
 from loopd.daemon.release import Releases
 from loopd.loop import backing_file
@@ -43,20 +43,20 @@ class Foreign:
         self._looking = False
         self._told_remade = False
 
-    def on_disk(self, devname: str, sequence: int = 0) -> None:
-        """The kernel says that something changed about a disk, which had that sequence number then (0: not known)."""
+    def on_disk(self, devname: str) -> None:
+        """The kernel says that something changed about a disk."""
         if not ours(devname):
             # Perhaps the host bound one of the devices that are kept free for it.
             self._books.numbers.keep_low_free()
             return
         lease = self._books.leases.get(devname)
+        if lease is not None and lease.state is not State.BOUND:
+            lease.wake()
+            return
         if lease is not None:
-            if lease.state is not State.BOUND:
-                lease.wake()
-            elif 0 < sequence <= (lease.binding.diskseq or 0):
-                pass  # it is about the binding itself, as every attach makes some
-            elif not devices.still_bound(lease.binding):
-                start(self._releases.release(lease, "unbound"))
+            self._look_at_lease(lease)
+            # Of another file for the device (LOOP_CHANGE_FD) the kernel tells before it is there.
+            self._look_later(devname)
             return
         if self._books.numbers.lingers(int(devname[4:])):
             self._books.numbers.removals.retry()
@@ -108,6 +108,11 @@ class Foreign:
             if index % SLICE == 0:
                 await self._books.sleep(0)
 
+    def _look_at_lease(self, lease: Lease) -> None:
+        """End a lease whose device does not carry its binding any more: its client has unbound it."""
+        if lease.state is State.BOUND and not devices.still_bound(lease.binding):
+            start(self._releases.release(lease, "unbound"))
+
     # One device -------------------------------------------------------------------------------------------------------
 
     def _look_later(self, devname: str) -> None:
@@ -119,8 +124,10 @@ class Foreign:
         """Report a binding of one of this instance's numbers that is not of its making."""
         self._looks.discard(devname)
         number = int(devname[4:])
-        file = backing_file(number)
-        if file is None or self._books.leases.get(devname) is not None:
+        file, lease = backing_file(number), self._books.leases.get(devname)
+        if lease is not None:
+            self._look_at_lease(lease)
+        if file is None or lease is not None:
             self._discharge(devname)
             return
         if not self._books.numbers.used(number):

@@ -36,8 +36,8 @@ class Uevents:
                 start(self._foreign.look_at_all())
                 self._arrangements.look_at_all()
                 return
-            for devname, sequence in changes.disks.items():
-                self._foreign.on_disk(devname, sequence)
+            for devname in changes.disks:
+                self._foreign.on_disk(devname)
             for devname in changes.partitioned:
                 self._arrangements.on_partitions(devname)
         finally:

@@ -106,13 +106,13 @@ class Access:
             raise
 
     @contextlib.contextmanager
-    def reopened(self, number: int, *, write: bool = False) -> Iterator[Loop]:
-        """A bound device for a moment.
+    def reopened(self, number: int, *, write: bool = False, exclusive: bool = False) -> Iterator[Loop]:
+        """A bound device for a moment; EBUSY where `exclusive` is asked and a mount or the like has claimed it.
 
         OSError as open(2): ENOENT or ENODEV where the number is removed, ENXIO while it is being unbound (Linux 6.11).
         """
         name = f"loop{number}"
-        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = (os.O_RDWR if write else os.O_RDONLY) | (os.O_EXCL if exclusive else 0) | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         with self._node(number) as directory:
             fd = os.open(name if directory is not None else f"/dev/{name}", flags, dir_fd=directory)
         try:

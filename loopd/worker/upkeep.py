@@ -7,6 +7,7 @@ besides, its directory and its file, is in its slot.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 
@@ -111,7 +112,9 @@ def tidy(worker: Worker, job: Tidy, fds: FdSet) -> bool:
                 if loop is not None:
                     released.append((row.number, file, bind.let_go(loop)))
         tools.bindings.forget(row.row)
-    tools.grants.sweep(job.before, lambda devname: backing_file(int(devname[4:])) is not None)
+    # Whatever these numbers are bound to by now: the nodes are those of a lease that is lost.
+    lost = {row.number for row in job.rows}
+    tools.grants.sweep(job.before, lambda name: int(name[4:]) not in lost and backing_file(int(name[4:])) is not None)
     worker.say(Tidied(tuple(released)))
     return False
 
@@ -194,6 +197,7 @@ def _reread(tools: Tools, binding: Binding, directory: Directory | None, there: 
         if directory is None or not of_partitions:
             partitions.reread(loop)
             return
+        _check_claims(tools, binding)
         closed = nodes.close(directory, of_partitions)
         try:
             partitions.reread(loop)
@@ -201,6 +205,17 @@ def _reread(tools: Tools, binding: Binding, directory: Directory | None, there: 
             wanted = devices.partitions(binding.devname)
             same = [(node, mode) for node, mode in closed if wanted.get(node.name) == (node.major, node.minor)]
             nodes.reopen(directory, same)
+
+
+def _check_claims(tools: Tools, binding: Binding) -> None:
+    """Refuse where a partition is mounted, or claimed in another way: the kernel would, and nothing is touched then."""
+    try:
+        with tools.access.reopened(binding.number, exclusive=True):
+            pass
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise Refusal(Code.BUSY, f"a partition is in use: {error}") from error
+        raise
 
 
 def resize(worker: Worker, job: Resize, fds: FdSet) -> bool:
