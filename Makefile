@@ -40,8 +40,10 @@ COMPLETION = loopctl.bash:share/bash-completion/completions/loopctl loopctl.fish
 	loopctl.zsh:share/zsh/site-functions/_loopctl
 MANUAL = $(patsubst docs/man/%.rst,build/man/%,$(wildcard docs/man/*.rst))
 PAGES = $(foreach page,$(MANUAL),$(page):share/man/man$(subst .,,$(suffix $(page)))/$(notdir $(page)))
-# A program that a target cannot do without, and the Debian package that has it.
-FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd
+# A program, or a module of $(PYTHON)'s, that a target cannot do without, and the Debian package that has it.
+FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd $(SYSTEMD_PYTHON)
+SYSTEMD_PYTHON = systemd.daemon:python3-systemd
+FOR_VENV = ensurepip:python3-venv venv:python3-venv $(SYSTEMD_PYTHON)
 FOR_CHECK = $(FOR_DEMO) $(FOR_BENCH) $(FOR_DEB) $(FOR_RPM) bwrap:bubblewrap lintian:lintian mkfs.btrfs:btrfs-progs \
 	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint sfdisk:fdisk strace:strace \
 	udevadm:udev
@@ -52,7 +54,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 FUZZ = 100000
 
-.PHONY: all help venv demo check fuzz bench man install uninstall for-demo for-check for-bench
+.PHONY: all help venv demo check fuzz bench man install uninstall for-demo for-check for-bench for-venv
 all: venv
 
 help:
@@ -61,8 +63,10 @@ help:
 for-demo: NEEDED = $(FOR_DEMO)
 for-check: NEEDED = $(FOR_CHECK)
 for-bench: NEEDED = $(FOR_BENCH)
-for-demo for-check for-bench for-deb for-rpm:
-	@missing=$$(for pair in $(NEEDED); do command -v $${pair%:*} >/dev/null || echo $${pair#*:}; done); $(get_missing)
+for-venv: NEEDED = $(FOR_VENV)
+for-demo for-check for-bench for-venv for-deb for-rpm:
+	@missing=$$(for pair in $(NEEDED); do name=$${pair%:*}; command -v $$name >/dev/null || \
+	    $(PYTHON) -Ic "import $$name" 2>/dev/null || echo $${pair#*:}; done); $(get_missing)
 
 define get_missing
 [ -z "$$missing" ] || { [ $$(id -u) = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
@@ -70,11 +74,14 @@ define get_missing
 	{ echo "make: please install (Debian's names):" $$missing >&2; exit 1; }
 endef
 
+# systemd-python is the system's: the Python Package Index has no wheel of it. Of the system's packages the environment gets this
+# one alone: with --system-site-packages pytest would load plugins of another version of it.
 venv: .venv/ready
 .venv/ready: pyproject.toml
-	@missing=$$($(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv); $(get_missing)
+	@$(MAKE) -s for-venv
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/pip --quiet --disable-pip-version-check install --editable '.[dev]'
+	ln -s -t .venv/lib/python3*/site-packages "$$($(PYTHON) -Ic 'import systemd.daemon; print(systemd.__path__[0])')"
 	touch $@
 
 # One process for all pages: most of what one takes is the import.
@@ -105,15 +112,24 @@ bench: venv for-bench
 check-vm check-kernels: venv deb rpm
 -include tests/vm/vm.mk systemd/packaging/packages.mk
 
-# The man pages come along where docutils is there or, without DESTDIR, can be had; MANUAL= leaves them out.
+# Where $(PYTHON) looks for modules below PREFIX; nothing, where it looks nowhere below it.
+SITE = $(shell $(PYTHON) -Ic 'import site; print(*[path for path in site.getsitepackages() if path.startswith("$(PREFIX)/lib/")][:1])')
+OURS = find $(LIB) -mindepth 3 -maxdepth 3 -path '*/python3*-packages/loopd' -type l -lname '*/loopd/loopd'
+
+# Installs no package, and says what is left out or missing. The man pages come along where docutils is there; MANUAL= leaves them out.
 # Without DESTDIR the running system is told. A daemon that runs is restarted, its leases stay; sockets are never restarted.
-# Directories stay what they are: containers have them bind-mounted.
+# Directories stay what they are: containers have them bind-mounted. `import loopd` finds the same modules by a link.
 install:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo 'make: loopd needs Python 3.11 or later: make install PYTHON=/usr/bin/python3.X' >&2; exit 1; }
 	[ ! -d $(LIB)/loopd ] || find $(LIB)/loopd ! -type d -delete
 	for module in $(MODULES); do install -D -m 644 $$module $(LIB)/loopd/$$module || exit; done
 	umask 022 && $(PYTHON) -m compileall -q -s '$(DESTDIR)' -p / $(LIB)/loopd
+	@site=$(SITE) && if [ -e "$(DESTDIR)$$site/loopd" ] && [ ! -L "$(DESTDIR)$$site/loopd" ]; then \
+	    echo "make: 'import loopd' is left out: something else of that name is in $$site" >&2; \
+	elif [ -n "$$site" ]; then \
+	    umask 022 && install -d $(DESTDIR)$$site && ln -srfT $(LIB)/loopd/loopd $(DESTDIR)$$site/loopd; \
+	fi
 	umask 022 && for pair in $(PROGRAMS); do \
 	    program=$(DESTDIR)$(PREFIX)/$${pair%:*} && install -d $${program%/*} && \
 	    case $$pair in bin/*) python=/usr/bin/python3 ;; *) python=$(PYTHON) ;; esac && \
@@ -128,9 +144,9 @@ install:
 	    install -D -m 644 systemd/completion/$${pair%:*} $(DESTDIR)$(PREFIX)/$${pair#*:} || exit; \
 	done
 ifneq ($(MANUAL),)
-	@$(if $(DESTDIR),$(PYTHON) -c 'import docutils' 2>/dev/null &&) $(MAKE) -s man || \
+	@$(PYTHON) -Ic 'import docutils' 2>/dev/null || \
 	    { echo 'make: the man pages are left out: they need python3-docutils' >&2; exit 0; } && \
-	    for pair in $(PAGES); do install -D -m 644 $${pair%:*} $(DESTDIR)$(PREFIX)/$${pair#*:} || exit; done
+	    $(MAKE) -s man && for pair in $(PAGES); do install -D -m 644 $${pair%:*} $(DESTDIR)$(PREFIX)/$${pair#*:} || exit; done
 endif
 	for pair in $(SYSTEM); do install -D -m 644 systemd/"$${pair%:*}" $(DESTDIR)$(PREFIX)/"$${pair#*:}" || exit; done
 	sed -i 's|@PREFIX@|$(PREFIX)|' $(LIB)/systemd/system/loopd.service $(LIB)/systemd/system/loopd@.service \
@@ -142,24 +158,28 @@ ifeq ($(DESTDIR),)
 	    systemctl daemon-reload && systemctl try-restart loopd.service 'loopd@*.service'; \
 	fi
 endif
+	@$(PYTHON) -Ic 'import systemd.daemon' 2>/dev/null || echo 'make: missing: python3-systemd, without which loopd does not start' >&2
 
 uninstall:
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
+	    metrics=$$(systemctl is-active loopd-metrics.timer); \
 	    for socket in /run/loopd-*/admin.sock; do \
 	        [ ! -S "$$socket" ] || $(PREFIX)/bin/loopctl --socket "$$socket" --timeout 10 detach --all --force --wait 2 || :; \
 	    done; \
 	    systemctl disable --now loopd.socket loopd-admin.socket loopd-metrics.timer; systemctl disable loopd@.socket loopd-admin@.socket; \
 	    systemctl stop 'loopd@*.socket' 'loopd-admin@*.socket' loopd.service 'loopd@*.service' 'run-loopd\x2ddev.mount'; \
+	    [ "$$metrics" != active ] || systemctl start loopd-metrics.service; \
 	    systemctl clean --what=fdstore loopd.service 'loopd@*.service' 2>/dev/null || :; \
 	fi
 endif
+	[ ! -d $(LIB) ] || $(OURS) -delete
 	rm -rf $(LIB)/loopd
 	rm -f $(foreach pair,$(PROGRAMS),$(DESTDIR)$(PREFIX)/$(firstword $(subst :, ,$(pair)))) \
 	    $(foreach pair,$(SYSTEM) $(COMPLETION) $(PAGES),$(DESTDIR)$(PREFIX)/$(lastword $(subst :, ,$(pair))))
 	rmdir --ignore-fail-on-non-empty $(DESTDIR)$(PREFIX)/share/doc/loopd 2>/dev/null || :
 ifeq ($(DESTDIR),)
-	rm -rf /run/loopd /run/loopd-admin /run/loopd-*/sock /run/loopd-*/admin.sock /var/lib/prometheus/node-exporter/loopd-*.prom
+	rm -rf /run/loopd /run/loopd-admin /run/loopd-*/sock /run/loopd-*/admin.sock
 	rmdir --ignore-fail-on-non-empty /etc/loopd /run/loopd-* 2>/dev/null || :
 	if [ -d /run/systemd/system ]; then \
 	    systemctl daemon-reload && journalctl --update-catalog && { ! [ -S /run/udev/control ] || udevadm control --reload; }; \

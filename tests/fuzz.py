@@ -38,8 +38,11 @@ from hypothesis import strategies as st
 from processes import NOBODY, Child, become, own_user_namespace
 from untouched import Untouched, cgroup, droppers, helpers, honest, pair
 
+from loopd.daemon import counter as counters
 from loopd.daemon import numbers
 from loopd.protocol import wire
+from loopd.protocol.decode import VALIDATORS, decode
+from loopd.worker import make
 
 DATAGRAMS = int(os.environ.get("LOOPD_FUZZ_DATAGRAMS", "100000"))
 SEED = int(os.environ.get("LOOPD_FUZZ_SEED", "0"))
@@ -472,7 +475,7 @@ class Client:
                 fields, code = {}, refusal.code.value
             self.answers[code or ("attached" if "devname" in fields else "answered")] += 1
             assert code != "internal", (datagram, answer)
-            _, request = wire.decode(payload)
+            _, request = decode(payload)
             if isinstance(request, wire.Refusal):
                 assert code == request.code.value, (datagram, answer, request)
             elif isinstance(request, wire.Attach) and not code:
@@ -665,19 +668,19 @@ def fuzzed(start_daemon: Callable[..., Daemon], tmp_path: Path, place: Path) -> 
     state = tmp_path / "loopd/state"
     state.mkdir(parents=True)
     # By default numbers start from the clock.
-    block = int(time.time() / (numbers.QUARANTINE / numbers.BLOCKS) + numbers.BLOCKS / 2) % numbers.BLOCKS
-    empty = bytes(numbers.BLOCKS * numbers._ENTRY.size)
-    (state / "numbers").write_bytes(numbers._HEADER.pack(numbers._MAGIC, block) + empty)
+    block = int(time.time() / (counters.QUARANTINE / counters.BLOCKS) + counters.BLOCKS / 2) % counters.BLOCKS
+    empty = bytes(counters.BLOCKS * counters._ENTRY.size)
+    (state / "numbers").write_bytes(counters._HEADER.pack(counters._MAGIC, block) + empty)
     return start_daemon(f"--config={tmp_path}/loopd.toml", f"--grant-directory={place}/grants")
 
 
 def made(daemon: Daemon) -> list[str]:
     """The devices that exist of the numbers that this daemon has had."""
-    counter = (daemon.state / "numbers").read_bytes()[numbers._HEADER.size :]
-    used = [block for block, entry in enumerate(numbers._ENTRY.iter_unpack(counter)) if any(entry)]
+    counter = (daemon.state / "numbers").read_bytes()[counters._HEADER.size :]
+    used = [block for block, entry in enumerate(counters._ENTRY.iter_unpack(counter)) if any(entry)]
     assert used
-    starts = [numbers.FIRST + block * numbers.BLOCK for block in used]
-    every = {f"loop{number}" for start in starts for number in range(start, start + numbers.BLOCK)}
+    starts = [make.FIRST + block * counters.BLOCK for block in used]
+    every = {f"loop{number}" for start in starts for number in range(start, start + counters.BLOCK)}
     return sorted(every.intersection(os.listdir("/sys/block")))
 
 
@@ -717,7 +720,7 @@ def test_daemon(fuzzed: Daemon, place: Path, tmp_path: Path) -> None:
             before.check(tmp_path)
             assert b"LOOPD_EVENT='failed'" not in daemon.log_path.read_bytes(), transcript
             eventually(lambda: registered(daemon) == waiting, "nothing more is waited for")
-            eventually(lambda: len(made(daemon)) <= numbers.AHEAD, "used numbers are removed", 30)
+            eventually(lambda: len(made(daemon)) <= numbers.Numbers.AHEAD, "used numbers are removed", 30)
             assert not [path for path in grant.parent.rglob("*") if not path.is_dir()]
             assert resident(daemon) < (size := size or resident(daemon)) + GROWTH
             shutil.rmtree(zoo.base)
@@ -734,19 +737,19 @@ def test_daemon(fuzzed: Daemon, place: Path, tmp_path: Path) -> None:
 @given(payloads)
 def test_decoder(payload: bytes) -> None:
     """The decoder never raises; what it accepts is what it encodes, and the envelope says the same as the request."""
-    envelope, request = wire.decode(payload)
+    envelope, request = decode(payload)
     if isinstance(request, wire.Refusal):
         assert json.loads(wire.encode_reply(request, envelope.id))["error"]["code"] == request.code.value
         return
     again = wire.encode_request(request)
-    assert wire.decode(again) == (envelope, request)
+    assert decode(again) == (envelope, request)
     assert wire.OPERATIONS[envelope.op] is type(request)
     assert (envelope.id, envelope.reply_fd) == (request.id, request.reply_fd)
 
 
 def test_tables() -> None:
     """The fuzzer knows every field and every operation; what it takes for valid is valid."""
-    assert VALID.keys() == wire.VALIDATORS.keys()
+    assert VALID.keys() == VALIDATORS.keys()
     assert {name for name in VALID if name.endswith("fd")} == set(RIGHT)
     assert set(OPERATIONS) == set(wire.OPERATIONS)
     assert {kind for kinds in RIGHT.values() for kind in kinds} <= set(KINDS)

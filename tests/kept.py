@@ -26,10 +26,12 @@ from conftest import ROOT, Daemon, Reply, ask, bound_to, eventually, require
 from processes import Child
 from untouched import ask_at_address
 
-from loopd.daemon import numbers
+from loopd.daemon import counter as counters
 from loopd.loop import LoopControl
 from loopd.protocol import wire
+from loopd.worker import make
 
+SO_PEEK_OFF = 42
 SYS_PIDFD_GETFD = 438
 """Linux 5.6; the same number on every architecture."""
 MOST_BLOCKS = 2048
@@ -41,35 +43,59 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def start_at(counter: Path, block: int) -> None:
     """Make a number counter whose next block is `block`."""
     counter.parent.mkdir(mode=0o700, exist_ok=True)
-    numbers.Counter(str(counter)).close()
+    counters.Counter(str(counter)).close()
     with counter.open("r+b") as file:
-        file.write(numbers._HEADER.pack(numbers._MAGIC, block))
+        file.write(counters._HEADER.pack(counters._MAGIC, block))
 
 
 def next_block(counter: Path) -> int:
     """The block that the counter hands out next, of which no number has been used."""
-    value: int = numbers._HEADER.unpack(counter.read_bytes()[: numbers._HEADER.size])[1]
+    value: int = counters._HEADER.unpack(counter.read_bytes()[: counters._HEADER.size])[1]
     block, used = value % 2**32, value >> 32
     return block + 1 if used else block
 
 
 class Record:
-    """A slot's content: what the record says, and the fds that go with it, which are the test's to close."""
+    """A slot's content: what the record says, the fds that go with it, which are the test's to close, and the notes of
+    what has happened since.
+    """
 
-    def __init__(self, slot: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
+    def __init__(self, slot: socket.socket, messages: list[bytes], fds: list[int]) -> None:
         self.slot = slot
-        self.fields = fields
-        self.fds = dict(zip(fields["fds"], fds, strict=True))
+        self.fields, *self.notes = [json.loads(message) for message in messages]
+        self.fds = dict(zip(self.fields["fds"], fds, strict=True))
 
     def write(self) -> None:
         """Put this in the place of what the slot holds; what is to be said of the fds is in `fields`."""
-        self.slot.recv(1, socket.MSG_DONTWAIT)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.slot.recv(1, socket.MSG_DONTWAIT)
         rights = array.array("i", self.fds.values()).tobytes()
-        self.slot.sendmsg([json.dumps(self.fields).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
+        self.slot.sendmsg([json.dumps(self.fields).encode()], control)
+        for note in self.notes:
+            self.slot.send(json.dumps(note).encode())
 
     def close(self) -> None:
         for fd in self.fds.values():
             os.close(fd)
+
+
+def contents(slot: socket.socket) -> tuple[list[bytes], list[int]]:
+    """The messages of a slot, which stay there, and the fds of the first."""
+    messages, fds = [], array.array("i")
+    slot.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+                payload, control, _, _ = slot.recvmsg(65536, socket.CMSG_SPACE(64), flags)
+                for _, _, data in control:
+                    fds.frombytes(data)
+                messages.append(payload)
+    finally:
+        slot.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+    return messages, list(fds)
 
 
 class Kept(Daemon):
@@ -77,7 +103,7 @@ class Kept(Daemon):
 
     def __init__(self, directory: Path, options: list[str], wrapper: list[str], environment: dict[str, str]) -> None:
         super().__init__(directory, options, wrapper, environment)
-        self.block = random.randrange(numbers.BLOCKS - MOST_BLOCKS)
+        self.block = random.randrange(counters.BLOCKS - MOST_BLOCKS)
         self.counter = self.state / "numbers"
         self._read = 0
         self._pid = 0
@@ -89,6 +115,11 @@ class Kept(Daemon):
     def start(self) -> None:
         """Listen on the sockets; the daemon itself starts on the first datagram."""
         start_at(self.counter, self.block)
+        self.launch()
+
+    def launch(self) -> None:
+        """The same with the counter that is there."""
+        self._pid, self._ready, self._stores = 0, False, False
         program = str(Path(__file__).with_name("fdstore.py"))
         command = [*self.launcher, sys.executable, program, self.path, *self._wrapper, sys.executable, "-m", "loopd"]
         command += ["--state-directory", str(self.state), *self._options]
@@ -218,16 +249,11 @@ class Kept(Daemon):
         """What the slots hold; nothing of it is taken away."""
         found = []
         for slot in self.slots():
-            try:
-                flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
-                payload, control, _, _ = slot.recvmsg(65536, socket.CMSG_SPACE(64), flags)
-            except BlockingIOError:
+            messages, fds = contents(slot)
+            if messages:
+                found.append(Record(slot, messages, fds))
+            else:
                 slot.close()
-                continue
-            fds = array.array("i")
-            for _, _, data in control:
-                fds.frombytes(data)
-            found.append(Record(slot, json.loads(payload), list(fds)))
         return found
 
     def in_store(self) -> list[str]:
@@ -241,7 +267,7 @@ class Kept(Daemon):
 
     def in_range(self) -> list[str]:
         """The devices that exist in the blocks which this daemon has used."""
-        first, end = (numbers.FIRST + block * numbers.BLOCK for block in (self.block, next_block(self.counter)))
+        first, end = (make.FIRST + block * counters.BLOCK for block in (self.block, next_block(self.counter)))
         mine = range(first, end)
         return [name for name in os.listdir("/sys/block") if name.startswith("loop") and int(name[4:]) in mine]
 

@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +21,6 @@ from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, prompt, re
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, stays
 from untouched import kept_open
 
-from loopd.daemon.service import Service
 from loopd.protocol import wire
 
 HELLO = wire.encode_request(wire.Hello(0))
@@ -352,6 +350,24 @@ def test_sockets_that_were_passed_to_another_process(activated: Callable[..., Ac
     assert "no socket was passed" in refused(activated(wrapper=("env", "LISTEN_PID=1")))
 
 
+def test_passed_sockets_that_are_miscounted(activated: Callable[..., Activated]) -> None:
+    said = refused(activated(wrapper=("env", "LISTEN_FDNAMES=one:two")))
+    assert "LISTEN_FDS and LISTEN_FDNAMES do not say which sockets were passed" in said
+
+
+def test_without_systemd_python(activated: Callable[..., Activated], tmp_path: Path) -> None:
+    """What to install is said; what only looks at the program or the configuration works."""
+    (tmp_path / "without/systemd").mkdir(parents=True)
+    (tmp_path / "without/systemd/__init__.py").touch()
+    path = f"{ROOT}:{tmp_path}/without"
+    assert "systemd-python is missing" in (said := refused(activated(PYTHONPATH=path)))
+    assert "install python3-systemd" in said
+    (tmp_path / "loopd.toml").touch()
+    for option in ("--version", "--check-config"):
+        command = [sys.executable, "-m", "loopd", option, "--config", str(tmp_path / "loopd.toml")]
+        assert subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}).returncode == 0
+
+
 def _stream() -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     made.bind("")
@@ -446,186 +462,6 @@ def test_an_option_that_is_none(activated: Callable[..., Activated]) -> None:
     daemon.launch([])
     assert daemon.wait() == 2
     assert "usage: loopd" in daemon.log()
-
-
-# The journal ------------------------------------------------------------------------------------------------------
-
-
-class Journal:
-    """journald's end of its native protocol, read as https://systemd.io/JOURNAL_NATIVE_PROTOCOL has it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "socket"
-        self.open()
-
-    def open(self) -> None:
-        """Bind the socket, anew."""
-        self.path.unlink(missing_ok=True)
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(str(self.path))
-
-    def record(self, timeout: float = 10) -> dict[str, bytes]:
-        """The next record."""
-        self.socket.settimeout(timeout)
-        data = self.socket.recv(1 << 20)
-        fields = {}
-        while data:
-            line, _, data = data.partition(b"\n")
-            name, equals, value = line.partition(b"=")
-            if not equals:
-                size = int.from_bytes(data[:8], "little")
-                value, end, data = data[8 : 8 + size], data[8 + size : 9 + size], data[9 + size :]
-                assert end == b"\n"
-            assert re.fullmatch(rb"[A-Z][A-Z0-9_]{0,63}", name)
-            assert name.decode() not in fields
-            fields[name.decode()] = value
-        return fields
-
-    def of(self, event: str, timeout: float = 10) -> dict[str, bytes]:
-        """The next record of that event; those of others are passed over."""
-        while (record := self.record(timeout))["LOOPD_EVENT"] != event.encode():
-            pass
-        return record
-
-
-@pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    (tmp_path / "journal").mkdir()
-    made = Journal(tmp_path / "journal")
-    yield made
-    made.socket.close()
-
-
-def in_its_place(journal: Journal) -> tuple[str, ...]:
-    """A wrapper: a mount namespace where that journal is the system's."""
-    place = "/run/systemd/journal"
-    return in_namespace(f"mount -t tmpfs tmpfs /run; mkdir -p {place}; mount --bind {journal.path.parent} {place}")
-
-
-@pytest.fixture
-def journalled(activated: Callable[..., Activated], journal: Journal) -> Activated:
-    """A daemon that has it."""
-    daemon = activated(wrapper=in_its_place(journal))
-    daemon.start()
-    daemon.hello()
-    return daemon
-
-
-def test_records_are_structured_and_nothing_can_be_forged_into_one(
-    journalled: Activated, journal: Journal, directory: int, tmp_path: Path
-) -> None:
-    hostile = os.fsencode(tmp_path) + b"/\xff=\nPRIORITY=0\nLOOPD_UID=1\n\n\x1b[2J"
-    image = os.open(hostile, os.O_RDWR | os.O_CREAT)
-    try:
-        os.truncate(image, 1 << 20)
-        fields = journalled.attach(image, directory).fields
-        status = os.fstat(image)
-    finally:
-        os.close(image)
-    record = journal.of("attached")
-    assert record["LOOPD_BACKING_FILE"] == hostile
-    # journalctl shows a message with something else in it as "blob data".
-    assert record["MESSAGE"].decode().isprintable()
-    assert b"\\udcff=\\nPRIORITY=0\\nLOOPD_UID=1\\n\\n\\x1b[2J" in record["MESSAGE"]
-    assert record["LOOPD_BACKING_INODE"] == str(status.st_ino).encode()
-    assert record["PRIORITY"] == b"6"
-    assert record["SYSLOG_IDENTIFIER"] == b"loopd"
-    assert record["LOOPD_DEVICE"] == fields["devname"].encode()
-    assert record["LOOPD_DISKSEQ"] == str(fields["diskseq"]).encode()
-    assert (record["LOOPD_PID"], record["LOOPD_UID"]) == (str(os.getpid()).encode(), str(os.getuid()).encode())
-    assert int(record["LOOPD_DURATION_USEC"]) > 0
-    # The catalog has an entry for each.
-    catalog = (ROOT / "systemd/loopd.catalog").read_text()
-    assert f"-- {record['MESSAGE_ID'].decode()}\n" in catalog
-
-    journalled.ask(wire.Detach(fields["devname"], 0, wait=5), [])
-    detached = journal.of("detached")
-    assert detached["LOOPD_DEVICE"] == record["LOOPD_DEVICE"]
-    assert detached["MESSAGE_ID"] != record["MESSAGE_ID"]
-    journalled.ask(wire.Detach("loop4096", 0), [])
-    refusal = journal.of("refused")
-    assert (refusal["LOOPD_CODE"], refusal["LOOPD_OPERATION"]) == (b"not-found", b"detach")
-    # Once, not on standard error too.
-    assert journalled.records() == []
-
-
-def refuse(daemon: Daemon, number: int) -> None:
-    """A request that is refused, which makes a record with this device."""
-    started = time.monotonic()
-    assert daemon.ask(wire.Detach("loop4096", 0, f"request-{number}"), []).code == "not-found"
-    assert time.monotonic() - started < PROMPT
-    time.sleep(1.1 / Service.MOST_REFUSALS)  # more of them in a second have one record together
-
-
-REFUSALS = 30
-"""More records than a socket queues by default, `net.unix.max_dgram_qlen` being 10, or 512 with systemd."""
-
-
-def test_a_journal_that_stalls_holds_nobody_up_and_loses_nothing(journalled: Activated, journal: Journal) -> None:
-    queue = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
-    for number in range(queue + REFUSALS):
-        refuse(journalled, number)
-    # It reads again. No request comes to remind the daemon of what waits.
-    for _ in range(queue + REFUSALS):
-        journal.of("refused")
-    with pytest.raises(TimeoutError):
-        journal.of("refused", 0.2)
-
-
-def test_a_journal_that_is_restarted(journalled: Activated, journal: Journal) -> None:
-    refuse(journalled, 0)
-    journal.of("refused")
-    journal.socket.close()
-    for number in range(5):
-        refuse(journalled, number)  # ECONNREFUSED
-    journal.path.unlink()
-    for number in range(5):
-        refuse(journalled, number)  # ENOENT
-    journal.open()
-    for _ in range(10):
-        journal.of("refused")
-
-
-def test_it_is_not_idle_while_records_wait(activated: Callable[..., Activated], journal: Journal) -> None:
-    daemon = activated("--idle-timeout", "2", wrapper=in_its_place(journal))
-    daemon.start()
-    daemon.hello()
-    journal.socket.close()
-    refuse(daemon, 0)
-    stays(lambda: daemon.running, 6.0, "it stays for that")
-    journal.path.unlink()
-    journal.open()
-    assert journal.of("refused")["LOOPD_CODE"] == b"not-found"
-    assert daemon.wait() == 0
-
-
-def test_the_end_waits_for_the_journal_but_not_for_ever(journalled: Activated, journal: Journal) -> None:
-    queue = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
-    for number in range(queue + REFUSALS):
-        refuse(journalled, number)
-    started = time.monotonic()
-    journalled.kill(signal.SIGTERM)
-    assert journalled.wait() == 0
-    assert time.monotonic() - started < 8
-
-
-def test_at_the_end_the_last_records_are_written(journalled: Activated, journal: Journal) -> None:
-    queue = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
-    for number in range(queue + REFUSALS):
-        refuse(journalled, number)
-    os.kill(journalled.pid, signal.SIGTERM)
-    for _ in range(queue + REFUSALS):
-        journal.of("refused")
-    assert journalled.wait() == 0
-
-
-def test_without_a_journal_a_record_is_a_line(activated: Callable[..., Activated]) -> None:
-    require(shutil.which("unshare"), "needs unshare (package util-linux)")
-    daemon = activated(wrapper=in_namespace("mount -t tmpfs tmpfs /run"))
-    daemon.start()
-    daemon.ask(wire.Detach("loop4096", 0), [])
-    (record,) = eventually(lambda: daemon.records("refused"), "the record is written")
-    assert record["LOOPD_CODE"] == "not-found"
 
 
 def test_the_module_is_the_program() -> None:

@@ -26,6 +26,7 @@ import loopd
 from loopd.client import api as client
 from loopd.client import exchange, layers
 from loopd.protocol import wire
+from loopd.protocol.decode import decode
 
 __all__ = ["loop", "no_directory_of_loopd", "no_fd_is_left"]  # fixtures
 
@@ -115,7 +116,7 @@ def test_every_argument_reaches_the_wire(image: Path, sock: Path, tmp_path: Path
 
     def step(request: Request) -> None:
         assert {name: request.fields[name] for name in values} == values
-        _, decoded = wire.decode(request.payload)
+        _, decoded = decode(request.payload)
         assert isinstance(decoded, wire.Attach)
         assert decoded.deliver == ("node", "fd")
         request.refuse("invalid")

@@ -203,6 +203,7 @@ class Rig:
     def renew(self) -> None:
         """Another daemon, and nothing of what an earlier one may have left."""
         self.daemon = self._start()
+        self.daemon.hello()  # starts it
         for name in os.listdir(self._directory):
             os.unlink(name, dir_fd=self._directory)
         eventually(lambda: not bound_to(self.place), "what an earlier one had bound is free")
@@ -284,7 +285,8 @@ def rig(start_daemon: Callable[..., Daemon], image: int, directory: int, tmp_pat
             with contextlib.suppress(AssertionError):
                 started[-1].kill()
         environment = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
-        started.append(start_daemon(f"--config={config}", name=f"loopd{len(started)}", environment=environment))
+        # In the place of the one before: what that had bound is found by what is in the state directory, and released.
+        started.append(start_daemon(f"--config={config}", environment=environment))
         return started[-1]
 
     with _store(tmp_path / "notify"):
@@ -343,7 +345,7 @@ def test_every_call_fails_once(rig: Rig, role: str) -> None:
 def test_making_the_number_fails(rig: Rig) -> None:
     """No number is ahead of need, so the helper makes it: LOOP_CTL_ADD as any other call."""
     with paused(maker(rig.daemon)):
-        for _ in range(10):  # more than are made ahead
+        for _ in range(20):  # more than are made ahead, and than the account had before
             reply = rig.attach()
             reply.close()
         calls = [call for call in rig.record("helper") if call.meaning == "ioctl LOOP_CTL_ADD"]

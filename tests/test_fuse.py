@@ -38,7 +38,7 @@ from untouched import (
     stopped,
 )
 
-from loopd.daemon.lifecycle import Lifecycle
+from loopd.daemon.accounts import Account
 from loopd.kernel.cgroups import ROOTS
 from loopd.loop import Loop
 from loopd.protocol import wire
@@ -353,7 +353,7 @@ def test_directories_that_their_owner_keeps_locked(
                 assert {record["LOOPD_ACCOUNT"] for record in records} == {f"/{account}"}
                 _served(daemon)
                 hanging = [pid for pid in children(daemon.pid) if state(pid) == "D"]
-                assert 0 < len(hanging) <= Lifecycle.MOST_JOBS
+                assert 0 < len(hanging) <= Account.MOST_HANGING
                 assert len(bound_to(tmp_path)) == LEASES, "until the device is really gone it stays charged"
         eventually(lambda: not list(devices.iterdir()), "the nodes are gone", 20)
     before.check(tmp_path)
@@ -596,15 +596,16 @@ LOOP_CHANGE_FD = 0x4C06
 def test_a_device_whose_lock_its_client_holds(
     quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:
-    """LOOP_CHANGE_FD waits for what is being read, and has the device's lock meanwhile: one helper waits for that, and
-    the lease stays its account's.
+    """LOOP_CHANGE_FD waits for what is being read, and has the device's lock meanwhile. It makes another binding: the
+    lease is over, and whoever looks after the number does not wait for the lock.
     """
     daemon = quick()
     reply = daemon.attach(image, directory, read_only=True)
+    name = reply.fields["devname"]
     file, (waits, go) = never.file(), os.pipe()
 
     def body(tell: Callable[[object], None]) -> None:
-        device = os.open(devices / reply.fields["devname"], os.O_RDONLY)
+        device = os.open(devices / name, os.O_RDONLY)
         fcntl.ioctl(device, LOOP_CHANGE_FD, file)
         tell("changed")
         os.read(waits, 1)
@@ -618,17 +619,19 @@ def test_a_device_whose_lock_its_client_holds(
             never.mute()
             os.write(go, b"x")
             eventually(lambda: state(client.pid) == "D", "it waits with the lock")
+            (record,) = eventually(lambda: daemon.records("detached"), "the lease is over")
+            assert record["LOOPD_REASON"] == "unbound"
             reply.close()
-            eventually(lambda: daemon.records("stuck"), "the helper is written off", WRITTEN_OFF + 3)
             stays(lambda: daemon.hello().code is None, 1, "the daemon serves")
-            assert [lease["state"] for lease in leases(daemon)] == ["held"]
-            assert not daemon.records("expired")
+            eventually(lambda: daemon.records("foreign"), "the binding is reported", WRITTEN_OFF + 10)
             threads = Path(f"/proc/{maker(daemon)}/task").iterdir()
             assert not any(") D " in (thread / "stat").read_text() for thread in threads)
+            assert not daemon.records("stuck")
         finally:
             never.end()
-    eventually(lambda: daemon.records("expired"), "the device is gone")
-    assert not bound_to(tmp_path)
+    with Loop(int(name[4:])) as device:
+        device.clear_fd()
+    eventually(lambda: not bound_to(tmp_path), "the device is gone")
 
 
 def test_a_reply_socket_that_its_client_keeps_locked(
@@ -656,7 +659,7 @@ SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>
 
 
 def test_the_last_close_of_a_lock_is_a_helpers_too(daemon: Daemon, image: int, directory: int, tmp_path: Path) -> None:
-    """It is an open of the device as any other, and waits as that does."""
+    """It is an open of the device as any other, and waits as that does: the main process never has it."""
     reply = daemon.attach(image, directory, lock=True)
     name = reply.fields["devname"]
 
@@ -665,9 +668,12 @@ def test_the_last_close_of_a_lock_is_a_helpers_too(daemon: Daemon, image: int, d
             return sum(os.readlink(fd).endswith(f"/{name}") for fd in list(Path(f"/proc/{pid}/fd").iterdir()))
         return 0
 
-    with injected(helpers(daemon), "fsync:delay_exit=5s"):
+    assert opens(daemon.pid) == 0
+    # A helper empties the slot, in which the lock is: it peeks at it, and then drops what is there.
+    with injected(helpers(daemon), "fsync:delay_exit=3s"):
         reply.close()
-        eventually(lambda: 2 in map(opens, helpers(daemon)), "a helper has the device, and its lock")
+        eventually(lambda: 1 in map(opens, helpers(daemon)), "a helper has the device")
+        stays(lambda: opens(daemon.pid) == 0, 1, "the main process has it not")
     eventually(lambda: not bound_to(tmp_path), "the device is gone")
 
 

@@ -39,7 +39,7 @@ def install(*arguments: str, umask: int = -1) -> None:
 
 
 def files(tree: Path) -> set[str]:
-    return {str(path.relative_to(tree)) for path in tree.rglob("*") if not path.is_dir()}
+    return {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
 @pytest.fixture
@@ -58,6 +58,7 @@ def test_files_of_the_package(tmp_path: Path) -> None:
     stand_ins = {f"usr/lib/loopd/bin/{name}" for module, name in STAND_INS.items() if (ROOT / module).exists()}
     pages = {f"usr/share/man/man{path.stem[-1]}/{path.stem}" for path in (ROOT / "docs/man").iterdir()}
     assert found == modules | compiled | stand_ins | pages | {
+        "usr/lib/python3/dist-packages/loopd",
         "usr/bin/loopctl",
         "usr/sbin/loopd",
         "usr/lib/loopd/loopd/py.typed",
@@ -80,7 +81,9 @@ def test_files_of_the_package(tmp_path: Path) -> None:
         "usr/share/fish/vendor_completions.d/loopctl.fish",
         "usr/share/zsh/site-functions/_loopctl",
     }
-    for name in found - compiled:
+    link = Path(os.readlink(tmp_path / "usr/lib/python3/dist-packages/loopd"))
+    assert link == Path("../../loopd/loopd")
+    for name in found - compiled - {"usr/lib/python3/dist-packages/loopd"}:
         text = (tmp_path / name).read_text()
         assert "@PREFIX@" not in text, name
         assert str(tmp_path) not in text, name
@@ -91,6 +94,31 @@ def test_everybody_can_read_it_whatever_the_umask(tmp_path: Path) -> None:
     for path in (tmp_path / "usr").rglob("*"):
         program = path.is_dir() or path.parent.name in {"bin", "sbin"}
         assert stat.S_IMODE(path.stat().st_mode) == (0o755 if program else 0o644), path
+
+
+def imported(prepare: str) -> str:
+    """The folder where the system's Python finds `loopd`, in a mount namespace with what was installed."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: a mount namespace")
+    show = "import loopd, loopd.loop, os; loopd.attach; print(os.path.dirname(os.path.dirname(loopd.__file__)), end='')"
+    script = f'{prepare}; cd /; exec {SYSTEM_PYTHON} -IBc "{show}"'
+    return subprocess.check_output(["unshare", "--mount", "sh", "-ec", script], text=True)
+
+
+def test_the_library_is_the_system_s_python_s(tmp_path: Path) -> None:
+    install(f"DESTDIR={tmp_path}")
+    found = imported(f"mount --bind {tmp_path}/usr/local /usr/local")
+    assert re.fullmatch(r"/usr/local/lib/python3\.\d+/dist-packages", found)
+
+
+def test_another_module_of_the_name_stays(tmp_path: Path) -> None:
+    other = tmp_path / "usr/lib/python3/dist-packages/loopd"
+    other.mkdir(parents=True)
+    for command in ("install", "uninstall"):
+        done = make(command, f"DESTDIR={tmp_path}", "PREFIX=/usr")
+        assert done.returncode == 0
+        assert ("something else of that name" in done.stderr) == (command == "install")
+        assert list(other.iterdir()) == []
 
 
 @pytest.mark.parametrize("program", ["sbin/loopd", "bin/loopctl"])
@@ -151,10 +179,43 @@ def test_pages_are_in_their_sections(prefix: Path) -> None:
         assert re.search(rf'(?im)^\.TH "?{name}"? "?{section}"? ', path.read_text()), path
 
 
+def python_without(module: str, path: Path) -> Path:
+    """An interpreter that has all of the system's modules but this one."""
+    path.write_text(f'#!/bin/sh\ncase "$*" in *"import {module}"*) exit 1;; esac\nexec {SYSTEM_PYTHON} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_packages_are_never_installed(tmp_path: Path) -> None:
+    """Also not where the running system is what loopd is installed into: DESTDIR is empty."""
+    called = tmp_path / "called"
+    (tmp_path / "bin").mkdir()
+    for name in ("apt-get", "apt", "dnf", "pip"):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\necho $0 $* >>{called}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    python = python_without("docutils", tmp_path / "python")
+    prefix = tmp_path / "prefix"
+    path = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    in_namespace = ["unshare", "--mount", "sh", "-ec", 'mount -t tmpfs tmpfs /run; exec "$@"', "sh"]  # no systemd runs
+    command = [*in_namespace, "make", "-s", "-C", str(ROOT), "install", f"PREFIX={prefix}", f"PYTHON={python}"]
+    environment = os.environ | {"MAKEFLAGS": ""} | path
+    done = subprocess.run(
+        command, check=False, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "make: the man pages are left out: they need python3-docutils\n"
+    assert (prefix / "lib/systemd/system/loopd.service").exists()
+    assert not called.exists()
+
+
+def test_a_missing_library_is_told_of(tmp_path: Path) -> None:
+    done = make("install", f"DESTDIR={tmp_path}/root", f"PYTHON={python_without('systemd', tmp_path / 'python')}")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "make: missing: python3-systemd, without which loopd does not start\n"
+
+
 def test_what_cannot_make_pages_installs_the_rest(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *docutils*) exit 1;; esac\nexec {SYSTEM_PYTHON} "$@"\n')
-    python.chmod(0o755)
+    python = python_without("docutils", tmp_path / "python")
     done = make("install", f"DESTDIR={tmp_path}/root", f"PYTHON={python}")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "make: the man pages are left out: they need python3-docutils\n"

@@ -26,6 +26,7 @@ from loopd.daemon.audit import Event
 from loopd.daemon.process import STATE_DIRECTORY
 from loopd.daemon.process import _options as options_of_loopd
 from loopd.protocol import wire
+from loopd.protocol.decode import decode
 from loopd.worker import grants
 
 MANUAL = ROOT / "docs/man"
@@ -255,7 +256,7 @@ def test_row_of_leases(page: dict[str, Page]) -> None:
 
 def test_operation_field(page: dict[str, Page]) -> None:
     entry = page["loopd-protocol.7"].entries("OPERATIONS", "Every request")[0]
-    envelope, request = wire.decode(b'{"fd": 0, "dir_fd": 1}')
+    envelope, request = decode(b'{"fd": 0, "dir_fd": 1}')
     assert isinstance(request, wire.Attach)
     assert entry.term == f'op: string, default "{envelope.op}"'
 
@@ -287,7 +288,7 @@ def test_example_of_the_protocol(page: dict[str, Page]) -> None:
         for block in page["loopd-protocol.7"].section("EXAMPLES").findall("literal_block")
         for part in (block.text or "").split("\n\n")
     )
-    assert isinstance(wire.decode(request.encode())[1], wire.Attach)
+    assert isinstance(decode(request.encode())[1], wire.Attach)
     assert wire.decode_reply(reply.encode()).keys() == set(wire.Attached._fields)
     with pytest.raises(wire.Refusal) as refused:
         wire.decode_reply(refusal.encode())
@@ -331,6 +332,8 @@ def variables(*places: str) -> set[str]:
             text = path.read_text()
             found |= set(re.findall(r"environ(?:\.get\(|\.pop\(|\[)\"(\w+)\"", text))
             found |= set(re.findall(r"\"(LOOPD_\w+)\"", text))
+    if "daemon" in places:  # what `systemd.daemon` reads for it: sd_listen_fds(3)
+        found |= {"LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"}
     return found - {"LOOPD_EVENT", "LOOPD_INSTANCE"}
 
 

@@ -28,7 +28,7 @@ from test_install import install
 from untouched import pair, send
 
 from loopd.client import api as client
-from loopd.daemon.numbers import AHEAD
+from loopd.daemon.numbers import Numbers
 from loopd.loop import Loop, LoopControl
 from loopd.protocol import wire
 from loopd.protocol.wire import Code
@@ -182,7 +182,8 @@ def test_numbers_lost_to_somebody_else(
     name = served.attach(image, directory).fields["devname"]
     first = int(name.removeprefix("loop")) + 1
     following = [f"loop{number}" for number in range(first, first + 64)]
-    ahead = eventually(lambda: len(new := [*filter(exists, following)]) >= AHEAD and new, "numbers were made ahead")
+    most = Numbers.AHEAD
+    ahead = eventually(lambda: len(new := [*filter(exists, following)]) >= most and new, "numbers were made ahead")
     other = make_image(name="other")
     with contextlib.ExitStack() as stack:
         for devname in ahead:
@@ -193,7 +194,7 @@ def test_numbers_lost_to_somebody_else(
         reply = served.attach(make_image(name="second"), directory)
         assert reply.code is None
         assert reply.fields["devname"] not in ahead
-        assert AHEAD - 1 <= counts(served)["loopd_number_retries_total"] <= len(ahead)
+        assert Numbers.AHEAD - 1 <= counts(served)["loopd_number_retries_total"] <= len(ahead)
     with LoopControl() as control:  # what the host was faster with is the host's to remove
         for devname in ahead:
             with contextlib.suppress(OSError):

@@ -27,15 +27,17 @@ from kept import Kept, hold, next_block, start_at, start_kept_fixture  # noqa: F
 from processes import IN_NAMESPACE, NOBODY, Activated, Child, become
 from untouched import cgroup, kept_open, maker
 
-from loopd.daemon import numbers
+from loopd.daemon import counter as counters
 from loopd.daemon.accounts import Account
-from loopd.daemon.numbers import AHEAD, BLOCK, BLOCKS, FIRST, LAST, PARKED, QUARANTINE, Counter, Exhausted
+from loopd.daemon.counter import BLOCK, BLOCKS, LAST, QUARANTINE, Counter, Exhausted
+from loopd.daemon.numbers import Numbers
 from loopd.daemon.policy import Policy
 from loopd.loop import Loop, LoopControl, backing_file
 from loopd.protocol import wire
-from loopd.worker.devices import Access
+from loopd.worker.access import Access
+from loopd.worker.make import FIRST, PARKED
 
-SIZE = numbers._HEADER.size + BLOCKS * numbers._ENTRY.size
+SIZE = counters._HEADER.size + BLOCKS * counters._ENTRY.size
 
 # The counter, on a real file ----------------------------------------------------------------------------------------
 
@@ -63,11 +65,11 @@ def set_times(path: str, times: dict[int, int], others: int | None = None) -> No
     now = int(time.time())
     with open(path, "r+b") as file:
         if others is not None:
-            file.seek(numbers._HEADER.size)
-            file.write(numbers._ENTRY.pack(now - others, 0) * BLOCKS)
+            file.seek(counters._HEADER.size)
+            file.write(counters._ENTRY.pack(now - others, 0) * BLOCKS)
         for block, age in times.items():
-            file.seek(numbers._HEADER.size + block * numbers._ENTRY.size)
-            file.write(numbers._ENTRY.pack(now - age, 0))
+            file.seek(counters._HEADER.size + block * counters._ENTRY.size)
+            file.write(counters._ENTRY.pack(now - age, 0))
 
 
 def block_of(reserved: range) -> int:
@@ -670,7 +672,7 @@ def test_what_another_has_open_for_a_moment_goes_too(
     def detached() -> None:
         name = daemon.attach(image, directory).fields["devname"]
         assert daemon.ask(wire.Detach(name, 0, wait=5), []).fields == {"state": "released"}
-        eventually(lambda: not exists(name) and len(made()) > AHEAD // 2, "numbers are made ahead")
+        eventually(lambda: not exists(name) and len(made()) > Numbers.AHEAD // 2, "numbers are made ahead")
 
     detached()
     with daemon.outage():

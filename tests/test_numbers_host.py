@@ -17,9 +17,9 @@ from kept import Kept, start_kept_fixture  # noqa: F401
 from processes import IN_NAMESPACE, Child, become, injected, mount_tmpfs, own_user_namespace
 from untouched import cgroup, children, helpers, leases
 
-from loopd.daemon.numbers import FIRST
 from loopd.loop import Loop
 from loopd.protocol import wire
+from loopd.worker.make import FIRST
 
 SOON = 5.0
 

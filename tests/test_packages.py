@@ -5,24 +5,25 @@ upgraded and removed in the VM: tests/vm/inside/test_package.py.)
 from __future__ import annotations
 
 import ast
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Daemon
-from test_install import files, install, make
+from test_install import files, imported, install, make, prefix
 
 from loopd import __version__
 from loopd.cli import loopctl as cli
 from loopd.protocol import wire
 
-DEB = ROOT / f"build/loopd_{__version__}_all.deb"
-RPM = ROOT / f"build/loopd-{__version__}-1.noarch.rpm"
-ZIPAPP = ROOT / "build/loopctl"
+__all__ = ["prefix"]  # a fixture
 SOCKETS = ("loopd.socket", "loopd-admin.socket")
 
 
@@ -36,11 +37,14 @@ def run(*command: str | Path, check: bool = True, **options: Path | dict[str, st
     return str(done.stdout)
 
 
-def built(target: str, product: Path) -> Path:
-    product.unlink(missing_ok=True)
+def built(target: str, products: str) -> Path:
+    """The one file of that pattern in build/ that the target makes."""
+    for product in (ROOT / "build").glob(products):
+        product.unlink()
     done = make(target)
     assert done.returncode == 0, done.stderr
-    return product
+    (made,) = (ROOT / "build").glob(products)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,7 @@ def without_docs(names: set[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def deb() -> Path:
-    return built("deb", DEB)
+    return built("deb", "loopd_*_all.deb")
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +80,85 @@ def unpacked(deb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_lintian_finds_no_error(deb: Path) -> None:
     said = run("lintian", "--no-user-dirs", "--allow-root", "--fail-on=none", deb)
     assert [line for line in said.splitlines() if line.startswith("E: ")] == []
-    assert run("dpkg-deb", "--field", deb, "Version").strip() == __version__
+
+
+def test_the_deb_is_of_a_version_that_says_so_itself(deb: Path, unpacked: Path) -> None:
+    version = run("dpkg-deb", "--field", deb, "Version").strip()
+    assert version.partition("+")[0] == __version__
+    assert deb.name == f"loopd_{version}_all.deb"
+    assert f'__version__ = "{version}"' in (unpacked / "usr/lib/loopd/loopd/__init__.py").read_text()
+
+
+def test_what_is_built_again_upgrades(tmp_path: Path) -> None:
+    """By the commit and by what is not committed yet; the version is plain at its tag, and where there is no git."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    sources = ("LICENSE", "Makefile", "README.md", "docs", "loopd", "pyproject.toml", "systemd")
+    run("cp", "-R", *(ROOT / name for name in sources), tree)
+
+    def version() -> str:
+        return run("make", "-s", "-C", tree, "--eval=print: ; @echo $(VERSION)", "print", env=plain).strip()
+
+    def git(*arguments: str, at: str = "") -> None:
+        who = [f"GIT_{role}_{what}" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")]
+        run("git", "-C", tree, *arguments, env=plain | dict.fromkeys(who, "test") | {"GIT_COMMITTER_DATE": at})
+
+    plain = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS" and not name.startswith("GIT_")}
+    assert version() == __version__
+    git("init", "--quiet")
+    git("add", "--all")
+    git("commit", "--quiet", "--message=one", at="2026-11-29T14:30:05Z")
+    found = [__version__, version()]
+    assert re.fullmatch(re.escape(__version__) + r"\+git20261129143005\.[0-9a-f]{7,}", found[1])
+    git("commit", "--quiet", "--allow-empty", "--message=two", at="2026-11-29T14:30:06Z")
+    found.append(version())
+    (tree / "README.md").write_text("Changed.\n")
+    found.append(version())
+    for older, newer in itertools.pairwise(found):
+        assert older != newer
+        run("dpkg", "--compare-versions", older, "lt", newer)
+    git("commit", "--quiet", "--all", "--message=three", at="2026-11-29T14:30:07Z")
+    git("tag", f"v{__version__}")
+    assert version() == __version__
+
+
+def test_the_library_is_the_system_s_python_s(unpacked: Path) -> None:
+    """`import loopd` finds what the daemon and loopctl run on, with no word to the interpreter."""
+    assert (
+        imported(f"mount -t overlay -o lowerdir={unpacked}/usr:/usr overlay /usr") == "/usr/lib/python3/dist-packages"
+    )
 
 
 def test_files_of_the_deb(unpacked: Path, installed: set[str]) -> None:
     """What `make install` brings, and what Debian wants beside it; compiled where it is installed."""
     found = {name for name in files(unpacked) if not name.startswith("DEBIAN/")}
     extra = {"usr/share/python3/runtime.d/loopd.rtupdate", "usr/share/lintian/overrides/loopd"}
+    assert "Depends: python3-systemd, systemd," in (unpacked / "DEBIAN/control").read_text()
     named = {name.replace("zsh/site-functions", "zsh/vendor-completions") for name in installed}
     assert without_docs(found) == without_docs(named) | extra
     pages = {f"usr/share/doc/loopd/docs/{path.relative_to(ROOT / 'docs')}" for path in (ROOT / "docs").rglob("*.md")}
     assert {*pages, "usr/share/doc/loopd/README.md", "usr/share/doc/loopd/copyright"} <= found
+
+
+def test_what_the_deb_is_tested_with(
+    start_daemon: Callable[..., Daemon], prefix: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """debian/tests, which autopkgtest runs on an installed package, beside a daemon that is started by hand."""
+    grants = tmp_path_factory.mktemp("grants")
+    grants.chmod(0o711)
+    run("mount", "-t", "tmpfs", "-o", "mode=0711", "tmpfs", grants)
+    try:
+        daemon = start_daemon(f"--grant-directory={grants}")
+        environment = {"PATH": f"{prefix}/bin:{os.environ['PATH']}:/usr/sbin:/sbin", "LOOPD_SOCKET": daemon.path}
+        environment |= {"AUTOPKGTEST_TMP": str(tmp_path), "PYTHONPATH": f"{prefix}/lib/loopd"}
+        tests = ROOT / "systemd/packaging/debian/tests"
+        (command,) = re.findall(r"^Test-Command: (.*)", (tests / "control").read_text(), re.MULTILINE)
+        assert run("sh", "-euc", command, env=environment).strip() == __version__
+        assert re.search(r"disk\.img: 11/\d+ files", run(tests / "attach", env=environment))
+        assert list(grants.iterdir()) == []
+        daemon.stop()
+    finally:
+        run("umount", "--lazy", grants)
 
 
 def test_what_the_deb_does_with_units(unpacked: Path) -> None:
@@ -108,7 +180,7 @@ def test_what_the_deb_does_with_units(unpacked: Path) -> None:
 
 @pytest.fixture(scope="module")
 def rpm() -> Path:
-    return built("rpm", RPM)
+    return built("rpm", "loopd-*.noarch.rpm")
 
 
 def test_rpmlint_finds_no_error(rpm: Path) -> None:
@@ -121,8 +193,11 @@ def test_rpmlint_finds_no_error(rpm: Path) -> None:
 def test_files_of_the_rpm(rpm: Path, installed: set[str]) -> None:
     found = {line.split(maxsplit=8)[8].lstrip("/") for line in run("rpm", "-qplv", rpm).splitlines() if line[0] != "d"}
     found = {name for name in found if "__pycache__" not in name}
-    assert without_docs(found) == without_docs(installed) | {"usr/lib/systemd/system-preset/90-loopd.preset"}
-    assert f"usr/share/doc/loopd-{__version__}/README.md" in found
+    found = {name.partition(" -> ")[0] for name in found}
+    assert without_docs(found) == without_docs(installed)
+    assert "usr/share/doc/loopd/README.md" in found
+    assert "usr/share/doc/loopd/no-sys-admin.conf" in found
+    assert "python3-systemd" in run("rpm", "-qp", "--requires", rpm).split()
     owners = set(run("rpm", "-qp", "--queryformat", "[%{FILEUSERNAME}:%{FILEGROUPNAME}\n]", rpm).splitlines())
     assert owners == {"root:root"}
     folders = run("rpm", "-qplv", rpm).splitlines()
@@ -157,8 +232,8 @@ def test_what_the_rpm_does_with_units(rpm: Path, tmp_path: Path, stage: str) -> 
     run_folder = tmp_path / "run"
     (run_folder / "systemd/system").mkdir(parents=True)
     order = {
-        "first": "POSTIN POSTTRANS",
-        "upgrade": "POSTIN PREUN POSTUN POSTTRANS",
+        "first": "POSTIN",
+        "upgrade": "POSTIN PREUN POSTUN",
         "removal": "PREUN POSTUN",
     }
     for name in order[stage].split():
@@ -175,20 +250,16 @@ def test_what_the_rpm_does_with_units(rpm: Path, tmp_path: Path, stage: str) -> 
     ]  # fmt: skip
     restart = "systemctl try-restart loopd.service loopd@*.service"
     if stage == "first":
-        assert changing == [
-            "systemctl --no-reload preset loopd.socket loopd-admin.socket",
-            "systemctl start loopd.socket",
-            "systemctl start loopd-admin.socket",
-            restart,
-        ]
+        assert changing == ["systemctl --no-reload preset loopd.socket loopd-admin.socket"]
         assert called[0] == "systemd-sysusers loopd.conf"
     elif stage == "upgrade":
         assert changing == [restart]
     else:
-        plain = "loopd.socket loopd-admin.socket loopd-metrics.timer"
         assert changing == [
-            f"systemctl --no-reload disable {plain} loopd@.socket loopd-admin@.socket",
-            "systemctl stop loopd-metrics.timer loopd.socket loopd-admin.socket loopd@*.socket loopd-admin@*.socket",
+            "systemctl is-active loopd-metrics.timer",
+            "systemctl --no-reload disable --now loopd-metrics.timer loopd.socket loopd-admin.socket",
+            "systemctl --no-reload disable loopd@.socket loopd-admin@.socket",
+            "systemctl stop loopd@*.socket loopd-admin@*.socket",
             r"systemctl stop loopd.service loopd@*.service run-loopd\x2ddev.mount",
             "systemctl clean --what=fdstore loopd.service loopd@*.service",
         ]
@@ -199,7 +270,7 @@ def test_what_the_rpm_does_with_units(rpm: Path, tmp_path: Path, stage: str) -> 
 
 @pytest.fixture(scope="module")
 def zipapp() -> Path:
-    return built("zipapp", ZIPAPP)
+    return built("zipapp", "loopctl")
 
 
 def interpreters() -> list[str]:

@@ -24,7 +24,8 @@ from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
 from processes import CLONE_NEWNS, Activated, become, unshare
 from untouched import cgroup, elsewhere, helpers, leases, maker, pair, paused, reply_of, send, stopped
 
-from loopd.daemon import numbers, policy
+from loopd.daemon import counter as counters
+from loopd.daemon import policy
 from loopd.daemon.policy import Allow, ConfigurationError, Limits, Policy
 from loopd.protocol import wire
 from loopd.worker import devices
@@ -241,9 +242,9 @@ def test_files_are_merged_in_the_order_of_their_names(tmp_path: Path) -> None:
 def apart(state: Path) -> Path:
     """A state directory with a counter that starts anywhere: a number that is lost to another daemon counts too."""
     state.mkdir(mode=0o700)
-    counter = numbers.Counter(str(state / "numbers"))
+    counter = counters.Counter(str(state / "numbers"))
     try:
-        os.pwrite(counter._fd, numbers._HEADER.pack(numbers._MAGIC, random.randrange(numbers.BLOCKS)), 0)
+        os.pwrite(counter._fd, counters._HEADER.pack(counters._MAGIC, random.randrange(counters.BLOCKS)), 0)
     finally:
         counter.close()
     return state

@@ -18,12 +18,12 @@ from conftest import Daemon, eventually, exists, require
 from processes import IN_NAMESPACE, Activated
 from untouched import leases
 
-from loopd.daemon import numbers
+from loopd.daemon import counter, setup
 from loopd.daemon import process as daemon
 from loopd.daemon.audit import Event
 from loopd.loop import Loop, LoopControl
 from loopd.protocol import wire
-from loopd.worker import devices, grants
+from loopd.worker import access, grants, make
 
 ROOT = Path(__file__).parent.parent
 MOUNT = r"run-loopd\x2ddev.mount"
@@ -82,7 +82,7 @@ def options(path: Path) -> dict[str, list[str]]:
 def verify(units: Path, *names: str) -> tuple[int, list[str]]:
     """What systemd has to say about these units of that directory."""
     instances = [name.replace("@.", "@some.") for name in names]
-    done = run("systemd-analyze", "verify", *instances, env={"SYSTEMD_UNIT_PATH": f"{units}:"})
+    done = run("systemd-analyze", "verify", "--man=no", *instances, env={"SYSTEMD_UNIT_PATH": f"{units}:"})
     said = [line for line in (done.stdout + done.stderr).splitlines() if line]
     if systemd_version() < 254:  # documented: there `stop` gives the leases up
         said = [line for line in said if "'FileDescriptorStorePreserve'" not in line]
@@ -91,6 +91,14 @@ def verify(units: Path, *names: str) -> tuple[int, list[str]]:
 
 def test_systemd_has_nothing_to_say_about_the_units(prefix: Path) -> None:
     assert verify(prefix / "lib/systemd/system", *UNITS) == (0, [])
+
+
+def test_units_name_pages_that_there_are(prefix: Path) -> None:
+    for name in UNITS:
+        (found,) = options(prefix / "lib/systemd/system" / name)["Documentation"]
+        for page, section in re.findall(r"man:([\w.-]+)\((\d)\)", found):
+            assert (prefix / f"share/man/man{section}/{page}.{section}").exists(), name
+        assert found.startswith("man:"), name
 
 
 def exposure(unit: Path) -> float:
@@ -131,17 +139,17 @@ def test_unit_and_daemon_name_the_same_things(prefix: Path) -> None:
     service = options(prefix / "lib/systemd/system/loopd.service")
     (nodes,) = service["TemporaryFileSystem"]
     path, _, flags = nodes.partition(":")
-    assert path == devices.PRIVATE_NODES
+    assert path == access.PRIVATE_NODES
     assert "dev" in flags.split(",")
     for name, started in (("loopd-admin.socket", "loopd.service"), ("loopd-admin@.socket", "loopd@%i.service")):
         admin = options(prefix / "lib/systemd/system" / name)
-        assert (admin["FileDescriptorName"], admin["Service"]) == ([daemon.ADMIN], [started])
+        assert (admin["FileDescriptorName"], admin["Service"]) == ([setup.ADMIN], [started])
         assert (admin["DirectoryMode"], admin["SocketMode"]) == (["0700"], ["0600"])
     assert f"/var/lib/{service['StateDirectory'][0]}" == daemon.STATE_DIRECTORY
     # What systemd passes at start must fit: else 202/FDS, or names beyond the 128 KiB of a variable.
     stored = int(service["FileDescriptorStoreMax"][0])
     assert int(service["LimitNOFILE"][0]) > stored
-    assert len(f"{daemon.SLOT}:") * stored < 128 * 1024
+    assert len(f"{setup.SLOT}:") * stored < 128 * 1024
 
 
 def test_sockets_are_closed_by_no_number_of_requests(prefix: Path) -> None:
@@ -382,11 +390,11 @@ def covered(rules: Path) -> list[str]:
 
 def test_rule_covers_the_numbers_of_loopd_and_no_others(prefix: Path) -> None:
     patterns = covered(prefix / "lib/udev/rules.d/00-loopd.rules")
-    tried = {*range(12000), *(10**n + k for n in range(7) for k in (-1, 0, 1)), numbers.LAST}
+    tried = {*range(12000), *(10**n + k for n in range(7) for k in (-1, 0, 1)), counter.LAST}
     for number in tried:
         for name in (f"loop{number}", f"loop{number}p1", f"loop{number}p15"):
             matches = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-            assert matches == (number >= numbers.FIRST), name
+            assert matches == (number >= make.FIRST), name
 
 
 @contextlib.contextmanager
@@ -433,7 +441,7 @@ def test_an_image_cannot_claim_names_of_the_host(prefix: Path, tmp_path: Path) -
     assert run("mke2fs", "-q", "-F", "-L", "hostroot", image).returncode == 0
     with device(image, 2000) as number:
         assert "by-label/hostroot" in udev_makes_of(number, rules)  # else the other half would prove nothing
-    with device(image, numbers.LAST - 2000) as number:
+    with device(image, counter.LAST - 2000) as number:
         said = udev_makes_of(number, rules)
     assert "SYSTEMD_READY=0" in said.split()
     assert [word for word in ("hostroot", "ID_FS_", "blkid", "DEVLINKS=") if word in said] == []

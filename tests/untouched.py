@@ -70,12 +70,12 @@ def state(pid: int) -> str:
 
 def helpers(daemon: Daemon) -> list[int]:
     """The helper processes: those children that hold the socket which requests arrive on, and make devices."""
-    return [child for child, links in _takers(daemon) if "/dev/loop-control" in links]
+    return [child for child, links in _takers(daemon) if _makes(links)]
 
 
 def droppers(daemon: Daemon) -> list[int]:
     """The other children that hold that socket: they come when something is to be dropped, and may stay."""
-    return [child for child, links in _takers(daemon) if "/dev/loop-control" not in links]
+    return [child for child, links in _takers(daemon) if not _makes(links)]
 
 
 def _takers(daemon: Daemon) -> list[tuple[int, list[str]]]:
@@ -90,9 +90,25 @@ def _takers(daemon: Daemon) -> list[tuple[int, list[str]]]:
 
 
 def maker(daemon: Daemon) -> int:
-    """The process that makes and removes numbers: the child that has nothing to do with requests."""
-    (found,) = set(children(daemon.pid)) - {child for child, _ in _takers(daemon)}
+    """The process that makes and removes numbers: the child that makes devices and takes no requests."""
+    (found,) = [child for child, links in _others(daemon) if _makes(links)]
     return found
+
+
+def writer(daemon: Daemon) -> int:
+    """The process that writes the audit into the journal: it is there from the first record on."""
+    (found,) = [child for child, links in _others(daemon) if not _makes(links)]
+    return found
+
+
+def _makes(links: list[str]) -> bool:
+    """Whether one is the control device, of /dev or through a node of loopd's own."""
+    return any("/loop-control" in link for link in links)
+
+
+def _others(daemon: Daemon) -> list[tuple[int, list[str]]]:
+    takers = {child for child, _ in _takers(daemon)}
+    return [(child, _links(child)) for child in children(daemon.pid) if child not in takers and state(child) != "Z"]
 
 
 @contextlib.contextmanager
@@ -176,8 +192,13 @@ class Untouched:
 
 def leases(daemon: Daemon) -> list[dict[str, Any]]:
     """What the daemon says about the leases of the test."""
-    found: list[dict[str, Any]] = daemon.ask(wire.Leases(0), []).fields["leases"]
-    return found
+    found: list[dict[str, Any]] = []
+    while True:
+        after = found[-1]["devname"] if found else ""
+        with contextlib.closing(daemon.ask(wire.Leases(0, after=after), [])) as reply:
+            found += reply.fields["leases"]
+            if not reply.fields["more"]:
+                return found
 
 
 def honest(daemon: Daemon) -> None:

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from loopd.client import api as client
-from loopd.protocol import wire
+from loopd.protocol.decode import VALIDATORS
 
 
 class Failure(Exception):
@@ -82,7 +82,7 @@ def fields(record: Any) -> dict[str, Any]:
 
 
 _WORDS = {"dir_fd": "DIR", "lease_fd": "--lifetime", "devname": "DEVICE", "name": "NAME"}
-_FIELD = re.compile(rf"(^|; )({'|'.join(wire.VALIDATORS)}): ")
+_FIELD = re.compile(rf"(^|; )({'|'.join(VALIDATORS)}): ")
 _ANOTHERS = re.compile(r"force: (loop\d+ is another's)")
 
 

@@ -11,6 +11,7 @@ import re
 
 from loopd.cli.table import COLUMNS, SUFFIXES
 from loopd.protocol import wire
+from loopd.protocol.decode import VALIDATORS
 
 _PARTITION = re.compile(r"(loop[0-9]+)p[0-9]+")
 _SIZE = re.compile(rf"(0x[0-9a-f]+|0|[1-9][0-9]*)(?:([{SUFFIXES}])(i?b)?)?", re.ASCII | re.IGNORECASE)
@@ -45,7 +46,7 @@ def seconds(text: str) -> float:
 def is_device(text: str) -> bool:
     """Whether a word is a device's name or the path of its node, and not the path of a file that is named so."""
     try:
-        wire.VALIDATORS["devname"](os.path.basename(text))
+        VALIDATORS["devname"](os.path.basename(text))
     except ValueError:
         return False
     return "/" not in text or not os.path.isfile(text)
@@ -60,7 +61,7 @@ def device_or_image(text: str) -> str:
 
 def device(text: str) -> str:
     try:
-        wire.VALIDATORS["devname"](os.path.basename(text))
+        VALIDATORS["devname"](os.path.basename(text))
     except ValueError:
         folder, name = os.path.split(text)
         partition = _PARTITION.fullmatch(name)

@@ -29,6 +29,7 @@ from loopd.client.errors import (
 )
 from loopd.client.inputs import StrPath
 from loopd.protocol import wire
+from loopd.protocol.decode import VALIDATORS
 from loopd.protocol.wire import Attached, Detached, Granted, Greeting, LeaseInfo, Measured, Rescanned, Resized
 
 SOCKET = "/run/loopd/loopd.sock"
@@ -253,7 +254,7 @@ def parsed(kind: type[Record], fields: Any) -> Record:
     try:
         record = _record(kind, fields)
         if isinstance(record, (Attached, LeaseInfo)):
-            wire.VALIDATORS["devname"](record.devname)  # it becomes part of a path
+            VALIDATORS["devname"](record.devname)  # it becomes part of a path
         return record
     except (AttributeError, TypeError, ValueError) as error:
         raise BadReply(f"the reply makes no sense: {error}") from error

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections import deque
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from loopd.children.flow import Turns
+from loopd.children.pool import Job
 from loopd.kernel import proc
 
 _UNIT = re.compile(r".\.(?:service|scope|socket|mount|swap|timer|path|target|device|automount)$")
@@ -108,10 +108,6 @@ class Bucket:
         self._spent += 1
         return True
 
-    def pause(self, until: float) -> None:
-        """Have nothing come back until then (monotonic clock)."""
-        self.at = until
-
     @property
     def half_spent(self) -> bool:
         """Whether more than half of what may be spent at once is spent now."""
@@ -126,62 +122,52 @@ class Bucket:
 class Account:
     """What one account has in use. Changed by the main process alone."""
 
-    __slots__ = (
-        "attaching", "bytes", "devices", "ended", "flights", "helpers", "hung", "jobs", "name", "numbers", "queue",
-        "refusals", "refused_at", "revokes", "senders", "shed", "stuck", "unrevoked",
-    )  # fmt: skip
-
-    MOST_SENDERS = 64
-    """Processes of one account whose requests are counted."""
+    MOST_HANGING = 8
+    """Children of any role that may hang for one account, or be busy with it for suspiciously long, before its requests
+    are dropped and its other jobs wait.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.ended = False
-        self.attaching = 0
-        self.bytes = 0
         self.devices = 0
-        self.flights: set[Any] = set()
-        self.helpers: set[Any] = set()
-        self.jobs = 0
-        self.revokes = 0
-        self.unrevoked: dict[str, Any] = {}
-        self.queue: deque[Callable[[], None]] = deque()
-        self.refusals = 0
-        self.refused_at = 0.0
-        self.stuck = 0
-        self.hung = 0
-        self.shed = 0
+        """Devices, with those of attaches that are under way."""
+        self.bytes = 0
+        self.requests: set[Any] = set()
+        """Requests under way, and those that were answered and whose worker has files to close."""
+        self.jobs: set[Job] = set()
+        """Children that are busy for the account or hang in what is its own, each until it is free or reaped."""
+        self.turns = Turns(self.MOST_HANGING)
+        """For jobs on its leases."""
+        self.revoking = Turns(self.MOST_HANGING)
+        """For closing nodes, which must not wait for a client that has made the jobs wait."""
         self.numbers = Bucket()
-        self.senders: dict[int, Bucket] = {}
-
-    def requests_of(self, pid: int) -> Bucket:
-        """What process `pid` may send."""
-        if len(self.senders) >= self.MOST_SENDERS and pid not in self.senders:
-            horizon = time.monotonic() - 1
-            self.senders = {sender: bucket for sender, bucket in self.senders.items() if bucket.at > horizon}
-            if len(self.senders) >= self.MOST_SENDERS:
-                pid = 0  # no process's: all others together
-        return self.senders.setdefault(pid, Bucket())
+        self.shed = 0
+        self._refusals = 0
+        self._refused_at = 0.0
 
     @property
-    def slow(self) -> int:
-        """Helpers that have been busy with a request of this account for suspiciously long (`pool.Task.slow_at`)."""
-        now = time.monotonic()
-        return sum(task.slow_at < now for task in self.helpers)
+    def hanging(self) -> int:
+        """Children that may hang, or do."""
+        return sum(job.slow for job in self.jobs)
+
+    @property
+    def hung(self) -> int:
+        """Children that were killed because they hung, and have not been reaped yet."""
+        return sum(job.hung for job in self.jobs)
 
     def refused(self, most: int) -> bool:
         """Count a refusal; whether it is among the first `most` of its second, and so worth a record of its own."""
         now = time.monotonic()
-        if now - self.refused_at >= 1:
-            self.refused_at, self.refusals = now, 0
-        self.refusals += 1
-        return self.refusals <= most
+        if now - self._refused_at >= 1:
+            self._refused_at, self._refusals = now, 0
+        self._refusals += 1
+        return self._refusals <= most
 
     @property
     def in_use(self) -> bool:
         """Whether anything is charged to it now."""
-        busy = self.flights or self.stuck or self.hung or self.shed or self.jobs or self.revokes
-        return bool(self.devices or busy)
+        return bool(self.devices or self.requests or self.jobs or self.shed)
 
 
 class Accounts:

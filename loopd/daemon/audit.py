@@ -1,18 +1,26 @@
 """The audit: one event, one structured journal record.
 
-Owns the closed list of events with their MESSAGE_IDs (systemd/loopd.catalog explains each to the administrator) and the
-fields of a record. Never waits: what journald does not take at once is queued, what no longer fits is counted and said.
+Owns the closed list of events with their MESSAGE_IDs (systemd/loopd.catalog explains each to the administrator), the
+fields of a record, and the child process that writes records into the journal. Never waits: what the child does not
+take at once is queued, what no longer fits is counted and said.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import enum
+import fcntl
+import os
+import socket
 import sys
+import termios
 import time
 from typing import NamedTuple, Protocol
 
-from loopd.daemon import sd
+from loopd.children.child import Child, Children, Role, packed
+from loopd.kernel import transport
+from loopd.worker import journal
 
 ERR, WARNING, NOTICE, INFO = "3", "4", "5", "6"
 
@@ -30,6 +38,7 @@ class Event(_Kind, enum.Enum):
     EXPIRED = _Kind("6f627446202b41ccba539dbefc35b92a", INFO)
     REFUSED = _Kind("3c0f368802cb4ac2bfc120fce9c6e0db", NOTICE)
     HELD = _Kind("617a963d4b01435ca2e3e8894efb2b1c", NOTICE)
+    LOST = _Kind("a71c6e0bb0e14f2f9a3f7c6d5b2e9d10", ERR)
     SHED = _Kind("5169384b458e4ce4952db5f9b13e1a7d", WARNING)
     STUCK = _Kind("43eb208a7d8d4897828523e7cfce1227", WARNING)
     WARNED = _Kind("dc9aa196d7cf4d08b446fbf6444ced31", WARNING)
@@ -39,9 +48,19 @@ class Event(_Kind, enum.Enum):
 
 
 class Output(Protocol):
-    """Where records go; `send` is False when it cannot take one now."""
+    """Where records go."""
 
-    def send(self, fields: dict[str, str]) -> bool: ...
+    def send(self, fields: dict[str, str]) -> bool:
+        """Take a record; False when there is no room for one now."""
+
+    def written(self) -> bool:
+        """Whether everything that was taken is written."""
+
+    def start(self) -> None:
+        """See to it that somebody writes what was taken."""
+
+    def close(self, deadline: float) -> None:
+        """No record comes any more; wait until `deadline` (monotonic) at most."""
 
 
 class _Lines:
@@ -51,6 +70,69 @@ class _Lines:
         details = " ".join(f"{name}='{_quoted(value)}'" for name, value in fields.items() if name != "MESSAGE")
         print(f"loopd: {_quoted(fields['MESSAGE'])} [{details}]", file=sys.stderr, flush=True)
         return True
+
+    def written(self) -> bool:
+        return True
+
+    def start(self) -> None: ...
+
+    def close(self, deadline: float) -> None: ...
+
+
+class JournalChild:
+    """The main process's side of the child that writes records into the journal (`loopd.worker.journal`).
+
+    Records wait in a socketpair until the child has written them. This process keeps both ends, so that a new child
+    goes on where one that was killed has stopped.
+    """
+
+    ROOM = 1 << 20
+    """Bytes that the socketpair is asked to hold; net.core.wmem_max is the limit: 180 records by default."""
+    PAUSE = 1.0
+    """Seconds between one start and the next: a child that ends at once is not started in a loop."""
+
+    def __init__(self, children: Children) -> None:
+        # Not SOCK_DGRAM: there the child would not see the end of this process.
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.ROOM)
+        self._children = children
+        main, records = os.getpid(), self._theirs
+        keep = [records.fileno()]
+        self._role = Role("journal", lambda _: journal.main(records, main), lambda: keep, outlives=True)
+        self._child: Child | None = None
+        self._next_start = 0.0
+
+    def start(self) -> None:
+        """Start the child, unless it runs."""
+        now = time.monotonic()
+        if self._child is None and now >= self._next_start:
+            self._next_start = now + self.PAUSE
+            with contextlib.suppress(OSError):  # TasksMax=, memory, open files: `Audit.flush` tries again
+                self._child = Child(self._children, self._role, lambda message, fds: None, self._ended)
+
+    def _ended(self) -> None:
+        self._child = None
+
+    def send(self, fields: dict[str, str]) -> bool:
+        try:
+            transport.send(self._ours, packed(fields), flags=socket.MSG_DONTWAIT)
+        except OSError:  # EAGAIN, ENOBUFS
+            return False
+        self.start()
+        return True
+
+    def written(self) -> bool:
+        # The child takes a record off the queue after it has written it.
+        unread = fcntl.ioctl(self._theirs, termios.FIONREAD, bytes(4))
+        return not any(unread)
+
+    def close(self, deadline: float) -> None:
+        """Let the child write what is left. It goes on when the deadline is over."""
+        self._ours.close()
+        # A child that ends with this process would be left over for the service manager to find.
+        while self._child is not None and not self._child.reaped.kept and time.monotonic() < deadline:
+            self._children.reap()
+            time.sleep(0.01)
 
 
 def _quoted(text: str) -> str:
@@ -69,9 +151,8 @@ class Audit:
     QUEUE = 4096
     """Records kept while journald stalls, about 4 MiB."""
 
-    def __init__(self, instance: str = "", output: Output | None = None) -> None:
-        journal = sd.Journal()
-        self._output: Output = output or (journal if journal.present() else _Lines())
+    def __init__(self, children: Children, instance: str = "") -> None:
+        self._output: Output = JournalChild(children) if journal.present() else _Lines()
         self._instance = instance
         self._waiting: collections.deque[dict[str, str]] = collections.deque()
         self._lost = 0
@@ -99,22 +180,26 @@ class Audit:
 
     @property
     def waiting(self) -> bool:
-        """Whether records wait for journald."""
-        return bool(self._waiting)
+        """Whether there are records that are not in the journal yet."""
+        return bool(self._waiting) or not self._output.written()
 
     def flush(self) -> bool:
-        """Write what waits; True when nothing is left."""
+        """Hand over what waits; True when nothing is left that is not written."""
         while self._waiting:
             if not self._output.send(self._waiting[0]):
-                return False
+                break
             self._waiting.popleft()
-        if self._lost:
+        if self._lost and not self._waiting:
             lost, self._lost = self._lost, 0
             self.record(Event.SHED, f"{lost} records were lost while the journal did not take any", count=lost)
-        return True
+        if not self.waiting:
+            return True
+        self._output.start()
+        return False
 
     def drain(self, seconds: float) -> None:
-        """Write what waits before the process ends, for at most `seconds`."""
+        """Have written what waits before the process ends, and wait for that for at most `seconds`."""
         deadline = time.monotonic() + seconds
         while not self.flush() and time.monotonic() < deadline:
             time.sleep(0.01)
+        self._output.close(deadline)

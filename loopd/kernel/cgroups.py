@@ -4,19 +4,15 @@ This is what ends a lease whose own keeper never does: a pidfd of the host's PID
 namespace, a socket end that was hidden somewhere. Looks at the host's cgroup file system only.
 
 Whoever may read a directory of a file system can keep it locked, and then a name in it is looked up in vain. So a
-helper opens what tells of an account, and the main process reads what is open and looks up none but its own.
-
-Of its own cgroup the daemon wants to know how near the limit of processes is.
+worker opens what tells of an account, and the main process reads what is open and looks up none.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Callable
 
-from loopd.kernel import proc
 from loopd.kernel.inotify import IN_MODIFY, OVERFLOW, Inotify
 
 ROOTS = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
@@ -60,37 +56,6 @@ def _populated(events: int) -> bool:
         return b"populated 1" in os.pread(events, 4096, 0)
     except OSError:  # ENODEV: removed
         return False
-
-
-class Crowding:
-    """How many of the processes that it may have are in this one's cgroup."""
-
-    def __init__(self) -> None:
-        self._cgroup = b""
-        self._fds: list[int] = []
-
-    def now(self) -> float:
-        """0 to 1; 0 where there is no limit. Looks the cgroup up when this process is in another one than before."""
-        with contextlib.suppress(OSError, ValueError):
-            cgroup = proc.read("/proc/self/cgroup")
-            if cgroup != self._cgroup:
-                self._open(cgroup)
-            most, current = (os.pread(fd, 64, 0) for fd in self._fds)
-            return 0.0 if most == b"max\n" else int(current) / int(most)
-        return 0.0
-
-    def _open(self, cgroup: bytes) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
-        for line in filter(None, os.fsdecode(cgroup).split("\n")):
-            _, controllers, path = line.split(":", 2)
-            for root in ("/sys/fs/cgroup/pids",) if controllers == "pids" else () if controllers else ROOTS:
-                with contextlib.suppress(FileNotFoundError):
-                    for name in ("pids.max", "pids.current"):
-                        self._fds.append(os.open(f"{root}{path}/{name}", os.O_RDONLY | os.O_CLOEXEC))
-                    self._cgroup = cgroup
-                    return
-        self._cgroup = cgroup  # there is no limit
 
 
 class Watcher:

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import os
 import re
-import select
 import socket
 import struct
 import sys
@@ -256,6 +255,16 @@ def receive(channel: socket.socket, size: int, fds: int, flags: int = 0) -> tupl
     return payload, FdSet(rights)
 
 
+def receive_some(channel: socket.socket, size: int, fds: int, flags: int) -> tuple[bytes, FdSet]:
+    """One message of one of loopd's own sockets, of whose fds the first `fds` are opened and no other.
+
+    With MSG_PEEK the others stay where they are. CMSG_SPACE() would have room for one more than an odd number.
+    """
+    payload, control, _, _ = channel.recvmsg(size, socket.CMSG_LEN(4 * fds) if fds else 0, flags | _CLOEXEC)
+    rights, _ = _received(control)
+    return payload, FdSet(rights)
+
+
 def send(channel: socket.socket, payload: bytes, fds: Iterable[int] = (), flags: int = 0) -> None:
     """One message with fds, which stay the caller's."""
     rights = array.array("i", fds)
@@ -357,55 +366,17 @@ def seal(fd: int, name: str) -> None:
         raise wire.Refusal(wire.Code.BAD_FD, f"{name}: something was sent into it, which is for loopd to answer")
 
 
-SIOCGSKNS = 0x894C  # <linux/sockios.h>, Linux 4.10: the socket's network namespace as an fd; needs CAP_NET_ADMIN
-
-
-def shares_network(listener: socket.socket, pid: int) -> bool:
-    """Whether process `pid` is provably in the listener's network namespace. False where that cannot be established."""
+def shares_network(pid: int) -> bool:
+    """Whether process `pid` is in this process's network namespace. False where that cannot be established."""
     try:
-        namespace = fcntl.ioctl(listener, SIOCGSKNS)
-    except OSError:
+        return os.path.samefile("/proc/self/ns/net", f"/proc/{pid}/ns/net")
+    except OSError:  # gone, or not to be looked at by this user
         return False
-    try:
-        ours, theirs = os.fstat(namespace), os.stat(f"/proc/{pid}/ns/net")
-    except OSError:
-        return False
-    finally:
-        os.close(namespace)
-    return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
 
 
 def is_autobound(address: bytes) -> bool:
     """Whether the kernel has chosen the address: unix(7), five hexadecimal digits in the abstract namespace."""
     return re.fullmatch(rb"\0[0-9a-f]{5}", address) is not None
-
-
-def owns_address(pid: int, address: bytes) -> bool:
-    """Whether process `pid` has the socket of that autobound address in this process's network namespace."""
-    try:
-        if not os.path.samefile("/proc/self/ns/net", f"/proc/{pid}/ns/net"):
-            return False
-        with open("/proc/self/net/unix", "rb") as table:
-            name = b"@" + address[1:]
-            inodes = {line.split()[6] for line in table if line.split()[7:] == [name]}
-        links = {f"socket:[{inode.decode(errors='replace')}]" for inode in inodes}
-        return any(_link(f"/proc/{pid}/fd/{fd}") in links for fd in os.listdir(f"/proc/{pid}/fd"))
-    except OSError:  # gone, or not to be looked at by this user
-        return False
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""
-
-
-def hung_up(fd: int) -> bool:
-    """Whether the other end of a socket is closed."""
-    poll = select.poll()
-    poll.register(fd, 0)
-    return bool(poll.poll(0))
 
 
 def reply(fd: int, payload: bytes, fds: Iterable[int] = ()) -> bool:

@@ -10,12 +10,15 @@ NETLINK_KOBJECT_UEVENT = 15
 KERNEL_GROUP = 1
 
 _DISK = re.compile(rb"^[a-z]+@/devices/virtual/block/(loop\d{1,7})(/loop\d+p\d+)?$")
+_SEQUENCE = re.compile(rb"\0DISKSEQ=(\d+)\0")
 
 
 class Changes(NamedTuple):
-    """The loop devices that something happened to, and those of which a partition came or went."""
+    """The loop devices that something happened to, each with the newest sequence number that was told (0: none, before
+    Linux 5.15); and those of which a partition came or went.
+    """
 
-    disks: set[str]
+    disks: dict[str, int]
     partitioned: set[str]
 
 
@@ -29,7 +32,7 @@ def listen() -> socket.socket:
 
 def receive(netlink: socket.socket) -> Changes | None:
     """What events have come for; None when some were lost and everything is to be looked at again."""
-    changes = Changes(set(), set())
+    changes = Changes({}, set())
     while True:
         try:
             message, address = netlink.recvfrom(8192)
@@ -39,4 +42,9 @@ def receive(netlink: socket.socket) -> Changes | None:
             return None
         match = _DISK.match(message.partition(b"\0")[0])
         if address[0] == 0 and match:  # port 0 is the kernel: any process of the namespace may send
-            (changes.partitioned if match[2] else changes.disks).add(match[1].decode())
+            devname = match[1].decode()
+            if match[2]:
+                changes.partitioned.add(devname)
+                continue
+            sequence = _SEQUENCE.search(message)
+            changes.disks[devname] = max(changes.disks.get(devname, 0), int(sequence[1]) if sequence else 0)

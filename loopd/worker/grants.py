@@ -12,8 +12,10 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
+import stat
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from loopd.protocol.wire import Code, Refusal
 from loopd.worker.files import identify
@@ -98,14 +100,33 @@ class Grants:
                 if not os.stat(outer, dir_fd=self._fd).st_mode & 0o077:
                     os.rmdir(outer, dir_fd=self._fd)
 
-    def sweep(self, known: Collection[str], bound: Callable[[str], bool]) -> None:
-        """Remove the empty directories of devices that are not among the `known` ones, nor `bound` by now."""
+    def sweep(self, before: float, bound: Callable[[str], bool]) -> None:
+        """Remove what was left `before` that time: the directories that were made for devices which are not `bound` by
+        now, and the nodes of such devices in the other directories.
+        """
         prefix = f".{self._instance}:"
         for outer in [] if self._fd is None else names(self._fd):
-            devname = outer.removeprefix(prefix)
-            key = self._key_for(devname)
-            if devname != outer and devname[4:].isdecimal() and key not in known and not bound(devname):
-                self.unmake(key)
+            with contextlib.suppress(OSError):
+                if outer.startswith(prefix):
+                    devname = outer.removeprefix(prefix)
+                    left = devname[4:].isdecimal() and os.stat(outer, dir_fd=self._fd).st_ctime < before
+                    if left and not bound(devname):
+                        with contextlib.suppress(FileNotFoundError):  # whoever removed it was killed between the two
+                            self._empty(self._key_for(devname), before, bound)
+                        self.unmake(self._key_for(devname))
+                elif not outer.startswith("."):
+                    self._empty(outer, before, bound)
+
+    def _empty(self, key: str, before: float, bound: Callable[[str], bool]) -> None:
+        directory = self.open(key)
+        try:
+            for name in names(directory):
+                disk = re.fullmatch(r"(loop\d+)(p\d+)?", name)
+                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                if disk and stat.S_ISBLK(status.st_mode) and status.st_ctime < before and not bound(disk[1]):
+                    os.unlink(name, dir_fd=directory)
+        finally:
+            os.close(directory)
 
     def change(self, uid: int, name: str, *, remove: bool) -> str:
         """Make or remove the directory `name` of `uid`; its path. For helpers: its owner can keep it locked for as long

@@ -1,23 +1,19 @@
-"""Messages between the main process and its helpers: jobs one way, answers the other.
+"""Jobs of the main process for its workers, and their answers.
 
-Both ends are forks of one image on a private socketpair, and neither sends the other anything of a client's but values
-that `wire` has decoded; so a message is pickled and has no versions.
+Values alone. Neither side sends the other anything of a client's but what the protocol has decoded.
 """
 
 from __future__ import annotations
 
 import copyreg
-import pickle
 from typing import Any, NamedTuple
 
 from loopd.kernel.transport import Sender
 from loopd.protocol.wire import Attach, Code, Refusal
+from loopd.worker.bindings import Row
 from loopd.worker.devices import Binding, Number
 from loopd.worker.nodes import Client, Node
 
-MAX_MESSAGE = 1 << 17
-"""Bytes of a message: a record of 8 KiB of request, and the nodes of a device with 256 partitions."""
-MAX_FDS = 8
 SEARCH = -1
 """In place of the index of reply_fd: the request could not be decoded, so answer on the first fd that will do."""
 
@@ -25,7 +21,7 @@ SEARCH = -1
 
 
 class Terms(NamedTuple):
-    """What policy lets this request do, and the first number to try; without one the helper asks when it gets there."""
+    """What policy lets this request do, and the first number to try; without one the worker asks when it gets there."""
 
     file_systems: frozenset[str]
     write: bool
@@ -46,8 +42,8 @@ class Change(NamedTuple):
 class Take(NamedTuple):
     """Take the datagram that was peeked; if `attach` or `change` is there, perform it.
 
-    `reply`, `lease` and `directory` are indices of its fds. `holder` is for the record. Fds: a free slot, where there
-    is one.
+    `reply`, `lease` and `directory` are indices of its fds. `holder` is for the record, `row` the lease's place in the
+    table of bindings. Fds: of an attach, a free slot.
     """
 
     listener: int
@@ -59,14 +55,22 @@ class Take(NamedTuple):
     attach: Attach | None = None
     terms: Terms | None = None
     holder: dict[str, Any] | None = None
+    row: int = 0
     change: Change | None = None
 
 
-class Release(NamedTuple):
-    """Take a lease's nodes, partitions and binding away. Fds: the device, the `directory` if it has one, and the lock
-    if it is kept, so that the last close of that is the helper's too.
+class UseNumber(NamedTuple):
+    """Word to a worker that has said NumberPlease: the number, or why there is none."""
 
-    Unless `sure`, there may be others than the `nodes`.
+    number: Number | None
+    refusal: Refusal | None = None
+
+
+class Release(NamedTuple):
+    """Take a lease's nodes, partitions and binding away. Fds: its slot.
+
+    Unless `sure`, there may be others than the `nodes`. `again`: the device was let go of before, and somebody else has
+    kept it.
     """
 
     binding: Binding
@@ -74,19 +78,12 @@ class Release(NamedTuple):
     nodes: tuple[Node, ...]
     sure: bool
     grant: str
-    directory: bool
-
-
-class Keep(NamedTuple):
-    """Have a lease's files open for as long as the main process has, in place of a helper of its release that does not
-    come back. Fds: as for `Release`.
-    """
+    row: int
+    again: bool = False
 
 
 class Revoke(NamedTuple):
-    """Close the nodes of partitions that the kernel has no more, while what would remove them waits. Fds: the
-    directory.
-    """
+    """Close the nodes of partitions that the kernel has no more, while what would remove them waits. Fds: the slot."""
 
     devname: str
     client: Client
@@ -94,77 +91,62 @@ class Revoke(NamedTuple):
 
 
 class Arrange(NamedTuple):
-    """Bring a lease's nodes in line with the partitions that the kernel has. Fds: the device, and the directory if any.
+    """Bring a lease's nodes in line with the partitions that the kernel has. Fds: the slot.
 
-    Unless `sure`, there may be others than the `nodes`. `complete`: the client still waits for the answer to its
-    attach, so a node that cannot be made is a refusal. `rescan`: have the kernel read the table first; `changed`: only
-    if that is not what it was at the last look, `table`.
+    Unless `sure`, there may be others than the `nodes`. `rescan`: have the kernel read the table first; `look`: only if
+    that is not what it was at the last look, `table`.
     """
 
     binding: Binding
     client: Client
     nodes: tuple[Node, ...]
     sure: bool
-    complete: bool = False
+    table: int | None
+    look: bool = False
     rescan: bool = False
-    changed: bool = False
-    table: int | None = None
 
 
 class Resize(NamedTuple):
-    """Have the device take over its file's size, if that is no more than `room`. Fds: the device."""
+    """Have the device take over its file's size, if that is no more than `room`."""
 
     binding: Binding
     room: int | None
 
 
 class Nudge(NamedTuple):
-    """Have a device unbound that was let go of, and that somebody else had open."""
+    """Once more have a parked device unbound that somebody else has open."""
 
     number: int
     diskseq: int | None
 
 
-class Sweep(NamedTuple):
-    """Remove the directories of devices that are neither bound nor among the `known` ones."""
-
-    known: frozenset[str]
-
-
-class Closed(NamedTuple):
-    """Word to a helper that has said Released, or Done with fds for the client: the main process has closed its own fds
-    of the device.
+class Tidy(NamedTuple):
+    """After a start: release what these rows of the table of bindings say, which are no lease's, and remove what was
+    left in loopd's own directories `before` that time (seconds since 1970).
     """
 
-
-class UseNumber(NamedTuple):
-    """Answer to NumberPlease, or why there is none."""
-
-    number: Number | None
-    refusal: Refusal | None = None
+    rows: tuple[Row, ...]
+    before: float
 
 
-Job = Take | Release | Keep | Revoke | Arrange | Resize | Nudge | Sweep
+Job = Take | Release | Revoke | Arrange | Resize | Nudge | Tidy
 
 # Answers ----------------------------------------------------------------------------------------------------------
-#
-# With `last` the helper takes the next job: what it still has open are fds that cannot hang when they are closed.
 
 
 class Taken(NamedTuple):
     """The datagram is off the queue. Fds, each if its flag says so: the sender's pidfd, the reply socket, the lease fd.
 
-    `lease` is what keeps a lease: "pidfd" or "socket" (the lease fd), "reply", or "sender". With `granted` a directory
-    of loopd's seems to have been sent along, and `Recognised` follows. With a refusal nothing more is done with the
-    request.
+    `kept_by` is what keeps a lease: "pidfd" or "socket" (the lease fd), "reply", or "sender". With `granted` a
+    directory of loopd's seems to have been sent along, and `Recognised` follows. With a refusal nothing more is done
+    with the request.
     """
 
     refusal: Refusal | None
     pidfd: bool
     reply: bool
-    lease: str
+    kept_by: str
     granted: bool = False
-    last: bool = False
 
 
 class Recognised(NamedTuple):
@@ -172,7 +154,6 @@ class Recognised(NamedTuple):
 
     refusal: Refusal | None
     grant: str
-    last: bool
 
 
 class NumberPlease(NamedTuple):
@@ -183,12 +164,12 @@ class Changed(NamedTuple):
     """The directory is there, or gone."""
 
     path: str
-    last: bool
 
 
 class Done(NamedTuple):
-    """The attach is done, or what was asked for is refused. Fds: device; then, if so flagged, directory, lock, what
-    tells of the account's cgroup, the client's fds. Of a refusal: the cgroup's alone.
+    """The attach is done, or what was asked for is refused. `names` are the partitions, where there is no directory for
+    their nodes. Fds: what tells of the account's cgroup if so flagged, then
+    those for the client.
     """
 
     refusal: Refusal | None
@@ -198,31 +179,30 @@ class Done(NamedTuple):
     watch: int | None = None
     table: int | None = None
     grant: str = ""
-    directory: bool = False
-    lock: bool = False
+    names: tuple[str, ...] = ()
     cgroup: bool = False
-    client: int = 0
-    last: bool = False
 
 
 class Released(NamedTuple):
-    """A lease's nodes are gone but for `left`. The helper has the device open until it hears `Closed`: the last close
-    writes back what there is, which may wait for a file that its owner keeps locked, and so must not be the main
-    process's. `diskseq` is the present one: a client that gave its read-only device another file has raised it.
+    """loopd has let go of the device. `nodes` could not be removed. `lost` says why what was written is not all in the
+    image; None when it is. `diskseq` is that of the binding, None where the device did not carry it any more.
     """
 
-    left: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+    lost: str | None
     diskseq: int | None
 
 
 class Arranged(NamedTuple):
-    """The nodes that are there now (None: not known), and the state of the watch and of the table."""
+    """The nodes that are there now (None: not known), or the names of the partitions where there is no directory, and
+    the state of the watch and of the table.
+    """
 
     refusal: Refusal | None
     nodes: tuple[Node, ...] | None = None
     watch: int | None = None
     table: int | None = None
-    last: bool = True
+    names: tuple[str, ...] = ()
 
 
 class Resized(NamedTuple):
@@ -230,34 +210,27 @@ class Resized(NamedTuple):
 
     refusal: Refusal | None
     binding: Binding | None = None
-    last: bool = True
 
 
-class Ready(NamedTuple):
-    """Every fd is closed and none hung: the helper takes the next job. Comes when no answer was the `last`."""
+class Tidied(NamedTuple):
+    """What was released: the number, its file, and why what was written is not all in that (None: it is)."""
 
-    last: bool = True
+    released: tuple[tuple[int, str, str | None], ...]
+
+
+class Finished(NamedTuple):
+    """A job that has no other answer is done."""
 
 
 # A class in a pickle is one byte instead of two names to be looked up.
 for _code, _kind in enumerate((
-    Take, Release, Arrange, Resize, Nudge, UseNumber, Taken, NumberPlease, Done, Released, Arranged, Resized, Ready,
-    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code, Change, Changed, Sweep, Recognised, Keep,
+    Take, Release, Arrange, Resize, Nudge, UseNumber, Taken, NumberPlease, Done, Released, Arranged, Resized, Finished,
+    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code, Change, Changed, Tidy, Recognised, Tidied,
     Revoke,
 ), 1):  # fmt: skip
     copyreg.add_extension(_kind.__module__, _kind.__qualname__, _code)
 
 
-def pack(message: Any) -> bytes:
-    """A message as bytes."""
-    return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-
-
-def unpack(payload: bytes) -> Any:
-    """The message that `pack` packed."""
-    return pickle.loads(payload)  # noqa: S301  # of our own process: see above
-
-
 def bug(text: str) -> Refusal:
-    """What a helper says of a bug on its side; the main process records the text and does not send it on."""
+    """What a worker says of a bug on its side; the main process records the text and does not send it on."""
     return Refusal(Code.INTERNAL, text)

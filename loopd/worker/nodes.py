@@ -177,6 +177,26 @@ def revoke(directory: Directory, nodes: Iterable[Node]) -> None:
         _revoke_all(directory, nodes)
 
 
+def close(directory: Directory, nodes: Iterable[Node]) -> list[tuple[Node, int]]:
+    """Close nodes for a while; those that were closed, with what `reopen` gives back to them."""
+    closed = []
+    with directory.rights():
+        for node in nodes:
+            with contextlib.suppress(OSError):
+                mode = stat.S_IMODE(os.stat(node.name, dir_fd=directory.fd, follow_symlinks=False).st_mode)
+                if _revoke(directory, node):
+                    closed.append((node, mode))
+    return closed
+
+
+def reopen(directory: Directory, closed: Iterable[tuple[Node, int]]) -> None:
+    """Open nodes again as they were before `close`: on a file with an access list the mode's group is its mask."""
+    with directory.rights():
+        for node, mode in closed:
+            with contextlib.suppress(OSError):
+                _change_mode(directory, node, mode)
+
+
 def prune(directory: Directory, nodes: Iterable[Node], wanted: dict[str, Numbers]) -> list[Node]:
     """Remove nodes that are not `wanted`, by name and numbers; returns those that are there."""
     there = list(nodes)
@@ -304,6 +324,11 @@ def _revoke_all(directory: Directory, nodes: Iterable[Node]) -> None:
 
 def _revoke(directory: Directory, node: Node) -> bool:
     """Close a node to everybody; whether its name leads to it. OSError where it cannot be looked at."""
+    return _change_mode(directory, node, 0)
+
+
+def _change_mode(directory: Directory, node: Node, mode: int) -> bool:
+    """Change a node's permissions; whether its name leads to it. OSError where it cannot be looked at."""
     try:
         pinned = os.open(node.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fd)
     except FileNotFoundError:
@@ -314,7 +339,7 @@ def _revoke(directory: Directory, node: Node) -> bool:
         with contextlib.suppress(OSError):
             # By way of the pinned inode: a name may have become a symbolic link, to be followed in this process's
             # namespace.
-            os.chmod(f"/proc/self/fd/{pinned}", 0)
+            os.chmod(f"/proc/self/fd/{pinned}", mode)
         return True
     finally:
         os.close(pinned)

@@ -1,8 +1,9 @@
-"""The record of a lease in the fd store: what a new daemon needs to carry it on.
+"""The slot of a lease: what a new daemon needs to carry the lease on.
 
-A slot is a datagram socket connected to itself that the service manager holds; a lease is one message in its queue, the
-record with the lease's fds, written once by one system call. Owns the record's format: a field may be added, a change
-of meaning raises `VERSION`, and a record of a newer version is kept untouched.
+A slot is a datagram socket connected to itself. Where there is a service manager it holds the slots, and they outlive
+the daemon. The lease is in the slot's queue: first the record with the lease's fds, written by one system call before
+the device is bound, and after it small notes of what has happened since. Owns the format: a field may be added, a
+change of meaning raises `VERSION`, and a record of another version is kept untouched.
 """
 
 from __future__ import annotations
@@ -10,31 +11,37 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from loopd.kernel import transport
+from loopd.kernel.transport import FdSet
 from loopd.worker.devices import Binding
 
-VERSION = 2
-"""With the first one the reply socket had the word on the answer. What it says of such a lease is that it was given."""
+VERSION = 3
 MAX_RECORD = 32768
-FDS = ("device", "directory", "lock", "cgroup", "lease", "reply")
+FDS = ("keeper", "reply", "cgroup", "directory", "file", "lock")
 """Which fds a record may have along, in the order in which they are sent; the record says which it has."""
+OF_MAIN = FDS[:3]
+"""Those that the main process may open: closing one of the others may wait. They come first."""
+_PEEK = transport.MSG_PEEK | transport.MSG_DONTWAIT
+SO_PEEK_OFF = 42  # not in Python's socket module
 
 
 class Stored(NamedTuple):
-    """What a slot holds. `holder` is the main process's part of the record, `lease` what keeps the lease.
+    """What a slot holds. `holder` is the main process's part of the record, `kept_by` says what the keeper is.
 
-    `releasing`: the device has been let go of, and what is left to do is to notice its last close.
+    `bound`: the device was bound, and `binding` is what the kernel made of it; else it is what was to be. `answer` says
+    how far the answer to the attach is: "" for not begun, "sending" or "sent". `released`: loopd has let go of the
+    device, and what is left to do is to notice its last close.
     """
 
-    version: int
-
     holder: dict[str, Any]
-    lease: str
+    kept_by: str
     binding: Binding
-    releasing: bool
+    row: int
+    bound: bool
+    answer: str
+    released: bool
     fds: dict[str, int]
 
 
@@ -46,79 +53,107 @@ def make_slot() -> socket.socket:
     return slot
 
 
-def write(slot: int, holder: dict[str, Any], lease: str, binding: Binding, fds: dict[str, int | None]) -> None:
-    """Book a lease: the record and its fds into the empty slot, by one sendmsg. Without a device it is `releasing`."""
+def write(
+    slot: int, holder: dict[str, Any], kept_by: str, binding: Binding, row: int, fds: dict[str, int | None]
+) -> None:
+    """Book a lease into the empty slot, by one sendmsg; OSError where the kernel takes no more fds in flight."""
     present = [(name, fd) for name in FDS if (fd := fds.get(name)) is not None]
     record = {
         "version": VERSION,
         "holder": holder,
-        "lease": lease,
+        "kept_by": kept_by,
         "binding": binding._asdict(),
-        "releasing": fds.get("device") is None,
+        "row": row,
         "fds": [name for name, _ in present],
     }
-    with transport.borrowed(slot) as channel:
-        transport.send(channel, json.dumps(record).encode(), [fd for _, fd in present], transport.MSG_DONTWAIT)
+    _send(slot, record, [fd for _, fd in present])
 
 
-def read(slot: int) -> Stored | None:
-    """What the slot holds, which stays there; the fds are the caller's. None when it is empty.
+def note_bound(slot: int, binding: Binding) -> None:
+    """The device is bound."""
+    _send(slot, {"bound": {"diskseq": binding.diskseq, "size": binding.size, "direct_io": binding.direct_io}})
 
-    Raises ValueError for a record of a newer version, which is to be left as it is.
+
+def note_answer(slot: int, progress: str) -> None:
+    """The answer to the attach is about to be sent, or was: see `Stored`."""
+    with contextlib.suppress(OSError):
+        _send(slot, {"answer": progress})
+
+
+def note_released(slot: int) -> None:
+    """loopd has let go of the device: keep the record, and drop its fds, here.
+
+    For a worker: what is dropped may be the device's last open file.
     """
     with transport.borrowed(slot) as channel:
-        try:
-            payload, fds = transport.receive(channel, MAX_RECORD, len(FDS), transport.MSG_PEEK | transport.MSG_DONTWAIT)
-        except BlockingIOError:
+        notes = [json.loads(payload) for payload in _payloads(channel)]
+        bound = next((note["bound"] for note in notes if note.get("bound")), None)
+        # Written before the first is dropped: at no moment is the binding in no record.
+        _send(slot, notes[0] | {"fds": [], "released": True, "bound": bound})
+        _drop(channel, len(notes))
+
+
+def _send(slot: int, record: dict[str, Any], fds: list[int] | None = None) -> None:
+    with transport.borrowed(slot) as channel:
+        transport.send(channel, json.dumps(record).encode(), fds or (), transport.MSG_DONTWAIT)
+
+
+def _payloads(channel: socket.socket) -> list[bytes]:
+    """The messages of the queue, which stay there."""
+    found = []
+    channel.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)  # from here on each look goes on behind the last one
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                found.append(channel.recv(MAX_RECORD, _PEEK))
+    finally:
+        channel.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+    return found
+
+
+def read(slot: int, *, every_fd: bool = False) -> Stored | None:
+    """What the slot holds, which stays there; None when it is empty. Its fds are opened, those of the main process or
+    `every_fd`.
+
+    Raises ValueError for a record of another version, which is to be left as it is.
+    """
+    with transport.borrowed(slot) as channel:
+        notes = [json.loads(payload) for payload in _payloads(channel)]
+        if not notes:
             return None
-    with fds:
-        record = json.loads(payload)
-        if record["version"] > VERSION:
+        # A release that was cut short leaves two records; the later one holds.
+        record: dict[str, Any] = next((note for note in reversed(notes) if "version" in note), {})
+        if record["version"] != VERSION:
             raise ValueError(f"record of version {record['version']}")
+        released = bool(record.get("released"))
+        names = [] if released else [name for name in record["fds"] if every_fd or name in OF_MAIN]
+        if not released and record["fds"] != [name for name in FDS if name in record["fds"]]:
+            raise ValueError(f"record with fds named {record['fds']}")
+        _, opened = transport.receive_some(channel, 1, len(names), _PEEK) if names else (b"", FdSet())
+    with opened:
+        if len(opened) != len(names):
+            raise ValueError(f"record with {len(opened)} fds, named {names}")
+        bound = next((note["bound"] for note in notes if note.get("bound")), None)
         # A field that a later edition of this version adds is not known here, and not needed.
         known = {name: value for name, value in record["binding"].items() if name in Binding._fields}
-        binding, names = Binding(**known), list(record["fds"])
-        if len(names) != len(fds) or not set(names) <= set(FDS):
-            raise ValueError(f"record with {len(fds)} fds, named {names}")
-        holder, lease, releasing = dict(record["holder"]), str(record["lease"]), bool(record["releasing"])
-        found = Stored(record["version"], holder, lease, binding, releasing, {})
-        found.fds.update({name: fds.steal(index) for index, name in enumerate(names)})
+        found = Stored(
+            dict(record["holder"]), str(record["kept_by"]), Binding(**known | (bound or {})), int(record["row"]),
+            bound is not None, next((note["answer"] for note in reversed(notes) if "answer" in note), ""),
+            released, {},
+        )  # fmt: skip
+        found.fds.update({name: opened.steal(index) for index, name in enumerate(names)})
         return found
 
 
 def clear(slot: int) -> None:
-    """Empty the slot; its fds are closed by the kernel."""
-    with transport.borrowed(slot) as channel, contextlib.suppress(BlockingIOError):
-        # No room for fds: the kernel drops them. (Python makes no system call for a buffer of 0 bytes.)
-        channel.recv(1, transport.MSG_DONTWAIT)
-    if progress(slot) != ASKED:
-        _mark(slot, ASKED)
-
-
-ASKED, ANSWERED, ANSWERING = 0, 1, 2
-"""How far the answer to the attach is: none was delivered, it was sent, it may have been."""
-
-
-def answer(slot: int | None, reply_fd: int, payload: bytes, fds: Iterable[int] = ()) -> bool:
-    """Send the reply to an attach, as `transport.reply`, and have `progress` tell of its slot, if any, how far it is.
-
-    Nothing is set on the client's socket: before Linux 6.7 that waits for whoever has it locked, and a client can keep
-    it so.
-    """
-    if slot is None:
-        return transport.reply(reply_fd, payload, fds)
-    _mark(slot, ANSWERING)
-    delivered = transport.reply(reply_fd, payload, fds)
-    _mark(slot, ANSWERED if delivered else ASKED)
-    return delivered
-
-
-def _mark(slot: int, progress: int) -> None:
-    with transport.borrowed(slot) as channel, contextlib.suppress(OSError):
-        channel.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, progress)
-
-
-def progress(slot: int) -> int:
-    """How far the answer to the attach in a slot is."""
+    """Empty the slot; the kernel closes its fds here."""
     with transport.borrowed(slot) as channel:
-        return channel.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY)
+        _drop(channel, None)
+
+
+def _drop(channel: socket.socket, count: int | None) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while count is None or count > 0:
+            # No room for fds: the kernel drops them. (Python makes no system call for a buffer of 0 bytes.)
+            channel.recv(1, transport.MSG_DONTWAIT)
+            count = None if count is None else count - 1

@@ -428,7 +428,7 @@ def start(bench: Bench) -> list[Row]:
         "python3 -c pass": lambda: timed(3, lambda: subprocess.run([bench.python, "-c", "pass"], check=True)),
         "python3 -IS -c pass": lambda: timed(3, lambda: subprocess.run([bench.python, "-ISc", "pass"], check=True)),
     })  # fmt: skip
-    reach = 5.0
+    reach = 6.0
     return [
         compared("start", "first datagram to answer", found["loopd"], name, found[name], reach=reach if last else None)
         for name, last in (("python3 -c pass", True), ("python3 -IS -c pass", False))

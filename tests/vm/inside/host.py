@@ -11,7 +11,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,33 @@ def findings(told: str) -> dict[str, tuple[str, str]]:
     return found
 
 
+def _sockets(process: Path) -> set[str]:
+    """What a process has open besides the standard files; nothing if any of it is no socket."""
+    links = {os.readlink(fd) for fd in (process / "fd").iterdir() if int(fd.name) > 2}
+    return links if all(link.startswith("socket:") for link in links) else set()
+
+
+def _writers() -> list[Path]:
+    """The processes of loopd's that write the journal. Each has two sockets, one for records and one to journald."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            if b"/sbin/loopd\0" in (process / "cmdline").read_bytes() and (sockets := _sockets(process)):
+                main = (process / "stat").read_text().rpartition(")")[2].split()[1]
+                requests = {os.readlink(f"/proc/{main}/fd/{fd}") for fd in (3, 4)}  # LISTEN_FDS
+                if not sockets & requests:
+                    found.append(process)
+    return found
+
+
+def _rests(writer: Path) -> bool:
+    """Whether it waits for a record, and not for journald."""
+    try:
+        return (writer / "wchan").read_text() == "__skb_wait_for_more_packets"
+    except OSError:
+        return True
+
+
 class Journal:
     """The journal from now on.
 
@@ -150,6 +177,7 @@ class Journal:
         self.begin = time.time()
 
     def text(self, *arguments: str) -> str:
+        wait_for("what was recorded is handed to journald", lambda: all(map(_rests, _writers())))
         run("journalctl", "--sync")
         return run("journalctl", "--quiet", f"--since=@{self.begin:.6f}", *arguments)
 

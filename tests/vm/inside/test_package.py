@@ -94,13 +94,14 @@ def package(request: pytest.FixtureRequest) -> Iterator[Package]:
     (built,) = (PROJECT / "build").glob(f"*.{request.param}")
     package = Package(request.param, built, traces())
     try:
-        build, install, _ = recipe(SECTION[package.kind], page="packages.md").splitlines()
+        build, install, *enable, _ = recipe(SECTION[package.kind], page="packages.md").splitlines()
         assert build == f"make {package.kind}"
         if package.kind == "deb":
             run("sh", "-euc", install, cwd=PROJECT, timeout=250)
         else:
             assert install.startswith("dnf install ./build/loopd-")
             package.install(built)
+            run("sh", "-euc", *enable)
         yield package
     finally:
         options.write_text(kept)
@@ -137,8 +138,8 @@ def next_version(package: Package, folder: Path) -> Path:
     else:
         shutil.copytree(PROJECT, tree, ignore=shutil.ignore_patterns("build", ".venv", "tests"))
         (tree / "tests/vm").mkdir(parents=True)
-        run(*later, tree / "loopd/__init__.py")
-        run("make", "-s", "-C", tree, "rpm", timeout=250)
+        (old,) = re.findall(r"^loopd-(.*)-1\.noarch\.rpm$", package.path.name)
+        run("make", "-s", "-C", tree, "rpm", f"VERSION={old}+next", timeout=250)
         run("mv", *(tree / "build").glob("*.rpm"), folder)
     (built,) = folder.glob(f"loopd*+next*.{package.kind}")
     return built
@@ -153,7 +154,8 @@ def test_installation(package: Package) -> None:
     assert prop(SERVICE, "ActiveState") == "active"
     assert prop(SERVICE, "FragmentPath").removeprefix("/usr") == "/lib/systemd/system/loopd.service"
     assert package.path.name.startswith((f"loopd_{version()}_", f"loopd-{version()}-"))
-    assert list(Path("/usr/lib/loopd/loopd/__pycache__").glob("daemon.*.pyc"))
+    assert list(Path("/usr/lib/loopd/loopd/daemon/__pycache__").glob("process.*.pyc"))
+    assert run("/usr/bin/python3", "-Ic", "import loopd; print(loopd.hello().loopd)").strip() == version()
 
 
 @pytest.mark.deadline(290)
@@ -235,6 +237,7 @@ def test_removal_and_purge(package: Package, disk: Path, folder: Path) -> None:
     made = [path for path in metrics.parents if not path.exists()]
     metrics.parent.mkdir(parents=True, exist_ok=True)
     metrics.touch()
+    run("systemctl", "start", "loopd-metrics.timer")
     idle = attach(disk)
     in_use = folder / "in-use.img"
     shutil.copy(disk, in_use)

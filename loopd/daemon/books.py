@@ -1,0 +1,93 @@
+"""The books: what every flow of the main process reads and changes, and how a flow has a job done on a lease.
+
+Decides nothing. One object of each kind; the flows are in modules of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loopd.children.flow import Promise
+from loopd.children.pool import ENDED, HUNG, Job, Pool
+from loopd.daemon.accounts import Accounts
+from loopd.daemon.audit import Audit, Event
+from loopd.daemon.leases import Lease, Leases
+from loopd.daemon.metrics import Metrics
+from loopd.daemon.numbers import Numbers
+from loopd.daemon.policy import Policy
+from loopd.daemon.slots import Slots
+from loopd.kernel.poller import Poller
+from loopd.protocol.wire import Code
+
+
+class Books:
+    """Accounts, leases, numbers and slots of one daemon, with its policy, its audit and its workers."""
+
+    TRIES = 5
+    """Workers that may be killed in one job before it is given up."""
+
+    def __init__(
+        self, poller: Poller, pool: Pool, numbers: Numbers, slots: Slots, audit: Audit, metrics: Metrics,
+        policy: Policy, instance: str,
+    ) -> None:  # fmt: skip
+        self.poller = poller
+        self.pool = pool
+        self.numbers = numbers
+        self.slots = slots
+        self.audit = audit
+        self.metrics = metrics
+        self.policy = policy
+        self.instance = instance
+        self.accounts = Accounts()
+        self.leases = Leases()
+
+    async def sleep(self, seconds: float) -> None:
+        """Go on later."""
+        over: Promise[None] = Promise()
+        self.poller.later(seconds, lambda: over.keep(None))
+        await over
+
+    async def change(self, lease: Lease, seconds: float) -> None:
+        """Wait until something has changed about a lease, so long at most."""
+        over: Promise[None] = Promise()
+        timer = self.poller.later(seconds, lambda: over.keep(None))
+        lease.changed.then(lambda: over.keep(None))
+        await over
+        timer.cancel()
+
+    async def work(self, lease: Lease, message: Any) -> Any:
+        """Have a worker do a job on a lease; its answer, or None when it hangs, or ends again and again.
+
+        A worker that ended, most likely killed for its memory, may have done part of the job.
+        """
+        account = lease.account
+        for _ in range(self.TRIES):
+            await account.turns.take()
+            hangs = lambda: self.stuck(lease)  # noqa: E731
+            job = Job(message, [lease.slot.fd], self.policy.request_timeout, account.jobs, hangs)
+            self.pool.submit(job)
+            job.over.then(account.turns.give)
+            answer = await job.done()
+            if answer is not ENDED:
+                return None if answer is HUNG else answer
+            if "sure" in message._fields:
+                message = message._replace(sure=False)
+        return None
+
+    def stuck(self, lease: Lease) -> None:
+        """A worker hangs in what belongs to a lease."""
+        text = "has a worker process that hangs in its directory or file, and was written off"
+        self.record(Event.STUCK, lease, text, code=Code.TIMEOUT.value)
+
+    def record(self, event: Event, lease: Lease, text: str, **details: object) -> None:
+        """Write the audit's record of something that happened to a lease."""
+        binding, holder = lease.binding, lease.holder
+        owner = holder.unit or f"account {holder.account}"  # of no unit is what runs in the root of the cgroups
+        self.audit.record(
+            event, f"{binding.devname} of {owner} on {binding.backing_file} {text}",
+            device=binding.devname, number=binding.number, diskseq=binding.diskseq,
+            backing_file=binding.backing_file, backing_dev=binding.backing_dev, backing_inode=binding.backing_inode,
+            account=holder.account, owner=str(holder.owner.account), unit=holder.unit,
+            pid=holder.pid, uid=holder.uid, gid=holder.gid,
+            reason=lease.reason or None, lease=lease.kept_by, **details,
+        )  # fmt: skip

@@ -1,0 +1,135 @@
+"""The counter of device numbers in the state directory: each number once in a quarantine.
+
+A node is a capability for whatever is bound to its number later, so a number that a client may have kept a node of is
+not handed out again until the quarantine is over. The counter is on disk before a number is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator
+
+from loopd.worker.make import FIRST
+
+LAST = 2**20 - 1
+BLOCK = 64
+BLOCKS = (LAST + 1 - FIRST) // BLOCK
+QUARANTINE = 30 * 86400
+"""Seconds for which a number that was used is not given to another."""
+
+_HEADER = struct.Struct("<8sQ")  # magic; the block that comes next, and from bit 32 on how much of it has been used
+_ENTRY = struct.Struct("<QQ")  # for each block: when it was last used, seconds since 1970, and by which instance
+_MAGIC = b"loopd\x00n1"
+
+
+FEW = BLOCKS // 5
+"""Blocks that are left when the administrator is warned."""
+
+
+class Exhausted(Exception):
+    """Every block is in use or in quarantine."""
+
+    def __str__(self) -> str:
+        return "all are in use or in quarantine"
+
+
+class Counter:
+    """Hands out blocks of numbers, each once in a quarantine; instances share the file under its lock."""
+
+    def __init__(self, path: str, instance: str = "", sequence: Callable[[], int] = lambda: 0) -> None:
+        """Open or make the file; OSError when that cannot be done. `started_from_clock` tells that it was not there.
+
+        `sequence` is something that grows at least as fast as numbers are used as long as the host runs.
+        """
+        self._instance = zlib.crc32(instance.encode())
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self.started_from_clock = False
+        with self._locked():
+            data = os.pread(self._fd, _HEADER.size, 0)
+            size = _HEADER.size + BLOCKS * _ENTRY.size
+            if len(data) == _HEADER.size and data.startswith(_MAGIC) and os.fstat(self._fd).st_size == size:
+                return
+            # Lost or new. The clock passes all numbers once in a quarantine, so the start that it gives lies beyond
+            # what was used before if no more than one number was used in 2.5 s; the sequence adds what was, since the
+            # boot.
+            self.started_from_clock = True
+            os.ftruncate(self._fd, 0)
+            # Every block on disk now: a full disk later stops no attach.
+            os.posix_fallocate(self._fd, 0, size)
+            grown = sequence()
+            start = int(time.time() / (QUARANTINE / BLOCKS)) + grown // BLOCK
+            self._set_next(start % BLOCKS, grown % BLOCK)
+            os.fsync(self._fd)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def reserve(self) -> range:
+        """The numbers of one block, on disk as used before this returns; `Exhausted` when there is none."""
+        with self._locked():
+            first, skip = self._next()
+            entries = os.pread(self._fd, BLOCKS * _ENTRY.size, _HEADER.size)
+            now = int(time.time())
+            for offset in range(BLOCKS):
+                block = (first + offset) % BLOCKS
+                used, _ = _ENTRY.unpack_from(entries, block * _ENTRY.size)
+                rest = skip if offset == 0 else 0
+                if rest or _free(used, now):
+                    self._mark(block, now)
+                    self._set_next((block + 1) % BLOCKS, 0)
+                    os.fdatasync(self._fd)
+                    return range(FIRST + block * BLOCK + rest, FIRST + (block + 1) * BLOCK)
+        raise Exhausted
+
+    def few(self) -> bool:
+        """Whether less than `FEW` blocks are free: they come in turn, so the free ones are those that come next."""
+        ahead = (self._next()[0] + FEW) % BLOCKS
+        used, _ = _ENTRY.unpack(os.pread(self._fd, _ENTRY.size, _HEADER.size + ahead * _ENTRY.size))
+        return not _free(used, int(time.time()))
+
+    def give_back(self, number: int) -> None:
+        """The numbers of a block from this one on were not used: they come next, unless a block has come since."""
+        block, skip = divmod(number - FIRST, BLOCK)
+        with self._locked():
+            if skip and self._next() == ((block + 1) % BLOCKS, 0):
+                self._set_next(block, skip)
+
+    def _next(self) -> tuple[int, int]:
+        """The block that comes next, and how many numbers of it have been used."""
+        _, value = _HEADER.unpack(os.pread(self._fd, _HEADER.size, 0))
+        return value % 2**32, value >> 32
+
+    def _set_next(self, block: int, skip: int) -> None:
+        os.pwrite(self._fd, _HEADER.pack(_MAGIC, block | skip << 32), 0)
+
+    def _mark(self, block: int, now: int) -> None:
+        os.pwrite(self._fd, _ENTRY.pack(now, self._instance), _HEADER.size + block * _ENTRY.size)
+
+    def touch(self, number: int) -> None:
+        """The number's use ends now: its quarantine is counted from here."""
+        with contextlib.suppress(OSError):  # the time of its reservation stays
+            self._mark((number - FIRST) // BLOCK, int(time.time()))
+
+    def has(self, number: int) -> bool:
+        """Whether the number is of a block that this instance used last."""
+        entry = os.pread(self._fd, _ENTRY.size, _HEADER.size + (number - FIRST) // BLOCK * _ENTRY.size)
+        used, instance = _ENTRY.unpack(entry)
+        return bool(used) and bool(instance == self._instance)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _free(used: int, now: int) -> bool:
+    """Whether the numbers of a block that was last used at that time may be handed out."""
+    return used == 0 or used + QUARANTINE < now

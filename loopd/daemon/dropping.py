@@ -1,0 +1,128 @@
+"""Unwanted datagrams: have a child take them off the queue, for releasing the files in them may take for ever.
+
+One child for each listener drops. It is killed when it hangs, and charged to the account whose datagram it hangs in
+until it is reaped. What comes next of that account is parked: another child takes it and closes none of its files. An
+account has so many parking children at most, full ones included; then its datagrams are dropped as everybody's are.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+
+from loopd.children.child import Child, Children, Role
+from loopd.children.flow import Promise
+from loopd.children.pool import Answer, Job, Pool, Sizes
+from loopd.daemon.accounts import Account
+from loopd.kernel.transport import FdSet
+from loopd.worker.drop import Drop, Dropped, drop, park
+
+PATIENCE = 0.02
+"""Seconds for an order. What takes longer hangs in a file; that datagram is off the queue by then."""
+PATIENCE_PARKING = 2.0
+"""The same, where no file is closed."""
+MOST = 512
+"""Datagrams of one order, which take a few milliseconds."""
+MOST_PARKED = 64
+"""The same, where up to 253 files of each are kept."""
+MOST_PARKERS = 4
+"""Parking children of one account."""
+
+
+class Parker:
+    """A child that keeps what it takes."""
+
+    def __init__(self, children: Children, listener: socket.socket, account: Account) -> None:
+        """OSError where there is no room for a process."""
+        role = Role("park", lambda channel: park(channel, listener), lambda: [listener.fileno()])
+        self.listener = listener
+        self.full = False
+        self._children = children
+        self._answer: Promise[Dropped | None] = Promise()
+        self._child = Child(children, role, self._heard, self._ended)
+        self._charge = Job(None, [], math.inf, account.jobs)
+        self._child.reaped.then(self._charge.finish)
+
+    async def drop(self, order: Drop) -> Dropped | None:
+        """Have datagrams parked; None when that is not done in time."""
+        answer = self._answer = Promise()
+        self._child.send(order)
+        deadline = self._children.poller.later(PATIENCE_PARKING, lambda: answer.keep(None))
+        found = await answer
+        deadline.cancel()
+        self.full = found is None or found.full
+        if found is None:
+            self._child.kill()
+        return found
+
+    def _heard(self, answer: Answer, fds: FdSet) -> None:
+        self._answer.keep(answer.message)
+
+    def _ended(self) -> None:
+        self.full = True
+        self._answer.keep(None)
+
+    def end(self) -> None:
+        """Have it close what it keeps. It is charged until it has."""
+        self._child.close()
+
+
+class Dropping:
+    """The children that drop and park, for all listeners."""
+
+    def __init__(self, children: Children, listeners: list[socket.socket]) -> None:
+        self._children = children
+        self._listeners = listeners
+        self._pools = [Pool(children, self._role(listener), Sizes(1, 1, 1), lambda: None) for listener in listeners]
+        self._parkers: dict[Account, list[Parker]] = {}
+        self._hung: set[Job] = set()
+        """Orders whose child hangs, until it is reaped."""
+
+    @staticmethod
+    def _role(listener: socket.socket) -> Role:
+        return Role("drop", lambda channel: drop(channel, listener), lambda: [listener.fileno()])
+
+    @property
+    def lost(self) -> int:
+        """Children that hang and have not been reaped."""
+        return sum(pool.lost for pool in self._pools)
+
+    async def drop(self, index: int, pid: int, account: Account, *, run: bool) -> tuple[int, bool]:
+        """Have the head of a queue dropped, which is from process `pid`, or a `run` of what is from it. How many
+        datagrams there were, and whether the child hangs in one.
+        """
+        hangs = account in self._parkers or not self._hung.isdisjoint(account.jobs)
+        parker = self._parker(self._listeners[index], account) if hangs else None
+        if parker is not None:
+            parked = await parker.drop(Drop((pid,), MOST_PARKED if run else 1))
+            return (sum(parked.counts.values()), False) if parked else (1, True)
+        job = Job(Drop((pid,), MOST if run else 1), [], PATIENCE, account.jobs)
+        answer = await self._pools[index].submit(job).done()
+        if job.hung:
+            self._hung.add(job)
+            job.over.then(lambda: self._hung.discard(job))
+        return (sum(answer.counts.values()), False) if isinstance(answer, Dropped) else (1, job.hung)
+
+    def _parker(self, listener: socket.socket, account: Account) -> Parker | None:
+        parkers = self._parkers.get(account, [])
+        for parker in parkers:
+            if parker.listener is listener and not parker.full:
+                return parker
+        if len(parkers) >= MOST_PARKERS:
+            return None
+        try:
+            parker = Parker(self._children, listener, account)
+        except OSError:  # TasksMax=, memory, open files
+            return None
+        self._parkers.setdefault(account, []).append(parker)
+        return parker
+
+    def rest(self) -> None:
+        """End the children that nothing is to be done for; what is parked may hang as long as anything does."""
+        for pool in self._pools:
+            pool.shrink(0)
+        if self.lost == 0:
+            for parkers in self._parkers.values():
+                for parker in parkers:
+                    parker.end()
+            self._parkers.clear()

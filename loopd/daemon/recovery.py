@@ -1,0 +1,200 @@
+"""After a start: carry on the leases that an earlier daemon left in the slots, and tidy up behind it.
+
+A lease whose attach was not answered is undone: its client sees the hang-up and asks again. What was bound and is in no
+slot is found in the table of bindings, and released.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+
+from loopd.children.flow import start
+from loopd.children.pool import Job
+from loopd.daemon.arrange import Arrangements
+from loopd.daemon.audit import Event
+from loopd.daemon.books import Books
+from loopd.daemon.leases import Holder, Lease
+from loopd.daemon.release import Releases
+from loopd.daemon.slots import Slot
+from loopd.daemon.watches import Watches
+from loopd.kernel import transport
+from loopd.kernel.transport import FdSet
+from loopd.protocol import wire
+from loopd.worker import devices, records
+from loopd.worker.bindings import Bindings, Row
+from loopd.worker.messages import Tidied, Tidy
+from loopd.worker.records import Stored
+
+PAUSE = 0.05
+"""Seconds after the start before what is left is tidied up: whoever started the daemon is served first."""
+
+
+class Recovery:
+    """What is done once, at the start; and `abandon`, the same for one attach whose worker was killed."""
+
+    def __init__(
+        self, books: Books, watches: Watches, releases: Releases, arrangements: Arrangements, bindings: Bindings
+    ) -> None:
+        self._books = books
+        self._watches = watches
+        self._releases = releases
+        self._arrangements = arrangements
+        self._bindings = bindings
+        self._started = time.time()
+        self._found: list[tuple[Lease, Stored, dict[str, int]]] = []
+        self._unread: list[socket.socket] = []
+
+    # Slots ------------------------------------------------------------------------------------------------------------
+
+    def read(self, slot: socket.socket) -> None:
+        """Take over a slot of the fd store, and put its lease into the books."""
+        slots = self._books.slots
+        try:
+            stored = records.read(slot.fileno())
+            holder = stored and _holder(stored)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            # Most likely a newer loopd's, before a downgrade: it stays in the store, and its device bound.
+            self._unread.append(slot)
+            slots.came_back_unread()
+            text = f"A lease in the fd store cannot be read and is kept as it is: {error}"
+            self._books.audit.record(Event.WARNED, text)
+            return
+        if stored is None or holder is None:
+            slots.came_back(slot)
+            return
+        lease, fds = self._lease(stored, holder, slots.came_back_with(slot, stored.row))
+        self._found.append((lease, stored, fds))
+
+    def _lease(self, stored: Stored, holder: Holder, slot: Slot) -> tuple[Lease, dict[str, int]]:
+        """The lease in the books, and the fds of its record that it does not keep, which are the caller's."""
+        binding = stored.binding
+        size = devices.size(binding.devname)
+        if size is not None:  # it may have been resized
+            binding = binding._replace(size=size)
+        fds = dict(stored.fds)
+        lease = Lease(
+            binding, holder, self._books.accounts.get(holder.account), slot, stored.kept_by, fds.pop("keeper", None)
+        )
+        self._books.leases.add(lease)
+        return lease, fds
+
+    def abandon(self, slot: Slot) -> bool:
+        """Free a slot whose attach failed. A worker may have booked the lease and made nodes before it was killed, or
+        could not remove them: then it is a lease that ends, and its number with it. Whether it is.
+        """
+        stored = records.read(slot.fd)
+        if stored is None:
+            self._books.slots.give_back(slot)
+            return False
+        lease, fds = self._lease(stored, _holder(stored), slot)
+        events = fds.pop("cgroup", None)
+        if events is not None:
+            self._watches.watch_account_if_possible(lease.account, events)
+        FdSet(fds.values()).close()
+        start(self._releases.release(lease, "failed"))
+        return True
+
+    # Going on ---------------------------------------------------------------------------------------------------------
+
+    def go_on(self) -> None:
+        """Go on with every lease that was found, and tidy up after a daemon that died."""
+        # Accounts first: with one that ended meanwhile all its leases end.
+        for lease, _, fds in self._found:
+            events = fds.pop("cgroup", None)
+            if events is not None:
+                try:
+                    self._watches.watch_account(lease.account, events)
+                except OSError as error:
+                    account = lease.holder.account
+                    text = f"The end of {account} cannot be watched: {error}"
+                    self._books.audit.record(Event.WARNED, text, account=account)
+        found, self._found = self._found, []
+        for lease, stored, fds in found:
+            with FdSet(fds.values()):
+                self._carry_on(lease, stored, fds.get("reply", lease.keeper))
+        with contextlib.suppress(OSError):  # told where one is needed
+            self._books.slots.top_up()
+        numbers = self._books.numbers
+        numbers.sweep({lease.binding.number for lease in self._books.leases})
+        numbers.keep_low_free()
+        known = {lease.slot.row for lease in self._books.leases}
+        rows = tuple(row for row in self._bindings.rows() if row.row not in known)
+        self._books.slots.keep_rows(row.row for row in rows)
+        # What is bound may belong to a lease that cannot be read.
+        left = () if self._unread else rows
+        self._books.poller.later(PAUSE, lambda: start(self._tidy(left)))
+        self._books.poller.later(PAUSE, numbers.probe)
+
+    def _carry_on(self, lease: Lease, stored: Stored, reply: int | None) -> None:
+        if stored.released:
+            start(self._releases.resume(lease))
+        elif not stored.bound or not stored.answer:
+            start(self._releases.release(lease, "failed"))
+        elif lease.account.ended:
+            start(self._releases.release(lease, "expired"))
+        elif not devices.still_bound(lease.binding):
+            start(self._releases.release(lease, "unbound"))
+        else:
+            with contextlib.suppress(OSError):  # no room for a watch: it ends with its account, or by detach
+                self._watches.watch(lease)
+            if stored.answer == "sending":
+                self._answer_again(lease, reply)
+            start(self._arrangements.restore(lease))
+
+    def _answer_again(self, lease: Lease, reply: int | None) -> None:
+        """The daemon ended just when it answered. Perhaps the client has the answer: then it ignores another.
+
+        An answer with fds is not given again: the main process opens no device.
+        """
+        records.note_answer(lease.slot.fd, "sent")
+        if reply is not None and not set(lease.holder.deliver) & {"fd", "mount"}:
+            transport.reply(reply, wire.encode_reply(attached(lease), lease.holder.id))
+
+    async def _tidy(self, rows: tuple[Row, ...]) -> None:
+        """Have released what is in no slot, and what is left in loopd's own directories removed: clients may keep these
+        locked.
+        """
+
+        def stuck() -> None:
+            self._books.audit.record(Event.STUCK, "What an earlier daemon left cannot be removed: it is locked")
+
+        nobody = self._books.accounts.get("")
+        message = Tidy(rows, self._started)
+        job = Job(message, [], self._books.policy.request_timeout, nobody.jobs, stuck)
+        answer = await self._books.pool.submit(job).done()
+        if not isinstance(answer, Tidied):
+            return
+        for number, file, lost in answer.released:
+            devname = f"loop{number}"
+            text = f"{devname} on {file} was released: loopd had bound it, and its lease is lost"
+            self._books.audit.record(
+                Event.EXPIRED, text, device=devname, number=number, backing_file=file, reason="lost", error=lost
+            )
+        self._books.slots.free_rows(row.row for row in rows)
+        # A device that lingers because it was bound can go now.
+        self._books.numbers.removals.retry()
+
+
+def _holder(stored: Stored) -> Holder:
+    """TypeError where something is missing."""
+    return Holder(**{name: value for name, value in stored.holder.items() if name in Holder._fields})
+
+
+def attached(lease: Lease, warnings: tuple[str, ...] = ()) -> wire.Attached:
+    """The reply to the attach that made a lease."""
+    binding = lease.binding
+    return wire.Attached(
+        binding.devname,
+        binding.diskseq,
+        binding.major,
+        binding.minor,
+        binding.size,
+        binding.sector_size,
+        binding.read_only,
+        binding.direct_io,
+        lease.partitions,
+        warnings,
+    )
+

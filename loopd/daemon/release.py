@@ -1,0 +1,102 @@
+"""The end of a lease, for whatever reason: one flow from the first step to the last.
+
+    BOUND -> RELEASING: nothing is watched any more; a worker removes the nodes, writes back, unbinds
+    RELEASING -> RELEASED: the kernel has let go of the file
+    RELEASING -> HELD -> RELEASED: somebody else still has the device open; it goes at his last close
+"""
+
+from __future__ import annotations
+
+import time
+
+from loopd.daemon.audit import Event
+from loopd.daemon.books import Books
+from loopd.daemon.leases import Lease, State
+from loopd.daemon.watches import Watches
+from loopd.worker import devices
+from loopd.worker.messages import Release, Released
+
+HELD_PAUSE = 0.05
+"""Seconds before a device that somebody else has open is said to be held: it may be udev."""
+HELD_CHECK = 5.0
+"""Seconds between looks at devices that others keep open, in case a uevent was missed."""
+
+_ENDS = {
+    "expired": (Event.EXPIRED, "expired"),
+    "unbound": (Event.DETACHED, "was unbound by its client"),
+}
+
+
+class Releases:
+    """Ends leases."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self.watches: Watches
+        """Given later: the watches end leases, too."""
+
+    async def release(self, lease: Lease, reason: str) -> None:
+        """End a lease. It is charged until the kernel has let go of the file."""
+        if not lease.become(State.RELEASING):
+            return
+        lease.reason = reason
+        self.watches.forget(lease)
+        async with lease.turn:
+            await self._let_go(lease, again=False)
+        if lease.lost is not None:
+            text = f"has lost data: the image lacks what was written to it: {lease.lost}"
+            self._books.record(Event.LOST, lease, text, error=lease.lost)
+        await self._wait_until_unbound(lease)
+        self._finish(lease)
+
+    async def resume(self, lease: Lease) -> None:
+        """Go on with a release of which an earlier daemon had done the first part."""
+        lease.become(State.RELEASING)
+        if devices.still_bound(lease.binding):
+            lease.become(State.HELD)
+        await self._wait_until_unbound(lease)
+        self._finish(lease)
+
+    async def _let_go(self, lease: Lease, *, again: bool) -> None:
+        binding, holder = lease.binding, lease.holder
+        job = Release(binding, holder.client, lease.nodes, lease.sure, holder.grant, lease.slot.row, again)
+        answer = await self._books.work(lease, job)
+        if isinstance(answer, Released):
+            if answer.diskseq is not None:
+                lease.binding = binding._replace(diskseq=answer.diskseq)
+            lease.nodes = answer.nodes
+            lease.lost = answer.lost or lease.lost
+        else:
+            lease.sure = False
+
+    async def _wait_until_unbound(self, lease: Lease) -> None:
+        """A mounted file system is never pulled away: the kernel unbinds at the last close, and a uevent tells."""
+        looked = time.monotonic()
+        while devices.still_bound(lease.binding):
+            pause = HELD_PAUSE if lease.state is State.RELEASING else HELD_CHECK
+            await self._books.change(lease, pause)
+            if time.monotonic() - looked < pause or not devices.still_bound(lease.binding):
+                continue
+            if lease.become(State.HELD):
+                self._books.record(Event.HELD, lease, "is still open elsewhere and goes at its last close")
+            else:
+                # A client can take away the kernel's note to unbind at the last close.
+                await self._let_go(lease, again=True)
+            looked = time.monotonic()
+
+    def _finish(self, lease: Lease) -> None:
+        books = self._books
+        books.leases.drop(lease)
+        books.slots.give_back(lease.slot)
+        self.retire(lease)
+        event, text = _ENDS.get(lease.reason, (Event.DETACHED, "was detached"))
+        books.record(event, lease, text)
+        lease.become(State.RELEASED)
+
+    def retire(self, lease: Lease) -> None:
+        """The lease's number goes, for a client may have kept a node of it; if ever, only the same owner gets it again.
+        """
+        account = lease.account
+        # Where its end is not told, who has its name next is not known.
+        told = self.watches.tells_end_of(account) and not account.ended
+        self._books.numbers.retire(lease.binding.number, lease.holder.person if told else None)

@@ -1,0 +1,113 @@
+"""What tells that something happened to a lease: its keeper, its account's cgroup, its node, the kernel's uevents.
+
+Each tells one of the flows, which are given at the start. Decides nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+
+from loopd.children.flow import Flow, start
+from loopd.daemon.accounts import Account
+from loopd.daemon.books import Books
+from loopd.daemon.leases import Lease, State
+from loopd.kernel import cgroups, inotify
+from loopd.kernel.inotify import Inotify
+from loopd.kernel.poller import HUNG_UP, READABLE
+
+
+class Watches:
+    """The watches on all leases."""
+
+    def __init__(
+        self, books: Books, nodes: Inotify, over: Callable[[Lease, str], Flow], closed: Callable[[Lease], None]
+    ) -> None:
+        """`nodes` is where workers add watches on nodes. `over` is the flow for a lease that is over, with the reason;
+        `closed` is called when somebody who could write has closed the node.
+        """
+        self._books = books
+        self._nodes = nodes
+        self._over = over
+        self._closed = closed
+        self._cgroups = cgroups.Watcher(self._account_ended)
+        self._watched: dict[int, Lease] = {}
+        books.poller.add(self._cgroups.fd, self._cgroups.receive)
+        books.poller.add(nodes.fd, self._on_nodes)
+
+    @property
+    def files(self) -> int:
+        """Files that are open for it: one for each account."""
+        return self._cgroups.files
+
+    # Leases -----------------------------------------------------------------------------------------------------------
+
+    def watch(self, lease: Lease) -> None:
+        """Have a lease end when its keeper does; OSError where there is no room for a watch."""
+        assert lease.keeper is not None
+        # A pidfd is readable when the process has ended; a socket is sealed, and hangs up.
+        events = HUNG_UP if lease.kept_by in ("reply", "socket") else READABLE
+        self._books.poller.add(lease.keeper, lambda: start(self._over(lease, "expired")), events)
+        self.watch_node(lease, lease.watch)
+
+    def watch_node(self, lease: Lease, watch: int | None) -> None:
+        """A worker has put this watch on the node of the lease."""
+        if watch is None:
+            return
+        if lease.watch not in (None, watch):
+            self._unwatch_node(lease)  # the name leads to another node by now
+        lease.watch = watch
+        self._watched[watch] = lease
+        if lease.state is not State.BOUND:
+            self._unwatch_node(lease)
+
+    def _unwatch_node(self, lease: Lease) -> None:
+        if lease.watch is not None:
+            self._watched.pop(lease.watch, None)
+            self._nodes.remove(lease.watch)
+            lease.watch = None
+
+    def forget(self, lease: Lease) -> None:
+        """Watch a lease no longer, and close its keeper."""
+        if lease.keeper is not None:
+            self._books.poller.remove(lease.keeper)
+        lease.close()
+        self._unwatch_node(lease)
+
+    def _on_nodes(self) -> None:
+        watches = {watch for watch, _ in self._nodes.events()}
+        if inotify.OVERFLOW in watches:
+            watches = set(self._watched)
+        for watch in watches:
+            lease = self._watched.get(watch)
+            if lease is not None:
+                self._closed(lease)
+
+    # Accounts ---------------------------------------------------------------------------------------------------------
+
+    def watch_account(self, account: Account, events: int) -> None:
+        """Have an account's leases end with its cgroup. Takes over what `cgroups.open_events` gave; OSError where there
+        is no room for a watch.
+        """
+        if account.ended:
+            os.close(events)
+        else:
+            self._cgroups.watch(account.name, events)
+
+    def watch_account_if_possible(self, account: Account, events: int) -> None:
+        """The same where nothing was attached: without it the account gets none of its numbers again."""
+        with contextlib.suppress(OSError):
+            self.watch_account(account, events)
+
+    def tells_end_of(self, account: Account) -> bool:
+        """Whether the end of the account is told, so that nobody gets its numbers who comes by its name later."""
+        return self._cgroups.watches(account.name) or not cgroups.watchable(account.name)
+
+    def _account_ended(self, name: str) -> None:
+        """An account's cgroup is empty: nobody is left who could use its devices, and its name may come again."""
+        self._books.accounts.end(name)
+        self._books.numbers.forget(name)
+        for lease in list(self._books.leases):
+            if lease.account.ended:
+                start(self._over(lease, "expired"))

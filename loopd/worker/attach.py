@@ -1,0 +1,214 @@
+"""Attach: vet the files, bind, make the nodes, prove them.
+
+The lease is in its slot before the device is bound, and what cannot be finished is undone. No fd of the device is open
+any more when the client is answered, but for the lock if the client asked to keep that, and those that it asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from loopd.kernel import inotify, rights
+from loopd.kernel.transport import FdSet, Packet
+from loopd.loop import Loop
+from loopd.protocol.wire import Attach, Code, Refusal
+from loopd.worker import access, bind, devices, files, nodes, partitions, records
+from loopd.worker.bind import Bound
+from loopd.worker.devices import Binding, Number
+from loopd.worker.files import Backing
+from loopd.worker.grants import detached_mount
+from loopd.worker.messages import Done, NumberPlease, Take, Terms, UseNumber
+from loopd.worker.nodes import Client, Directory, Node
+from loopd.worker.process import Worker
+
+MKNOD_WARNING = (
+    "the client has CAP_MKNOD: with b 7:* in its device cgroup it can reach every loop device; use --cap-drop MKNOD"
+)
+
+
+class Attaching:
+    """One attach. `harmless` are the client's fds of which it is known that closing them cannot wait."""
+
+    def __init__(self, worker: Worker, job: Take, packet: Packet, slot: int) -> None:
+        assert job.attach is not None and job.terms is not None  # noqa: PT018
+        self.harmless: set[int] = set()
+        self._worker = worker
+        self._tools = worker.tools
+        self._request: Attach = job.attach
+        self._terms: Terms = job.terms
+        self._holder = job.holder or {}
+        self._row = job.row
+        self._packet = packet
+        self._slot = slot
+        self._client = Client(packet.sender.uid, packet.sender.gid, False)
+        self._grant = ""
+        self._directory: Directory | None = None
+
+    def run(self, grant: str, kept_by: str, fds: dict[str, int | None]) -> tuple[Done, list[int]]:
+        """Attach; the answer, and the fds for the client, which are the caller's. `fds` are those of the record."""
+        mounts = files.Mounts(self._packet.sender.pid)
+        warnings = _check_mknod(self._packet.sender.pid, self._terms)
+        backing, fd = self._vet_file(mounts)
+        self._grant = grant
+        self._directory = self._vet_directory(mounts, grant)
+        if self._directory is not None:
+            self.harmless.update((self._directory.fd, self._directory.view))
+        kept = fds | {"file": fd if self._request.partscan else None}
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._unmake_mount)
+            bound = self._bind(bind.Request(fd, self._request, backing), kept_by, kept)
+            with FdSet((bound.lock,)), Loop.from_fd(bound.device) as device:
+                done, client = self._deliver(device, bound.binding)
+            undo.pop_all()
+        if backing.quiet:
+            self.harmless.add(fd)  # the device has it open, too
+        return done._replace(warnings=warnings), client
+
+    # Vet --------------------------------------------------------------------------------------------------------------
+
+    def _vet_file(self, mounts: files.Mounts) -> tuple[Backing, int]:
+        fd = borrow(self._packet.fds, self._request.fd, "fd")
+        terms = self._terms
+        backing = files.check_backing(fd, self._request, mounts, terms.file_systems, block_devices=terms.block_devices)
+        if not (terms.write or backing.read_only):
+            raise Refusal(
+                Code.NOT_PERMITTED, "the administrator allows this client read-only devices alone (loopd.toml)"
+            )
+        return backing, fd
+
+    def _vet_directory(self, mounts: files.Mounts, grant: str) -> Directory | None:
+        if "node" not in self._request.deliver or self._request.dir_fd is None:
+            return None
+        fd = borrow(self._packet.fds, self._request.dir_fd, "dir_fd")
+        if grant:
+            own = self._packet.own.add(self._tools.grants.open(grant))
+            return nodes.directory(own, self._client._replace(own=True), fd)
+        files.check_directory(fd, mounts, self._terms.file_systems)
+        return nodes.directory(fd, self._client)
+
+    # Bind -------------------------------------------------------------------------------------------------------------
+
+    def _bind(self, request: bind.Request, kept_by: str, fds: dict[str, int | None]) -> Bound:
+        numbers = iter(() if self._terms.number is None else (self._terms.number,))
+
+        def next_number() -> Number:
+            return next(numbers, None) or self._ask_for_number()
+
+        def intend(expected: Binding, lock_fd: int) -> None:
+            records.clear(self._slot)
+            if "mount" in self._request.deliver:
+                self._unmake_mount()
+                self._make_mount(expected.devname)
+            lock = lock_fd if self._request.lock else None
+            directory = None if self._directory is None else self._directory.fd
+            kept = fds | {"directory": directory, "lock": lock}
+            holder = self._holder | {"grant": self._grant}
+            try:
+                records.write(self._slot, holder, kept_by, expected, self._row, kept)
+            except OSError as error:  # ETOOMANYREFS, ENOBUFS: too many fds are in flight
+                raise Refusal(Code.NO_DEVICE, f"the lease cannot be booked: {error}") from error
+            self._tools.bindings.intend(self._row, expected)
+
+        try:
+            bound = bind.bind(self._tools.control, self._tools.access, request, next_number, intend)
+            records.note_bound(self._slot, bound.binding)
+            self._tools.bindings.bound(self._row, bound.binding)
+        except BaseException:
+            self._forget()
+            raise
+        return bound
+
+    def _ask_for_number(self) -> Number:
+        self._worker.say(NumberPlease())
+        answer = self._worker.hear()
+        assert isinstance(answer, UseNumber)
+        if answer.refusal is not None:
+            raise answer.refusal
+        assert answer.number is not None
+        return answer.number
+
+    def _forget(self) -> None:
+        records.clear(self._slot)
+        self._tools.bindings.forget(self._row)
+
+    # Deliver ----------------------------------------------------------------------------------------------------------
+
+    def _deliver(self, device: Loop, binding: Binding) -> tuple[Done, list[int]]:
+        """Make the nodes, and what else the client asked for."""
+        directory, grant = self._directory, self._grant
+        made: list[Node] = []
+        client = FdSet()
+        try:
+            if directory is not None:
+                wanted = wanted_nodes(binding, partitions=self._request.partscan)
+                made += nodes.place(directory, binding.devname, wanted, read_only=binding.read_only)
+            watch, table = self._look_after(directory, binding)
+            for delivery in self._request.deliver:
+                if delivery == "fd":
+                    client.add(access.reopen(device.fd, binding.read_only))
+                elif delivery == "mount" and directory is not None:
+                    self._tools.grants.admit(grant, self._client.uid)
+                    client.add(detached_mount(directory.fd))
+        except BaseException:
+            client.close()
+            # Nodes that cannot be removed stay booked, with the device: the main process has them released.
+            if directory is None or not nodes.displace(directory, made):
+                bind.let_go(device, sync=False)
+                self._forget()
+            raise
+        fds = list(client)
+        client.release()
+        names = tuple(devices.partitions(binding.devname)) if directory is None and self._request.partscan else ()
+        return Done(None, binding, tuple(made), (), watch, table, grant, names), fds
+
+    def _make_mount(self, devname: str) -> None:
+        """A directory for the nodes of this device, to be handed over as a mount."""
+        self._grant, fd = self._tools.grants.make_for(devname)
+        self._packet.own.add(fd)
+        self._directory = nodes.directory(fd, self._client._replace(own=True))
+
+    def _unmake_mount(self) -> None:
+        if "mount" in self._request.deliver and self._grant:
+            self._tools.grants.unmake(self._grant)
+
+    def _look_after(self, directory: Directory | None, binding: Binding) -> tuple[int | None, int | None]:
+        """The watch and the state of the table, for the nodes of partitions to be made by."""
+        if directory is None or not self._request.partscan:
+            return None, None
+        watch = add_watch(self._tools.watches, directory, binding)
+        with contextlib.suppress(OSError):  # the file is shorter by now, or its disk fails
+            return watch, partitions.look(self._packet.fds.borrow(self._request.fd), binding)
+        return watch, None
+
+
+def add_watch(watches: int, directory: Directory, binding: Binding) -> int | None:
+    """Have the main process told when somebody who could write has closed the node.
+
+    With the directory's rights: the watch needs permission to read the node, which is the client's.
+    """
+    path = f"/proc/self/fd/{directory.fd}/{binding.devname}"
+    with directory.rights(), contextlib.suppress(OSError):
+        return inotify.add_watch(watches, path, inotify.IN_CLOSE_WRITE | inotify.IN_DONT_FOLLOW)
+    return None
+
+
+def wanted_nodes(binding: Binding, *, partitions: bool) -> dict[str, nodes.Numbers]:
+    """The nodes that a binding has, by name."""
+    disk = {binding.devname: (binding.major, binding.minor)}
+    return disk | devices.partitions(binding.devname) if partitions else disk
+
+
+def _check_mknod(pid: int, terms: Terms) -> tuple[str, ...]:
+    if not rights.can_make_nodes(pid) or files.on_host(pid):
+        return ()
+    if not terms.mknod:
+        raise Refusal(Code.NOT_PERMITTED, "the client has CAP_MKNOD: run its container with --cap-drop MKNOD")
+    return (MKNOD_WARNING,)
+
+
+def borrow(fds: FdSet, index: int, name: str) -> int:
+    """The fd that the request names; a refusal where the datagram has none of that index."""
+    try:
+        return fds.borrow(index)
+    except IndexError:
+        raise Refusal(Code.BAD_FD, f"{name}: the datagram has {len(fds)} fds, none of index {index}") from None

@@ -1,0 +1,220 @@
+"""Bind a backing file to a device, and let go of it again.
+
+Every call may wait for a disk. Owns the order of the steps on the device (lock, left-over partitions, configure,
+verify; and back) and the meaning of each errno. Nothing here keeps a device open for longer than the job that opened
+it: the kernel writes a device's cache back and drops it at the last close, whoever else has it open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from loopd.loop import Loop, LoopControl, UnexpectedDevice
+from loopd.protocol.wire import Attach, Code, Refusal
+from loopd.worker.access import Access, lock
+from loopd.worker.devices import Binding, Number, partitions
+from loopd.worker.files import Backing
+
+ATTEMPTS = 256
+"""Numbers that one attach may lose to others (the host's losetup) before it gives up."""
+
+# Somebody else was faster, or the number went away: the next number is tried.
+_LOST = {
+    errno.EBUSY: "the host's losetup bound the number, or has it open exclusively",
+    errno.ENXIO: "the device is being torn down",
+    errno.ENODEV: "the number was removed",
+    errno.ENOENT: "the number was removed, and its node with it",
+    errno.EEXIST: "LOOP_CTL_ADD: somebody else made the number",
+    errno.EAGAIN: "somebody else holds the lock of the device",
+}
+
+_CONFIGURE = {
+    errno.EINVAL: (Code.BAD_FD, "the kernel does not take this file as a backing file"),
+    errno.EBADF: (Code.BAD_FD, "the kernel does not take this file as a backing file"),
+    errno.EOVERFLOW: (Code.INVALID, "offset and sizelimit lie outside what the kernel can address"),
+    errno.ENOMEM: (Code.NO_DEVICE, "the host has no memory for another device"),
+    errno.EMFILE: (Code.NO_DEVICE, "loopd is at its limit of open files"),
+    errno.ENFILE: (Code.NO_DEVICE, "the host is at its limit of open files"),
+    errno.EPERM: (Code.NO_DEVICE, "the host does not let loopd use its loop devices"),
+    errno.EACCES: (Code.NO_DEVICE, "the host does not let loopd use its loop devices"),
+    errno.ENOSPC: (Code.NO_DEVICE, "the host has no number for another device"),
+}
+
+
+def delete_partitions(loop: Loop) -> None:
+    """Delete what partitions there are, so that none reads the next file's data; needs CAP_SYS_ADMIN."""
+    for name in partitions(loop.devname):
+        with contextlib.suppress(OSError):
+            loop.delete_partition(int(name.rpartition("p")[2]))
+
+
+class Bound(NamedTuple):
+    """A device that was bound; both fds are the caller's to close, `lock` holds LOCK_EX against udev."""
+
+    binding: Binding
+    device: int
+    lock: int
+
+
+class Request(NamedTuple):
+    """What is to be bound, and how: the open file, what was asked, and what is known of the file."""
+
+    fd: int
+    attach: Attach
+    backing: Backing
+
+    def expected(self, loop: Loop) -> Binding:
+        """The binding as it will be if the kernel does what it is asked; its size and direct I/O are not known yet."""
+        attach, backing = self.attach, self.backing
+        return Binding(
+            number=loop.minor,
+            devname=loop.devname,
+            major=os.major(loop.rdev),
+            minor=os.minor(loop.rdev),
+            diskseq=None,
+            size=0,
+            offset=attach.offset,
+            sizelimit=attach.sizelimit,
+            sector_size=attach.sector_size,
+            read_only=backing.read_only,
+            direct_io=False,
+            partscan=attach.partscan,
+            backing_file=backing.path,
+            backing_dev=backing.dev,
+            backing_inode=backing.inode,
+            ref=attach.ref,
+        )
+
+
+def bind(
+    control: LoopControl, access: Access, request: Request, next_number: Callable[[], Number],
+    intend: Callable[[Binding, int], None],
+) -> Bound:  # fmt: skip
+    """Bind the file to the first number of `next_number` that can be had.
+
+    `intend` is called just before each try, with the binding as it will be and the fd that has the lock against udev.
+    """
+    reason = ""
+    for _ in range(ATTEMPTS):
+        number, made = next_number()
+        try:
+            if not made:
+                control.add(number)
+            return _bind(*access.open(number), request, intend)
+        except UnexpectedDevice as error:
+            reason = str(error)
+        except OSError as error:
+            if error.errno in _LOST:
+                reason = f"{_LOST[error.errno]} ({error})"
+                continue
+            code, meaning = _CONFIGURE.get(error.errno or 0, (Code.IO, "the device could not be bound"))
+            raise Refusal(code, f"{meaning}: {error}") from error
+    raise Refusal(Code.BUSY, f"{ATTEMPTS} numbers were lost to others, the last because: {reason}")
+
+
+def _bind(loop: Loop, lock_fd: int, request: Request, intend: Callable[[Binding, int], None]) -> Bound:
+    """Takes over the device and its lock."""
+    try:
+        lock(lock_fd)
+        delete_partitions(loop)
+        expected = request.expected(loop)
+        intend(expected, lock_fd)
+        _configure(loop, request)
+        try:
+            return Bound(_verify(loop, expected, request.attach), loop.fd, lock_fd)
+        except BaseException as error:
+            _unbind(loop)
+            if isinstance(error, OSError):  # not lost to anybody: it was bound, and its file was asked
+                raise Refusal(Code.IO, f"the device could not be read back: {error}") from error
+            raise
+    except BaseException:
+        os.close(lock_fd)
+        loop.close()
+        raise
+
+
+def _configure(loop: Loop, request: Request) -> None:
+    attach = request.attach
+    # Without autoclear: nobody has the device open between the attach and the first open of the client.
+    loop.configure(
+        request.fd,
+        offset=attach.offset,
+        sizelimit=attach.sizelimit,
+        blocksize=attach.sector_size,
+        partscan=attach.partscan,
+        read_only=request.backing.read_only,
+        direct_io=attach.direct_io != "off",
+        ref=attach.ref.encode(),
+    )
+
+
+def _verify(loop: Loop, expected: Binding, attach: Attach) -> Binding:
+    """Read back what is in force: the kernel drops direct I/O silently, early 5.8 ignored sizelimit and partscan."""
+    info = loop.get_status()
+    if info.direct_io and attach.direct_io == "off":  # the fd was opened with O_DIRECT, which turns it on
+        loop.set_direct_io(False)
+        info = loop.get_status()
+    binding = expected._replace(
+        diskseq=loop.diskseq(),
+        size=loop.size(),
+        offset=info.lo_offset,
+        sizelimit=info.lo_sizelimit,
+        sector_size=loop.sector_size(),
+        read_only=loop.read_only(),
+        direct_io=info.direct_io,
+        partscan=info.partscan,
+    )
+    if binding._replace(diskseq=None, size=0, direct_io=False) != expected or info.autoclear:
+        raise Refusal(Code.INTERNAL, f"the kernel bound {binding} where {expected} was asked")
+    if attach.direct_io == "on" and not binding.direct_io:
+        raise Refusal(
+            Code.UNSUPPORTED,
+            "direct_io: the backing file, its offset or the sector size does not allow it; a larger sector may",
+        )
+    return binding
+
+
+# Letting go -------------------------------------------------------------------------------------------------------
+
+
+def let_go(loop: Loop, *, sync: bool = True) -> str | None:
+    """Write back what was written, and have the kernel unbind: at the close of `loop`, or at the last one of others.
+
+    Returns why what was written did not all get into the image; None when it did. An fd that was opened anew is told of
+    an error that nobody has been told of yet (fsync(2)).
+    """
+    lost = None
+    if sync and not loop.read_only():
+        try:
+            os.fsync(loop.fd)
+        except OSError as error:  # ENOSPC below a sparse file, EDQUOT, EIO
+            lost = os.strerror(error.errno or errno.EIO)
+    _unbind(loop)
+    return lost
+
+
+def _unbind(loop: Loop) -> None:
+    """LOOP_CLR_FD: with other openers the kernel only notes that their last close is to unbind.
+
+    Linux 6.11 and later lose what is still in the cache when the only opener does this. So the cache is written back
+    before.
+    """
+    delete_partitions(loop)
+    with contextlib.suppress(OSError):  # ENXIO: unbound already, or on its way
+        loop.clear_fd()
+
+
+def carries(loop: Loop, binding: Binding) -> bool:
+    """Whether the device carries this binding: by its diskseq, or, where that is not known, by its file."""
+    if binding.diskseq is not None:
+        return loop.diskseq() == binding.diskseq
+    try:
+        info = loop.get_status()
+    except OSError:  # ENXIO
+        return False
+    major, _, minor = binding.backing_dev.partition(":")
+    return (info.lo_device, info.lo_inode) == (os.makedev(int(major), int(minor)), binding.backing_inode)

@@ -1,0 +1,78 @@
+"""The table of bindings in the state directory: what loopd has bound, for a start at which the slots are lost.
+
+One row for each slot, written by the worker that binds or releases. A row says which file was to be bound to which
+number before that is done, and which diskseq the device had afterwards. Bindings end with the boot, and the table
+with them: nothing of it has to be on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from loopd.worker.devices import Binding
+
+ROWS = 12288
+"""As many as there are slots at most."""
+_HEADER = struct.Struct("<8s24x36s12x")  # magic, boot id
+_ROW = struct.Struct("<QQQQ")  # number + 1, device and inode of the file, diskseq + 1; 0 where there is none
+_MAGIC = b"loopd\x00b1"
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+class Row(NamedTuple):
+    """One binding. `diskseq` is None where the device had not been bound yet, and before Linux 5.15."""
+
+    row: int
+    number: int
+    file_dev: int
+    file_inode: int
+    diskseq: int | None
+
+
+class Bindings:
+    """The table of one instance."""
+
+    def __init__(self, path: str) -> None:
+        """Open the table, and empty it when it is of another boot; OSError where that cannot be done."""
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with open(BOOT_ID, "rb") as file:
+            header = _HEADER.pack(_MAGIC, file.read().strip())
+        if os.pread(self.fd, _HEADER.size, 0) != header:
+            os.ftruncate(self.fd, 0)
+            os.pwrite(self.fd, header, 0)
+            # All rows on disk now: a full disk later stops no attach.
+            os.posix_fallocate(self.fd, 0, _HEADER.size + ROWS * _ROW.size)
+
+    def _write(self, row: int, number: int, dev: int, inode: int, diskseq: int) -> None:
+        # A row that cannot be written (EIO; ENOSPC where the file system copies on write) is missed only when the fd
+        # store is lost as well.
+        with contextlib.suppress(OSError):
+            os.pwrite(self.fd, _ROW.pack(number, dev, inode, diskseq), _HEADER.size + row * _ROW.size)
+
+    def intend(self, row: int, binding: Binding) -> None:
+        """The file is about to be bound to the number."""
+        major, _, minor = binding.backing_dev.partition(":")
+        diskseq = 0 if binding.diskseq is None else binding.diskseq + 1
+        self._write(row, binding.number + 1, os.makedev(int(major), int(minor)), binding.backing_inode, diskseq)
+
+    def bound(self, row: int, binding: Binding) -> None:
+        """The file is bound to the number."""
+        self.intend(row, binding)
+
+    def forget(self, row: int) -> None:
+        """loopd has let go of it."""
+        self._write(row, 0, 0, 0, 0)
+
+    def rows(self) -> Iterator[Row]:
+        """Every row that says something."""
+        data = os.pread(self.fd, ROWS * _ROW.size, _HEADER.size)
+        if not data.strip(b"\0"):
+            return
+        whole = data[: len(data) // _ROW.size * _ROW.size]
+        for row, (number, dev, inode, diskseq) in enumerate(_ROW.iter_unpack(whole)):
+            if number:
+                yield Row(row, number - 1, dev, inode, diskseq - 1 if diskseq else None)

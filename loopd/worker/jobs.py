@@ -1,0 +1,21 @@
+"""What a worker may be asked to do, by the message that asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from loopd.kernel.transport import FdSet
+from loopd.worker import take, upkeep
+from loopd.worker.messages import Arrange, Nudge, Release, Resize, Revoke, Take, Tidy
+from loopd.worker.process import Worker
+
+JOBS: dict[type[Any], Callable[[Worker, Any, FdSet], bool]] = {
+    Take: take.take,
+    Release: upkeep.release,
+    Arrange: upkeep.arrange,
+    Revoke: upkeep.revoke,
+    Resize: upkeep.resize,
+    Nudge: upkeep.nudge,
+    Tidy: upkeep.tidy,
+}

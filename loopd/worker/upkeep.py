@@ -1,0 +1,227 @@
+"""What is done to a device after its attach: nodes kept in line with its partitions, resize, release, and tidying up.
+
+Every job opens the device anew by its number and checks that it still carries the lease's binding. What the lease has
+besides, its directory and its file, is in its slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from loopd.kernel.transport import FdSet
+from loopd.loop import Loop, UnexpectedDevice, backing_file
+from loopd.protocol.wire import Code, Refusal
+from loopd.worker import bind, devices, nodes, partitions, records
+from loopd.worker.attach import add_watch, wanted_nodes
+from loopd.worker.devices import Binding
+from loopd.worker.messages import (
+    Arrange,
+    Arranged,
+    Finished,
+    Nudge,
+    Release,
+    Released,
+    Resize,
+    Resized,
+    Revoke,
+    Tidied,
+    Tidy,
+)
+from loopd.worker.nodes import Client, Directory, Node
+from loopd.worker.process import Tools, Worker
+
+
+@contextlib.contextmanager
+def _kept(slot: int, client: Client) -> Iterator[tuple[Directory | None, int | None]]:
+    """The lease's directory and its file, as they are in its slot."""
+    stored = records.read(slot, every_fd=True)
+    with FdSet(stored.fds.values() if stored else ()):
+        fds = stored.fds if stored else {}
+        directory = nodes.directory(fds["directory"], client) if "directory" in fds else None
+        yield directory, fds.get("file")
+
+
+def _there(directory: Directory, job: Arrange | Release, wanted: dict[str, nodes.Numbers]) -> list[Node]:
+    """The nodes that are there, of which the `wanted` ones stay."""
+    if job.sure:
+        return list(job.nodes)
+    # First: to look into the directory may take as long as its client likes.
+    nodes.revoke(directory, (node for node in job.nodes if wanted.get(node.name) != (node.major, node.minor)))
+    return nodes.find(directory, job.binding.devname, wanted_nodes(job.binding, partitions=True))
+
+
+@contextlib.contextmanager
+def _device(tools: Tools, binding: Binding, *, write: bool = False) -> Iterator[Loop | None]:
+    """The device while it carries the binding, open for a moment; None when it does not, or is gone."""
+    with contextlib.ExitStack() as stack:
+        loop = None
+        # ENXIO: it is being unbound (Linux 6.11); ENOENT, ENODEV: it was unbound and removed.
+        with contextlib.suppress(OSError, UnexpectedDevice):
+            loop = stack.enter_context(tools.access.reopened(binding.number, write=write))
+            if not bind.carries(loop, binding):
+                loop = None
+        yield loop
+
+
+# Release ----------------------------------------------------------------------------------------------------------
+
+
+def release(worker: Worker, job: Release, fds: FdSet) -> bool:
+    """Take away the nodes, write back, unbind."""
+    tools, slot = worker.tools, fds.borrow(0)
+    left = []
+    with _kept(slot, job.client) as (directory, _):
+        if directory is not None:
+            left = list(job.nodes)
+            with contextlib.suppress(OSError):
+                left = nodes.displace(directory, _there(directory, job, {}))
+    if job.grant.startswith("."):
+        tools.grants.unmake(job.grant)
+    lost = diskseq = None
+    with _device(tools, job.binding) as loop:
+        if loop is not None:
+            diskseq = loop.diskseq()
+            lost = bind.let_go(loop, sync=not job.again)
+        tools.bindings.forget(job.row)
+        # Its last open file may be in the slot: the lock, if that was kept.
+        records.note_released(slot)
+    worker.say(Released(tuple(left), lost, diskseq))
+    return False
+
+
+def nudge(worker: Worker, job: Nudge, fds: FdSet) -> bool:
+    """Once more have a device unbound that somebody has open, in case he cleared autoclear before he closed it."""
+    with contextlib.suppress(OSError, UnexpectedDevice), worker.tools.access.reopened(job.number) as loop:
+        if loop.diskseq() == job.diskseq:
+            bind.let_go(loop, sync=False)
+    worker.say(Finished())
+    return False
+
+
+def tidy(worker: Worker, job: Tidy, fds: FdSet) -> bool:
+    """Release what no lease has, and remove what is left of it in directories of loopd's own."""
+    tools, released = worker.tools, []
+    for row in job.rows:
+        file = backing_file(row.number)
+        if file is not None:
+            binding = _of_row(row.number, row.file_dev, row.file_inode, row.diskseq)
+            with _device(tools, binding) as loop:
+                if loop is not None:
+                    released.append((row.number, file, bind.let_go(loop)))
+        tools.bindings.forget(row.row)
+    tools.grants.sweep(job.before, lambda devname: backing_file(int(devname[4:])) is not None)
+    worker.say(Tidied(tuple(released)))
+    return False
+
+
+def _of_row(number: int, dev: int, inode: int, diskseq: int | None) -> Binding:
+    """What is known of a binding of which there is no record."""
+    file = f"{os.major(dev)}:{os.minor(dev)}"
+    return Binding(
+        number, f"loop{number}", 0, 0, diskseq, 0, 0, 0, 512, False, False, False, "", file, inode, ""
+    )
+
+
+# Partitions -------------------------------------------------------------------------------------------------------
+
+UNREAD = -1
+"""In place of a checksum of the table: the kernel was asked to read it, and has not."""
+
+
+def revoke(worker: Worker, job: Revoke, fds: FdSet) -> bool:
+    """Close the nodes of partitions that are gone."""
+    there = devices.partitions(job.devname)
+    gone = [node for node in job.nodes if there.get(node.name) != (node.major, node.minor)]
+    with _kept(fds.borrow(0), job.client) as (directory, _):
+        if directory is not None:
+            nodes.revoke(directory, gone)
+    worker.say(Finished())
+    return False
+
+
+def arrange(worker: Worker, job: Arrange, fds: FdSet) -> bool:
+    """Bring the nodes in line with the partitions."""
+    try:
+        with _kept(fds.borrow(0), job.client) as (directory, file):
+            arranged = _arrange(worker.tools, job, directory, file)
+    except Refusal as refusal:
+        arranged = Arranged(refusal)
+    except OSError as error:
+        arranged = Arranged(Refusal(Code.IO, f"the partitions cannot be read: {error}"))
+    worker.say(arranged, last=True)
+    return True
+
+
+def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int | None) -> Arranged:
+    binding, refusal = job.binding, None
+    table = job.table
+    if file is not None and (job.look or job.rescan):
+        with contextlib.suppress(OSError):  # its disk fails: the table of the last look stays
+            table = partitions.look(file, binding)
+    there: list[Node] = []
+    if directory is not None:
+        there = _there(directory, job, wanted_nodes(binding, partitions=binding.partscan))
+    if job.rescan or job.table not in (None, table):
+        try:
+            _reread(tools, binding, directory, there)
+        except Refusal as error:
+            # A partition is in use, most likely: once more when the node is closed the next time.
+            refusal, table = (error, UNREAD) if job.rescan else (None, job.table)
+    if directory is None:
+        return Arranged(refusal, (), None, table, tuple(devices.partitions(binding.devname)))
+    wanted = wanted_nodes(binding, partitions=binding.partscan)
+    there = nodes.prune(directory, there, wanted)
+    if not job.sure:
+        nodes.finish(directory, there, read_only=binding.read_only)
+    names = {node.name for node in there}
+    missing = {name: device for name, device in wanted.items() if name not in names}
+    there += nodes.add(directory, missing, read_only=binding.read_only)
+    watch = add_watch(tools.watches, directory, binding) if binding.partscan else None
+    return Arranged(refusal, tuple(there), watch, table)
+
+
+def _reread(tools: Tools, binding: Binding, directory: Directory | None, there: list[Node]) -> None:
+    """Have the kernel read the table. While it does, which may take long, the numbers of the partitions are free for
+    others' partitions: so the nodes are closed for that time. Where the number is the same afterwards, the node is
+    opened again, and was never away.
+    """
+    with _device(tools, binding) as loop:
+        if loop is None:
+            raise Refusal(Code.NOT_FOUND, f"{binding.devname} carries another binding by now")
+        of_partitions = [node for node in there if node.name != binding.devname]
+        if directory is None or not of_partitions:
+            partitions.reread(loop)
+            return
+        closed = nodes.close(directory, of_partitions)
+        try:
+            partitions.reread(loop)
+        finally:
+            wanted = devices.partitions(binding.devname)
+            same = [(node, mode) for node, mode in closed if wanted.get(node.name) == (node.major, node.minor)]
+            nodes.reopen(directory, same)
+
+
+def resize(worker: Worker, job: Resize, fds: FdSet) -> bool:
+    """Have the device take over its file's size, as far as there is room for it."""
+    try:
+        with _device(worker.tools, job.binding, write=not job.binding.read_only) as loop:
+            if loop is None:
+                raise Refusal(Code.NOT_FOUND, f"{job.binding.devname} carries another binding by now")
+            worker.say(_resize(loop, job), last=True)
+    except Refusal as refusal:
+        worker.say(Resized(refusal), last=True)
+    except OSError as error:
+        worker.say(Resized(Refusal(Code.IO, f"the size cannot be taken over: {error}")), last=True)
+    return True
+
+
+def _resize(loop: Loop, job: Resize) -> Resized:
+    if loop.get_status().lo_sizelimit != job.binding.sizelimit:  # a resize was refused before
+        loop.set_status(sizelimit=job.binding.sizelimit)
+    loop.set_capacity()
+    if job.room is not None and loop.size() > job.room:
+        loop.set_status(sizelimit=max(1, job.binding.size))  # 0 is no limit; less than a sector is none
+        raise Refusal(Code.QUOTA, "the devices of this account would have more bytes than its limit")
+    return Resized(None, job.binding._replace(size=loop.size()))
