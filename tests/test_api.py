@@ -101,7 +101,6 @@ def full(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.xfail(reason="the daemon does not say yet what could not be written back")
 def test_a_disk_that_is_full_below_a_sparse_image(
     daemon: Daemon, full: Path, devices: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
