@@ -1004,6 +1004,17 @@ def test_a_long_list_is_continued(sock: Path) -> None:
         assert loopd.list(socket=sock) == ()
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_file_of_another_binding_is_not_that_of_the_lease(loop: Loop, sock: Path, known: bool) -> None:
+    """The number may carry another one by now, or a client has replaced the file of its device: diskseq tells."""
+    diskseq = int(Path(f"/sys/block/{loop.reply['devname']}/diskseq").read_text())
+    row = {**LEASE, **loop.reply, "diskseq": diskseq if known else diskseq - 1}
+    with Peer(sock, lambda request: request.reply({"leases": [row]})):
+        (lease,) = loopd.list(socket=sock)
+    assert lease.backing_file == (str(loop.image) if known else "/disk.img")
+    assert lease.backing_file_at_attach == "/disk.img"
+
+
 def test_what_is_not_known_before_linux_5_15_may_be_missing(image: Path, sock: Path, tmp_path: Path) -> None:
     old = {name: value for name, value in REPLY.items() if name != "diskseq"}
     with Peer(sock, lambda request: request.reply(old)):

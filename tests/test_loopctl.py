@@ -67,18 +67,6 @@ def test_the_file_is_listed_by_its_present_name(world: World, grant: str) -> Non
     assert shown() == (f"{new} (deleted)", "bound")
 
 
-def test_another_binding_of_the_device_has_no_part_in_it(world: World, grant: str) -> None:
-    """A client can replace the file of its device: the lease is on the file that loopd bound."""
-    device = attached(world, "disk.img", "--read-only")
-    other = world.image("other.img")
-    node = f"{grant}/{device}"
-    change = "import fcntl, os, sys; fcntl.ioctl(os.open(sys.argv[1], 0), 0x4C06, os.open(sys.argv[2], os.O_RDONLY))"
-    world.run(["python3", "-c", change, node, str(other)])
-    assert Path(f"/sys/block/{device}/loop/backing_file").read_text() == f"{other}\n"
-    (row,) = rows(world)
-    assert row["backing_file"] == row["backing_file_at_attach"] == str(world.work / "disk.img")
-
-
 def test_a_list_where_there_is_no_sysfs(world: World, grant: str) -> None:
     attached(world)
     (world.work / "disk.img").rename(world.work / "new.img")

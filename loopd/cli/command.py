@@ -1,6 +1,6 @@
 """The command of ``loopctl run``: start it, pass signals on to it, and wait for its end.
 
-Changes when what becomes of a signal does.
+Changes when another signal is passed on, or none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def run(argv: list[str], environment: dict[str, str]) -> int:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (*forwarded, signal.SIGCHLD))
     try:
         try:
-            # Python ignores these two signals, and a command would inherit that.
+            # Python ignores these two signals, and the command would inherit that.
             ignored = (signal.SIGPIPE, signal.SIGXFSZ)
             pid = os.posix_spawnp(argv[0], argv, environment, setsigmask=mask, setsigdef=ignored)
         except OSError as error:
@@ -30,8 +30,8 @@ def run(argv: list[str], environment: dict[str, str]) -> int:
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-            # One that the kernel sent, as for ^C, has gone to the whole foreground process group, the command
-            # included; but SIGHUP, where the terminal is gone, to the session's leader alone.
+            # The kernel sends the signal of ^C to the whole foreground process group, the command included. It sends
+            # the SIGHUP of a terminal that is gone to the session's leader alone, so that one is passed on.
             elif info.si_code <= 0 or info.si_signo == signal.SIGHUP:
                 os.kill(pid, info.si_signo)
     finally:

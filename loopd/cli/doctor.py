@@ -1,7 +1,7 @@
 """``loopctl doctor``: what stands between this process and a loop device, one line for each layer.
 
-Owns the checks, their order and the remedies. Asks through `loopd.client`, and attaches one small device of its
-own, in memory, which it detaches again. Changes nothing. Standard library of Python 3.8 and later.
+Changes when another layer can refuse a device, or when a better remedy is known. Asks through `loopd.client`, and
+attaches one small device in memory, which it detaches again.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _mknod(place: _Place) -> Finding:
 
 
 def _modprobes_configuration() -> str:
-    """As modprobe itself has it: which folders it reads, and which file hides another, is a matter of its version."""
+    """As modprobe itself reads it: which folders, and which file hides another, depends on its version."""
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
     with suppress(OSError, subprocess.SubprocessError):
         command = ["modprobe", "--showconfig"]
@@ -202,7 +202,7 @@ def _modprobes_configuration() -> str:
 
 
 def _max_loop() -> Finding:
-    """The kernel's parameter tells nothing: its value is 8 also where it was not given, and the limit not in force."""
+    """Whether loop.max_loop was given. The parameter in sysfs does not tell: it is 8 even without a limit."""
     given = re.search(r"\bloop\.max_loop=[1-9]", _read("/proc/cmdline"))
     # Where loop is built in, modprobe's configuration is not read.
     if re.search(r"^loop ", _read("/proc/modules"), re.MULTILINE):

@@ -1,8 +1,8 @@
 """What becomes of an attach when a signal would end loopctl: nothing stays attached whose name was not printed.
 
 Until loopd has answered, a signal takes the attach back. From then on until the name is printed, it raises
-`Interrupted`, which detaches. Python runs its handlers between two instructions, so neither is left to chance: where
-a signal is only noted, the next step looks. Changes when what a signal undoes does.
+`Interrupted`, which detaches. An exception from a handler comes between any two instructions, so handlers raise only
+where the code around is ready to detach, and elsewhere note the signal. Changes when a signal is to undo more or less.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Callable, Iterator, NoReturn
 from loopd.cli.output import say
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-"""Signals that end a process which does nothing about them, and that people and service managers send."""
+"""Signals that people and service managers send, and that end a process without a handler."""
 
 
 class Interrupted(BaseException):
@@ -24,7 +24,7 @@ class Interrupted(BaseException):
 
 
 class Interrupt:
-    """The signals that would end loopctl, for the length of a ``with`` block; ends loopctl by one that came."""
+    """Handles the signals that would end loopctl in a ``with`` block. If one interrupted it, loopctl ends by that."""
 
     def __init__(self, withdraw: Callable[[], None]) -> None:
         self._withdraw = withdraw
@@ -43,7 +43,7 @@ class Interrupt:
     def _noted(self, number: int, _: FrameType | None) -> None:
         self._number = self._number or number
         if self._raising:
-            self._raising = False  # once: what follows is the detach
+            self._raising = False  # only once: a second signal must not interrupt the detach
             raise Interrupted
         self._withdraw()
 
@@ -72,5 +72,5 @@ class Interrupt:
         if self._number != signal.SIGINT:
             signal.signal(self._number, signal.SIG_DFL)
             os.kill(os.getpid(), self._number)
-        # Not sys.exit(): at its end Python writes what is left of the output, which may be a pipe that nobody reads.
+        # Not sys.exit(): Python would first write the rest of the output, maybe into a full pipe that nobody reads.
         os._exit(130)

@@ -1,8 +1,7 @@
 """Who has a device open: processes, mounts, and devices on top of it, as the host's administrator sees them.
 
-Looks at /proc and /sys alone and asks no daemon. Opens nothing that it finds, and asks no file system that might
-not answer. What it may not look at is left out, so that only root of the host sees all. Standard library of
-Python 3.8 and later.
+Changes when the kernel tells it in another way. Looks at /proc and /sys alone and asks no daemon. Opens nothing that it
+finds, and asks no file system that might not answer. Leaves out what this user may not see: root of the host sees all.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def _numbers(devnames: Collection[str]) -> dict[tuple[int, int], str]:
 def _of_process(pid: str, numbers: Mapping[tuple[int, int], str]) -> set[str]:
     """The devices that a process has open."""
     found = set()
-    with suppress(OSError):  # it has ended, or is another's
+    with suppress(OSError):  # the process has ended, or is another user's
         for fd in os.listdir(f"/proc/{pid}/fd"):
             device = _device(f"/proc/{pid}/fd/{fd}")
             if device is not None and device in numbers:

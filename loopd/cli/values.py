@@ -44,7 +44,7 @@ def seconds(text: str) -> float:
 
 
 def is_device(text: str) -> bool:
-    """Whether a word is a device's name or the path of its node: a file may be named so, too."""
+    """Whether a word is a device's name or the path of its node, and not the path of a file that is named so."""
     try:
         VALIDATORS["devname"](os.path.basename(text))
     except ValueError:
@@ -53,7 +53,7 @@ def is_device(text: str) -> bool:
 
 
 def device_or_image(text: str) -> str:
-    """A device, or the path of an image; of a partition it is said that it is none of both."""
+    """A device, or the path of an image. A partition is neither, and the error names its device."""
     if not is_device(text) and _PARTITION.fullmatch(os.path.basename(text)) and not os.path.isfile(text):
         return device(text)
     return text

@@ -34,7 +34,7 @@ def _lease(lifetime: str) -> Iterator[client.Lifetime]:
     except OSError as error:
         raise Failure(f"process {pid}: {error.strerror}") from error
     try:
-        # The parent may have ended before, and its id be another's: then this process has a new parent.
+        # If the parent has ended, its id may be another process's by now. Then this process has a new parent.
         if lifetime == "parent" and os.getppid() != parent:
             raise Failure("the process that called loopctl has ended")
         yield fd
@@ -48,7 +48,7 @@ def _unproved(args: argparse.Namespace) -> client.Client:
 
 def _client(args: argparse.Namespace) -> client.Client:
     asked = _unproved(args)
-    # An ordinary socket would answer, about this user's own leases alone.
+    # An ordinary socket would answer, but about this user's own leases alone.
     if args.admin and args.socket and "metrics" not in asked.hello().operations:
         raise Failure(f"--admin: {args.socket} is not an administrator's socket; an instance's is admin.sock")
     return asked
@@ -91,7 +91,7 @@ def _beyond_the_last_sector(args: argparse.Namespace) -> int:
 
 def attach(args: argparse.Namespace) -> int:
     asked = _client(args)
-    # Whatever fails before the path is printed detaches again, and so does a signal.
+    # A failure or a signal before the path is printed detaches the device again.
     with Interrupt(asked.withdraw) as ending, _lease(args.lifetime) as lease, _attached(asked, args, lease) as device:
         with ending.raised():
             _warn(args, device)
@@ -141,7 +141,7 @@ def _detach_all(args: argparse.Namespace) -> int:
                 if not asked.detach(devname, wait=seconds, force=args.force, diskseq=diskseq):
                     busy.append((devname, diskseq))
             except client.NotFound:
-                pass  # gone by itself
+                pass  # it ended meanwhile
             except client.Error as error:
                 explain(error)
                 failed = True
@@ -159,12 +159,18 @@ def detach(args: argparse.Namespace) -> int:
     asked, failed = _client(args), False
     for word in args.device:
         try:
-            for device, diskseq in [(word, None)] if is_device(word) else _on_image(asked, word):
-                if not asked.detach(device, wait=args.wait, force=args.force, diskseq=diskseq):
-                    raise client.Busy(f"{device} is detached, but somebody still has it open")
+            devices = [(word, None)] if is_device(word) else _on_image(asked, word)
         except (client.Error, OSError) as error:
             tell(error)
             failed = True
+            continue
+        for device, diskseq in devices:
+            try:
+                if not asked.detach(device, wait=args.wait, force=args.force, diskseq=diskseq):
+                    raise client.Busy(f"{device} is detached, but somebody still has it open")
+            except client.Error as error:
+                explain(error)
+                failed = True
     return int(failed)
 
 
@@ -239,6 +245,6 @@ def hello(args: argparse.Namespace) -> int:
 
 
 def metrics(args: argparse.Namespace) -> int:
-    # Nobody but the administrator is answered, so that there is no other socket to choose.
+    # The daemon answers this to the administrator alone, so the default is his socket.
     put(client.Client(args.socket or client.ADMIN_SOCKET, args.timeout).metrics().rstrip("\n"))
     return 0

@@ -108,7 +108,7 @@ def _hint(path: str, error: OSError) -> str:
 
 
 def _in_time(channel: _socket.socket, deadline: float, lasting: bool) -> bool:
-    """Wait for a reply or a hang-up. Where none comes, one to a `lasting` lease can no longer come."""
+    """Whether a reply or a hang-up came in time. If not, and the lease is to outlast this socket, none comes later."""
     poll = select.poll()
     poll.register(channel, select.POLLIN)
     if poll.poll(_left(deadline) * 1000):
@@ -153,9 +153,10 @@ class Exchange:
         self._attaching: set[_socket.socket] = set()
 
     def withdraw(self) -> None:
-        """Take back an attach, from a signal handler: it raises InterruptedError, as does every later one.
+        """From a signal handler: take back the attach that is under way, and every later one of this client.
 
-        Nothing is left attached by it. An attach that loopd has answered already returns its device.
+        `attach` then raises InterruptedError, and leaves nothing attached. If loopd has answered already, `attach`
+        returns the device.
         """
         self._withdrawn = True
         for sock in tuple(self._attaching):
@@ -169,7 +170,7 @@ class Exchange:
             return
         self._attaching.update(sockets)
         try:
-            # In this order: a signal that comes between the two finds the sockets.
+            # A signal may come between these two lines, and must then find the sockets.
             if self._withdrawn:
                 raise InterruptedError(errno.EINTR, "the attach was withdrawn")
             yield
@@ -206,6 +207,7 @@ class Exchange:
             raise Malformed(f"the request has more than {wire.MAX_REQUEST} bytes")
         channel, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         stack.enter_context(channel)
+        stack.enter_context(theirs)
         channel.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
         sender = stack.enter_context(_socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM))
         with self._withdrawable(request, channel, sender):

@@ -1,8 +1,7 @@
 """The layers between a client and its device: what a directory, a mount, a namespace or a right lets through.
 
-Owns what can be found out on the client's side alone, and says it in words with a remedy; and the two things
-that a client does with a mount: to attach it and to take it away. Asks no daemon and imports nothing of the
-package. Standard library of Python 3.8 and later.
+Finds out what the client alone can find out, and says it in words with a remedy. Attaches a mount and takes it away.
+Changes when another layer can refuse a device. Asks no daemon and imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def parsed_mount(line: str) -> Mount:
 
 def mounts() -> list[Mount]:
     """What is mounted for this process; empty where that cannot be read."""
-    # A path is bytes, and a carriage return in it is no end of a line.
+    # Paths are bytes, and a carriage return in one does not end the line.
     with suppress(OSError), open(
         "/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n"
     ) as table:
@@ -110,14 +109,14 @@ def foreign_user_namespace() -> bool:
 def _of_user_namespace(dir_fd: int) -> bool:
     """Whether the file system of a directory was mounted in a user namespace: no device opens there.
 
-    Found out with a whiteout, the one character device that everybody may make (Linux 5.8), in a directory that
-    can be written: where devices open it is ENXIO, since it has no driver, else EACCES.
+    Makes a whiteout and opens it. A whiteout is the one character device that anybody may make (Linux 5.8). It has no
+    driver, so open(2) gives ENXIO where devices open, and EACCES where they do not.
     """
     name = f".loopd-{os.urandom(8).hex()}"
     try:
         os.mknod(name, stat.S_IFCHR | 0o600, 0, dir_fd=dir_fd)
     except OSError:
-        return False  # it is not known: the daemon will find out
+        return False  # not known here: the daemon will find out
     try:
         os.close(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd))
     except OSError as error:
@@ -191,9 +190,9 @@ def unopened(dir_fd: int, name: str, device: tuple[int, int], read_only: bool, e
     if known is not None:
         return known
     node = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-    # An access list is loopd's, in a directory of its own on the host: neither its mount nor its mode is the reason.
+    # Only loopd makes access lists, in its directories on the host: then neither the mount nor the mode is the reason.
     if not _listed(dir_fd, name):
-        # access(2) asks for mode, ACL and the LSM's hook on the inode, not for what a mount allows.
+        # access(2) checks mode, ACL and the LSM's hook on the inode, but not what the mount allows.
         if os.access(name, os.R_OK if read_only else os.R_OK | os.W_OK, dir_fd=dir_fd, effective_ids=True):
             if foreign_user_namespace():
                 return USER_NAMESPACE
@@ -211,10 +210,10 @@ def unopened(dir_fd: int, name: str, device: tuple[int, int], read_only: bool, e
 
 
 def _listed(dir_fd: int, name: str) -> bool:
-    """Whether the access list of a node (acl(5)) names this user: only loopd makes one, and never without access."""
+    """Whether the access list of a node (acl(5)) names this user. Only loopd makes one, and it allows access."""
     with suppress(OSError, ValueError, struct.error):
         value = os.getxattr(f"/proc/self/fd/{dir_fd}/{name}", "system.posix_acl_access", follow_symlinks=False)
-        # Behind the version, entries of tag, permissions and id, as this user namespace has it.
+        # A version of 4 bytes, then entries of tag, permissions and id. The kernel maps the ids to this user namespace.
         return any(tag == ACL_USER and uid == os.geteuid() for tag, _, uid in struct.iter_unpack("<HHI", value[4:]))
     return False
 
@@ -240,14 +239,14 @@ def no_mount() -> Obstacle | None:
 
 
 def _owns_mount_namespace() -> bool:
-    """Whether the capabilities of this user namespace count for its mounts: bwrap's inner one is not the owner."""
+    """Whether the capabilities of this user namespace count for its mounts: those of bwrap's inner one do not."""
     import fcntl  # noqa: PLC0415  # costs all who need no mount
 
     try:
         with open("/proc/self/ns/mnt", "rb", buffering=0) as namespace:
             os.close(fcntl.ioctl(namespace.fileno(), NS_GET_USERNS))
     except OSError as error:
-        return error.errno != errno.EPERM  # the owner is out of this one's sight
+        return error.errno != errno.EPERM  # the owner is an ancestor of this user namespace (ioctl_ns(2))
     return True
 
 
@@ -269,7 +268,7 @@ def make_mount_point(devname: str, folder: str | None = None) -> str:
     folders = [folder]
     if folder is None:
         runtime = os.environ.get("XDG_RUNTIME_DIR")
-        # Where others can write too, no name may be known before.
+        # Others can write there, too, so the name must not be guessable.
         temporary = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"{TEMPORARY}{os.urandom(8).hex()}")  # noqa: S108
         folders = ["/dev/loopd", os.path.join(runtime, "loopd") if runtime else None, temporary]
     refused = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -304,7 +303,7 @@ def attach_mount(mount: int, point: str) -> None:
 
 
 def mount_points(devname: str) -> list[str]:
-    """Where a mount of this device's own is attached; one whose directory loopd has removed counts as well."""
+    """Where the mounts with this device's node are attached, also those whose directory loopd has removed."""
     roots = (f":{devname}", f":{devname}//deleted")  # loopd's directory is /.INSTANCE:loopN/:loopN
     return [mount.point for mount in mounts() if mount.type == "tmpfs" and mount.root.endswith(roots)]
 
@@ -314,7 +313,7 @@ def detach_mounts(devname: str) -> None:
     points = mount_points(devname)
     if not points:
         return
-    import ctypes  # noqa: PLC0415  # likewise
+    import ctypes  # noqa: PLC0415  # costs all who need no mount
 
     libc = ctypes.CDLL(None, use_errno=True)
     for point in points:
