@@ -244,6 +244,18 @@ class Daemon:
         eventually(lambda: not bound_to(self.directory.parent), "no file of the test is bound", 10)
 
 
+LOCKS = "allow.lock = true\n"
+"""A policy with which a client may keep the lock against udev."""
+
+
+def configured(directory: Path, policy: str) -> list[str]:
+    """The option for a daemon with this policy, which lies in its directory; none for one with the defaults."""
+    if not policy:
+        return []
+    (directory / "loopd.toml").write_text(policy)
+    return [f"--config={directory}/loopd.toml"]
+
+
 @pytest.fixture
 def start_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
     """Start daemons with options of the test's choice; each is ended and looked over afterwards."""
@@ -253,11 +265,11 @@ def start_daemon(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
 
     def start(
         *options: str, name: str = "loopd", wrapper: list[str] | None = None, environment: dict[str, str] | None = None,
-        launcher: tuple[str, ...] = (),
+        launcher: tuple[str, ...] = (), policy: str = "",
     ) -> Daemon:  # fmt: skip
         directory = tmp_path / name
         directory.mkdir(exist_ok=True)
-        daemon = Daemon(directory, list(options), wrapper or [], environment or {})
+        daemon = Daemon(directory, [*options, *configured(directory, policy)], wrapper or [], environment or {})
         daemon.launcher = list(launcher)
         daemon.start()
         started.append(daemon)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Daemon, Reply, ask, bound_to, eventually, require
+from conftest import ROOT, Daemon, Reply, ask, bound_to, configured, eventually, require
 from processes import Child
 from untouched import ask_at_address
 
@@ -401,10 +401,11 @@ def start_kept_fixture(tmp_path: Path) -> Iterator[Callable[..., Kept]]:
             name: str = "loopd",
             wrapper: list[str] | None = None,
             environment: dict[str, str] | None = None,
+            policy: str = "",
         ) -> Kept:
             directory = tmp_path / name
             directory.mkdir(exist_ok=True)
-            daemon = Kept(directory, list(options), wrapper or [], environment or {})
+            daemon = Kept(directory, [*options, *configured(directory, policy)], wrapper or [], environment or {})
             daemon.start()
             stack.callback(daemon.stop)
             return daemon

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Daemon, ask, bound_to, eventually, require
+from conftest import LOCKS, Daemon, ask, bound_to, eventually, require
 from fuse_never import SIZE, Never
 from processes import Child, injected, stays
 from untouched import (
@@ -658,8 +658,11 @@ def test_a_reply_socket_that_its_client_keeps_locked(
 SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>
 
 
-def test_the_last_close_of_a_lock_is_a_helpers_too(daemon: Daemon, image: int, directory: int, tmp_path: Path) -> None:
+def test_the_last_close_of_a_lock_is_a_helpers_too(
+    start_daemon: Callable[..., Daemon], image: int, directory: int, tmp_path: Path
+) -> None:
     """It is an open of the device as any other, and waits as that does: the main process never has it."""
+    daemon = start_daemon(policy=LOCKS)
     reply = daemon.attach(image, directory, lock=True)
     name = reply.fields["devname"]
 

@@ -108,7 +108,7 @@ def test_limits_are_loopds(text: str, tmp_path: Path) -> None:
     (tmp_path / "loopd.toml").write_text(text)
     account = "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod0.slice/cri-containerd-0.scope"
     terms = policy.load(str(tmp_path / "loopd.toml")).terms("builds", account, 0, 0)
-    assert (terms.limits.devices, terms.allow.lock) == (16, False)
+    assert (terms.limits.devices, terms.limits.bytes) == (16, 100 << 30)
 
 
 def test_daemonset_and_job_on_a_node(tmp_path: Path) -> None:

@@ -85,7 +85,12 @@ WRONG = {
     "limits.stuck = 0": ("limits.stuck", "1 or more"),
     "limits.new_numbers = 'all'": ("limits.new_numbers", "a whole number"),
     "limits.new_numbers_per_minute = inf": ("limits.new_numbers_per_minute", "a number"),
-    "limits.bytes = '1 GiB'": ("limits.bytes", "a whole number"),
+    "limits.bytes = '1 GiB'": ("limits.bytes", 'a size, as "100G"'),
+    "limits.bytes = '1.5G'": ("limits.bytes", 'a size, as "100G"'),
+    "limits.bytes = '-1G'": ("limits.bytes", 'a size, as "100G"'),
+    "limits.bytes = '10'": ("limits.bytes", 'a size, as "100G"'),
+    "limits.bytes = -1": ("limits.bytes", "a whole number"),
+    "limits.bytes = true": ("limits.bytes", "a whole number"),
     "allow.surprise = true": ("allow.surprise", "there is no such key"),
     "allow.attach = 'no'": ("allow.attach", "true or false"),
     "allow.write = 0": ("allow.write", "true or false"),
@@ -112,6 +117,19 @@ WRONG = {
     "[[rule]]\nallow.lock = 'x'": ("rule 1.allow.lock", "true or false"),
     "not toml": ("-", "line 1"),
 }
+
+
+SIZES = {
+    "5": 5, '"5K"': 5120, '"1M"': 1 << 20, '"100G"': 100 << 30, '"2T"': 2 << 40, '"1GiB"': 1 << 30, '"1GB"': 10**9,
+    '"0K"': 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SIZES)
+def test_sizes(tmp_path: Path, text: str) -> None:
+    (tmp_path / "loopd.toml").write_text(f"limits.bytes = {text}\n[[rule]]\nuid = 7\nlimits.bytes = {text}\n")
+    loaded = policy.load(str(tmp_path / "loopd.toml"))
+    assert (loaded.limits.bytes, loaded.terms("", "/", 7, 7).limits.bytes) == (SIZES[text], SIZES[text])
 
 
 def _problem(path: Path, text: str) -> tuple[str, str]:
@@ -355,14 +373,15 @@ def test_rules_of_an_instance(configured: Callable[..., Daemon]) -> None:
     assert client(daemon, devices_allowed, ids(20002, 1)) == 8
 
 
-# One daemon for all: each permission is taken away from a uid of its own.
+# One daemon for all: each permission is taken away from a uid of its own, or given to it where it is off by default.
 TAKEN = {
     "attach": 20100, "write": 20101, "partscan": 20102, "lock": 20103, "direct_io": 20104, "sector_sizes": 20105,
     "file_systems": 20106, "block_devices": 20107,
 }  # fmt: skip
 PERMISSIONS = "".join(
     f"[[rule]]\nuid = {uid}\nallow.{key} = "
-    + {"sector_sizes": "[512]", "file_systems": '["xfs"]', "block_devices": "true"}.get(key, "false") + "\n"
+    + {"sector_sizes": "[512]", "file_systems": '["xfs"]', "block_devices": "true", "lock": "true"}.get(key, "false")
+    + "\n"
     for key, uid in TAKEN.items()
 )  # fmt: skip
 
@@ -383,15 +402,17 @@ def test_permissions(configured: Callable[..., Daemon], make_image: Callable[...
     refused = "not-permitted"
     other = 20199  # whom no rule is about
     asked: dict[str, dict[str, Any]] = {
-        "attach": {}, "write": {}, "partscan": {"partscan": True}, "lock": {"lock": True},
+        "attach": {}, "write": {}, "partscan": {"partscan": True},
         "direct_io": {"direct_io": "on", "sector_size": 4096}, "sector_sizes": {"sector_size": 4096},
         "file_systems": {},
     }  # fmt: skip
     for key, fields in asked.items():
         assert code(TAKEN[key], **fields) == refused, key
         assert code(other, **fields) in (None, "unsupported"), key  # direct I/O is the file system's to have
-    for key in ("partscan", "lock", "direct_io", "sector_sizes"):
+    for key in ("partscan", "direct_io", "sector_sizes"):
         assert code(TAKEN[key]) is None, key
+    assert code(other, lock=True) == refused, "udevadm settle on the host would wait for its end"
+    assert code(TAKEN["lock"], lock=True) is None
     assert code(TAKEN["write"], read_only=True) is None
     assert code(TAKEN["write"], readable) is None
     assert code(TAKEN["attach"], readable, read_only=True) == refused

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ask, bound_to, eventually, exists
-from kept import KINDS, Holding, Kept, Record, hold, kept_fixture, once_there, start_kept_fixture, traced  # noqa: F401
+from conftest import LOCKS, ask, bound_to, eventually, exists
+from kept import KINDS, Holding, Kept, Record, hold, once_there, start_kept_fixture, traced  # noqa: F401
 from processes import NOBODY, Child, become, stays
 from untouched import children, helpers, maker, pair, reply_of, send, state
 
@@ -32,6 +32,12 @@ from loopd.worker import records
 
 SOON = 10.0
 """Seconds within which what ends a lease has ended it, on a machine however busy."""
+
+
+@pytest.fixture
+def kept(start_kept: Callable[..., Kept]) -> Kept:
+    """A daemon whose clients may keep the lock."""
+    return start_kept(policy=LOCKS)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Daemon, bound_to, eventually, exists, require
+from conftest import LOCKS, ROOT, Daemon, bound_to, configured, eventually, exists, require
 from processes import IN_NAMESPACE, Activated, injected, locked, stays
 
 from loopd.protocol import wire
@@ -100,11 +100,12 @@ def udev(tmp_path: Path) -> Iterator[Udev]:
 def placed(request: pytest.FixtureRequest, tmp_path: Path, start_daemon: Callable[..., Daemon]) -> Iterator[Daemon]:
     """loopd opens devices through /dev, or through nodes of its own as its unit has it: both keep udev off."""
     if request.param == "by hand":
-        yield start_daemon()
+        yield start_daemon(policy=LOCKS)
         return
     (tmp_path / "loopd").mkdir()
     prepare = 'mount -t tmpfs -o dev tmpfs /run; mkdir -m 1777 /run/loopd-nodes; exec "$@"'
-    daemon = Activated(tmp_path / "loopd", [], [*IN_NAMESPACE, prepare, "sh"], {})
+    options = configured(tmp_path / "loopd", LOCKS)
+    daemon = Activated(tmp_path / "loopd", options, [*IN_NAMESPACE, prepare, "sh"], {})
     try:
         daemon.start()
         yield daemon

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,8 +55,8 @@ class Allow(NamedTuple):
     """Have a device that can be written."""
     partscan: bool = True
     """Have partitions looked for."""
-    lock: bool = True
-    """Keep the lock against udev for the whole lease, which delays ``udevadm settle`` on the host."""
+    lock: bool = False
+    """Keep the lock against udev for the whole lease: ``udevadm settle`` on the host waits for its end."""
     direct_io: bool = True
     """Bypass the host's page cache."""
     block_devices: bool = False
@@ -146,6 +147,18 @@ def _whole(least: int) -> Callable[[Any], int]:
     return check
 
 
+_SUFFIXES = "KMGTPE"
+"""As losetup and loopctl have them: K and KiB are 1024, KB is 1000."""
+
+
+def _size(value: Any) -> int:
+    if type(value) is int and value >= 0:
+        return value
+    if type(value) is str and (size := re.fullmatch(rf"([0-9]+)([{_SUFFIXES}])(B|iB|)", value)):
+        return int(size[1]) * int((1000 if size[3] == "B" else 1024) ** (_SUFFIXES.index(size[2]) + 1))
+    raise ValueError('expected a whole number of bytes, 0 or more, or a size, as "100G"')
+
+
 def _number(least: float) -> Callable[[Any], float]:
     def check(value: Any) -> float:
         if type(value) in (int, float) and least <= value < float("inf"):
@@ -203,7 +216,7 @@ LIMIT_KEYS: dict[str, Callable[[Any], Any]] = {
     "stuck": _whole(1),
     "new_numbers": _whole(0),
     "new_numbers_per_minute": _number(0),
-    "bytes": _whole(0),
+    "bytes": _size,
 }
 ALLOW_KEYS: dict[str, Callable[[Any], Any]] = {
     "attach": _boolean,
