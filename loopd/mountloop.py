@@ -69,9 +69,13 @@ LOOP = ("loop", "offset", "sizelimit")
 MOST_BYTES_IGNORED = 1024
 """A file that is no longer gets no device of mount(8)'s own accord."""
 KNOWN = set(
-    "vfat xfs exfs exfat ext2 ext3 ext4 ext4dev jbd jfs reiserfs reiser4 udf iso9660 hfsplus hfs ufs hpfs sysv xenix "
-    "ntfs ReFS cramfs romfs minix gfs gfs2 ocfs ocfs2 oracleasm vxfs squashfs squashfs3 nss btrfs bcachefs ubifs bfs "
-    "VMFS befs nilfs2 f2fs mpool apfs zonefs erofs swap swsuspend".split()
+    "linux_raid_member ddf_raid_member isw_raid_member lsi_mega_raid_member via_raid_member silicon_medley_raid_member "
+    "nvidia_raid_member promise_fasttrack_raid_member hpt45x_raid_member hpt37x_raid_member adaptec_raid_member "
+    "jmicron_raid_member bcache ceph_bluestore drbd drbdmanage_control_volume drbdproxy_datalog LVM2_member LVM1_member "
+    "DM_snapshot_cow DM_verity_hash DM_integrity crypto_LUKS VMFS_volume_member ubi vdo stratis BitLocker cs_fvault2 "
+    "vfat swsuspend swap xfs xfs_external_log exfs exfat ext4dev ext4 ext3 ext2 jbd reiserfs reiser4 jfs udf iso9660 "
+    "zfs_member hfsplus hfs ufs hpfs sysv xenix ntfs ReFS cramfs romfs minix gfs gfs2 ocfs ocfs2 oracleasm vxfs squashfs "
+    "squashfs3 nss btrfs bcachefs ubifs bfs VMFS befs nilfs2 f2fs mpool apfs zonefs erofs".split()
 )
 """Types of file systems that libblkid knows: a file of another type goes to mount(2), or to mount.TYPE, as it is."""
 FAILED = 32
@@ -94,7 +98,7 @@ class Plan:
         self.options: list[str] = []
         self.operands: list[str] = []
         self.type = self.source = self.target = self.fstab = self.namespace = ""
-        self.device_unlikely = False
+        self.device_unlikely = self.never_read_only = False
         for key, value, words in words_of(arguments):
             self.take(key, value, words)
         if not self.source and len(self.operands) == (1 if self.target else 2):
@@ -119,6 +123,7 @@ class Plan:
             self.kept += words
             if key in ("w", "rw", "read-write"):  # which besides forbids mount(8) to fall back to read-only
                 self.options.append("rw")
+                self.never_read_only = True
             self.type = value if key in ("t", "types") else self.type
             self.fstab = value if key in ("T", "fstab") else self.fstab
             self.namespace = value if key in ("N", "namespace") else self.namespace
@@ -276,6 +281,8 @@ def attached(plan: Plan, options: Options) -> tuple[str, int, bool]:
     if lease is not None:
         if is_mounted(lease["devname"], plan.target):
             raise Failure("", "mounted")
+        if plan.never_read_only and lease["read_only"] and not options.read_only:
+            raise Failure("", "read-only")
         path = node(lease["devname"])
         try:
             return path, posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC), False
@@ -301,6 +308,8 @@ def explained(error: Exception, plan: Plan) -> Failure:
         return Failure(f"{plan.target}: {file} is already mounted.", status=1)
     if code == "overlap":
         return Failure(f"{plan.target}: overlapping loop device exists for {file}.", status=FAILED)
+    if code == "read-only":
+        return Failure(f"{plan.target}: mount failed: Read-only file system.", status=FAILED)
     why = error.strerror if isinstance(error, OSError) else error
     return Failure(f"{plan.target}: failed to setup loop device for {file}: {why}", status=FAILED)
 

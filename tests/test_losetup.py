@@ -5,8 +5,6 @@ What it prints is held against the real losetup, run beside it on the same devic
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import json
 import os
 import re
@@ -15,143 +13,30 @@ import signal
 import socket
 import subprocess
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, Daemon, bound_to, eventually, require
+from box import (  # noqa: F401
+    MIB,
+    Box,
+    Result,
+    box_fixture,
+    granted_fixture,
+    plain_fixture,
+    real_fixture,
+    run,
+    stand_ins_fixture,
+    version_fixture,
+)
+from conftest import ROOT, Daemon, bound_to, eventually
 from scripted import Peer, released
 
 from loopd import __version__
 from loopd.loop import Loop
-from loopd.protocol import wire
 
 SOURCE = ROOT / "loopd" / "losetup.py"
-MIB = 1 << 20
 PARTITIONS = 16
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(*command: object, **options: object) -> Result:
-    """A command whose argv[0] may be followed by the program to run in its stead."""
-    done = subprocess.run(
-        [str(word) for word in command], check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=60, **options,  # type: ignore[call-overload]
-    )  # fmt: skip
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture(scope="session")
-def real() -> str:
-    """The losetup of util-linux."""
-    path = shutil.which("losetup", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    require(path and "util-linux" in run(path, "--version").out, "needs losetup of util-linux (package mount)")
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def version(real: str) -> tuple[int, ...]:
-    """That losetup's version: where the versions differ, ours says what the newest says."""
-    return tuple(map(int, re.findall(r"\d+", run(real, "--version").out.split()[-1])))
-
-
-class Box:
-    """A container without its runtime: its own /dev, a tmpfs, its own PID 1, and `losetup` first in its PATH."""
-
-    def __init__(self, folder: Path, daemon: Daemon, grant: str = "") -> None:
-        self.folder = folder
-        self.programs = folder / "bin"
-        self.programs.mkdir()
-        for name, source in (("losetup", "losetup.py"), ("mount", "mountloop.py")):
-            shutil.copy(ROOT / "loopd" / source, self.programs / name)
-        script = "mount -t tmpfs -o mode=755 tmpfs /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/zero c 1 5;"
-        if grant:
-            script += f"mkdir /dev/loopd; mount --bind {grant} /dev/loopd; mount -o remount,bind,ro /dev/loopd;"
-        unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
-        self._process = subprocess.Popen(
-            [*unshare, "sh", "-ec", f"{script} echo ready; exec sleep 1000"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        self.pid = int(children[0])
-        # The working directory is to be one of this mount namespace's.
-        self.inside = ["nsenter", f"--target={self.pid}", "--mount", "--pid"]
-        self.inside += ["sh", "-c", 'cd "$0" && exec "$@"', str(folder)]
-        self.environment = {**os.environ, "LOOPD_SOCKET": daemon.path, "LC_ALL": "C.UTF-8"}
-        self.environment["PATH"] = f"{self.programs}:{os.environ['PATH']}:/usr/sbin:/sbin"
-        self.environment.pop("LOOPD_DIRECTORY", None)
-
-    def __call__(self, *command: object) -> Result:
-        """Run a command in it."""
-        return run(*self.inside, *command, env=self.environment)
-
-    def losetup(self, *arguments: object) -> Result:
-        return self(self.programs / "losetup", *arguments)
-
-    def attach(self, *arguments: object) -> str:
-        """A device attached with -f --show; its path."""
-        result = self.losetup("-f", "--show", *arguments)
-        assert (result.code, result.err) == (0, "")
-        return result.out.rstrip("\n")
-
-    def dev(self, name: str = "") -> Path:
-        """Its /dev, seen from outside; symbolic links in it are not to be followed."""
-        return Path(f"/proc/{self.pid}/root/dev") / name
-
-    def names(self) -> set[str]:
-        """The names in its /dev that begin with loop."""
-        return {path.name for path in self.dev().iterdir() if path.name.startswith("loop")} - {"loopd"}
-
-    def close(self) -> None:
-        """End it: its PID 1 is killed."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        self._process.wait(10)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-
-@pytest.fixture(params=["own /dev", "grant"])
-def box(request: pytest.FixtureRequest, start_daemon: Callable[..., Daemon], tmp_path: Path) -> Iterator[Box]:
-    """A box whose nodes are made in its own /dev, and one with a directory grant at /dev/loopd."""
-    yield from make_box(start_daemon, tmp_path, request.param == "grant")
-
-
-@pytest.fixture
-def granted(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Iterator[Box]:
-    """A box with a directory grant at /dev/loopd."""
-    yield from make_box(start_daemon, tmp_path, True)
-
-
-@pytest.fixture
-def plain(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Iterator[Box]:
-    """A box whose nodes are made in its own /dev."""
-    yield from make_box(start_daemon, tmp_path, False)
-
-
-def make_box(start_daemon: Callable[..., Daemon], tmp_path: Path, grant: bool) -> Iterator[Box]:
-    grants = tmp_path / "grants"
-    grants.mkdir()
-    daemon = start_daemon("--grant-directory", str(grants), name="boxed")
-    path = daemon.ask(wire.Directory("box", 0), []).fields["path"] if grant else ""
-    folder = tmp_path / "box"
-    folder.mkdir()
-    with (folder / "image").open("wb") as file:
-        file.truncate(4 * MIB)
-    box = Box(folder, daemon, path)
-    try:
-        yield box
-    finally:
-        box.close()
-        eventually(lambda: not bound_to(folder), "PID 1 has ended, so its devices are gone")
 
 
 # Setting up and detaching -----------------------------------------------------------------------------------------
@@ -776,17 +661,6 @@ def test_an_interrupt_leaves_no_device(plain: Box) -> None:
                 os.close(fd)
 
 
-def test_one_file_for_old_interpreters() -> None:
-    """They import nothing of the package, and need no newer grammar than that of Python 3.8."""
-    for name in ("losetup.py", "mountloop.py"):
-        path = ROOT / "loopd" / name
-        text = path.read_text()
-        assert text.startswith("#!/usr/bin/python3 -IS\n")
-        assert "loopd import" not in text
-        assert os.access(path, os.X_OK)
-        ast.parse(text, feature_version=(3, 8))
-
-
 def interpreters() -> list[str]:
     """Those of Python 3.8 and later that are here."""
     names = [shutil.which(f"python3.{minor}") for minor in range(8, 20)]
@@ -811,130 +685,6 @@ def test_runs_on_each_interpreter_that_is_here(plain: Box) -> None:
         assert json.loads(losetup("-l", "-J", "-O", "OFFSET", device).out) == {"loopdevices": [{"offset": 1024}]}
         assert "BACK-FILE" in losetup("--output-all").out
         assert losetup("-c", device) == losetup("-d", device) == Result(0, "", "")
-
-
-# mount -o loop ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def file_system(box: Box) -> Box:
-    require(shutil.which("mkfs.ext4", path="/usr/sbin:/sbin:/usr/bin"), "needs mkfs.ext4 (package e2fsprogs)")
-    assert run("mkfs.ext4", "-q", box.folder / "image", env=box.environment).code == 0
-    (box.folder / "mnt").mkdir()
-    return box
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["-o", "loop", "image", "mnt"],
-        ["image", "mnt"],
-        ["-t", "ext4", "-oloop,noatime", "image", "mnt"],
-        ["image", "mnt", "-o", "offset=0,sizelimit=4M,loop"],
-        ["--options=loop", "--types=ext4", "--source", "image", "mnt"],
-        ["--target", "mnt", "image"],
-        ["-vo", "loop", "--", "image", "mnt"],
-        ["-m0755", "-o", "loop", "image", "mnt"],
-    ],
-    ids=" ".join,
-)
-def test_mount_of_a_file(file_system: Box, arguments: list[str]) -> None:
-    box = file_system
-    done = box("mount", *arguments)
-    assert (done.code, done.err) == (0, "")
-    assert len(bound_to(box.folder)) == 1
-    assert box("sh", "-c", "echo text >mnt/file && sync -f mnt/file && cat mnt/file").out == "text\n"
-    assert re.match(r"/dev/loop\d+ \(lost\): ", box.losetup("-a").out)
-    assert ("noatime" in box("findmnt", "-no", "OPTIONS", "mnt").out) == ("-oloop,noatime" in arguments)
-    # As autoclear has it: umount lets the device go.
-    assert box("umount", "mnt").code == 0
-    eventually(lambda: not bound_to(box.folder), "the device went with the mount")
-    eventually(lambda: box.losetup("-a").out == "", "loopd knows it")
-    assert box.names() == set()
-
-
-def test_mount_read_only(file_system: Box) -> None:
-    for options in (["-r"], ["-o", "ro,loop"]):
-        assert file_system("mount", *options, "image", "mnt").code == 0
-        (name,) = bound_to(file_system.folder)
-        assert Path(f"/sys/block/{name}/ro").read_text() == "1\n"
-        assert file_system("umount", "mnt").code == 0
-        eventually(lambda: not bound_to(file_system.folder), "the device went with the mount")
-
-
-def test_a_mount_that_fails_leaves_no_device(file_system: Box) -> None:
-    result = file_system("mount", "-o", "loop", "image", "nowhere")
-    assert result.code == 32
-    assert "nowhere" in result.err
-    assert not bound_to(file_system.folder)
-    assert file_system("mount", "-o", "loop=/dev/loop0", "image", "mnt").code == 32
-    file_system.environment["LOOPD_SOCKET"] = "/nonexistent"
-    result = file_system("mount", "-o", "loop", "image", "mnt")
-    assert result.code == 32
-    assert "systemctl enable --now loopd.socket" in result.err
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_mount_that_is_interrupted_leaves_no_device(plain: Box, number: int) -> None:
-    """mount(8) is told, and what it says is the end; here it is one that takes its time."""
-    slow = plain.folder / "slow"
-    slow.mkdir()
-    (slow / "mount").write_text("#!/bin/sh\ntrap 'exit 9' HUP INT TERM\ntouch started\nsleep 10 & wait\n")
-    (slow / "mount").chmod(0o755)
-    plain.environment["PATH"] = f"{plain.programs}:{slow}:{plain.environment['PATH']}"
-    with subprocess.Popen([*plain.inside, "mount", "-o", "loop", "image", "mnt"], env=plain.environment) as process:
-        eventually((plain.folder / "started").exists, "it is being mounted")
-        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(child), number)
-        assert process.wait(20) == 9
-    eventually(lambda: not bound_to(plain.folder), "the device is gone")
-
-
-def test_without_path_nothing_of_the_working_directory_runs(plain: Box) -> None:
-    (plain.folder / "mount").write_text("#!/bin/sh\necho trap\n")
-    (plain.folder / "mount").chmod(0o755)
-    done = plain("env", "-i", plain.programs / "mount", "--version")
-    assert done.out.startswith("mount from util-linux")
-
-
-def test_mounted_twice_is_refused_or_shared(file_system: Box) -> None:
-    """Two devices of one file system would destroy it."""
-    box = file_system
-    (box.folder / "second").mkdir()
-    assert box("mount", "-o", "loop", "image", "mnt").code == 0
-    again = box("mount", "-o", "loop", "image", "second")
-    assert again.code == 32
-    assert "overlapping loop device exists" in again.err
-    assert box("umount", "mnt").code == 0
-    eventually(lambda: not bound_to(box.folder), "the device went with the mount")
-    device = box.attach("image")
-    assert box("mount", "-o", "loop", "image", "mnt").code == 0
-    assert box("umount", "mnt").code == 0
-    assert box.losetup(device).code == 0  # it was there before, and stays
-
-
-def test_other_mounts_go_to_mount_as_they_are(box: Box) -> None:
-    (box.folder / "mnt").mkdir()
-    for arguments in (["-t", "tmpfs", "tmpfs", "mnt"], ["--bind", "bin", "mnt"], ["-o", "bind", "bin", "mnt"]):
-        assert box("mount", *arguments).code == 0
-        assert box("umount", "mnt").code == 0
-    (box.folder / "file").touch()
-    assert box("mount", "--bind", "image", "file").code == 0
-    assert box("umount", "file").code == 0
-    mount = shutil.which("mount", path="/usr/bin:/bin")
-    for command in ([], ["--version"], ["-t", "tmpfs"], ["nothing"]):
-        assert box("mount", *command) == box(mount, *command)
-    assert not bound_to(box.folder)
-
-
-def test_a_second_copy_in_path_is_no_mount(plain: Box) -> None:
-    """Another version, even: each would take the other for the real one, and run it for ever."""
-    second = plain.folder / "second"
-    second.mkdir()
-    (second / "mount").write_text((plain.programs / "mount").read_text() + "# another version\n")
-    (second / "mount").chmod(0o755)
-    plain.environment["PATH"] = f"{plain.programs}:{second}:{plain.environment['PATH']}"
-    assert plain("timeout", "10", "mount", "--version").out.startswith("mount from util-linux")
 
 
 def test_what_is_dropped_is_sent_again(tmp_path: Path) -> None:
