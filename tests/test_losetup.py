@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import textwrap
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from box import (  # noqa: F401
     MIB,
     Box,
     Result,
+    beside,
     box_fixture,
     granted_fixture,
     plain_fixture,
@@ -30,7 +32,7 @@ from box import (  # noqa: F401
     version_fixture,
 )
 from conftest import ROOT, Daemon, bound_to, eventually
-from scripted import Peer, released
+from scripted import Peer, Request, released
 
 from loopd import __version__
 from loopd.loop import Loop
@@ -78,7 +80,7 @@ def test_every_option_of_setup_reaches_the_kernel(box: Box) -> None:
         (row,) = json.loads(box.losetup("-l", "-J", "-O", wanted, device).out)["loopdevices"]
         assert row == {
             "offset": MIB, "sizelimit": 2 * MIB, "log-sec": 4096, "ro": True, "dio": False,
-            "ref": 'a "b" \\ ö', "autoclear": True, "partscan": False,
+            "ref": 'a "b" \\ ö', "autoclear": False, "partscan": False,
         }  # fmt: skip
         assert box("blockdev", "--getsize64", device).out == f"{2 * MIB}\n"
         assert box.losetup("--detach", device).code == 0
@@ -336,29 +338,87 @@ def test_an_answer_that_makes_no_sense(plain: Box) -> None:
 
 
 def test_flat_names_lead_into_the_grant(granted: Box) -> None:
-    device = granted.attach("-P", "image")
+    device = granted.attach("image")
     name = os.path.basename(device)
     assert os.readlink(granted.dev(name)) == f"loopd/{name}"
-    assert granted.names() == {name, *(f"{name}p{number}" for number in range(1, PARTITIONS + 1))}
+    assert granted.names() == {name}
     assert granted("test", "-b", device).code == 0
-    assert granted("test", "-b", f"{device}p1").code == 1
-    # A partition appears, and with it what the name leads to.
-    add_partition(name)
-    eventually(lambda: granted("test", "-b", f"{device}p1").code == 0, "the partition's node is there")
-    assert granted("dd", "if=/dev/zero", f"of={device}p1", "bs=512", "count=1").code == 0
     assert granted.losetup("-d", device).code == 0
     assert granted.names() == set()
 
 
-def add_partition(name: str) -> None:
+def test_a_table_may_be_written_later(granted: Box) -> None:
+    """Nothing of ours runs then: the names are made ahead, and those that lead nowhere go as soon as something runs."""
+    device = granted.attach("-P", "image")
+    name = os.path.basename(device)
+    assert granted.names() == {name, *(f"{name}p{number}" for number in range(1, PARTITIONS + 1))}
+    assert granted("test", "-b", f"{device}p1").code == 1
+    add_partitions(name, 1, 20)
+    eventually(lambda: granted("test", "-b", f"/dev/loopd/{name}p20").code == 0, "the partitions' nodes are there")
+    assert granted("dd", "if=/dev/zero", f"of={device}p1", "bs=512", "count=1").code == 0
+    assert granted.losetup("-a").code == 0
+    assert granted("sh", "-c", f"ls {device}*").out.split() == [device, f"{device}p1", f"{device}p20"]
+    assert granted("test", "-b", f"{device}p20").code == 0
+    with Loop(int(name[4:])) as loop:
+        loop.delete_partition(20)
+    eventually(lambda: granted("test", "-e", f"/dev/loopd/{name}p20").code == 1, "the node is gone")
+    assert granted.losetup("-a").code == 0
+    assert granted.names() == {name, f"{name}p1"}
+    assert granted.losetup("-d", device).code == 0
+    assert granted.names() == set()
+
+
+def add_partitions(name: str, *numbers: int) -> None:
     """What a kernel with a parser of tables does, or partprobe."""
     with Loop(int(name[4:])) as device:
-        device.add_partition(1, MIB, MIB)
+        for number in numbers:
+            device.add_partition(number, number * MIB // 8, MIB // 8)
 
 
-def test_without_partitions_there_is_one_flat_name(granted: Box) -> None:
+def test_where_there_are_partitions_their_names_are_all(tmp_path: Path) -> None:
+    """The table was there before, and the kernel has read it: with a name for each, and for no other."""
+    dev, grant, socket_path = tmp_path / "dev", tmp_path / "dev/loopd", tmp_path / "loopd.sock"
+    grant.mkdir(parents=True)
+    nodes = ["loop7", "loop7p1", "loop7p17"]
+
+    def attach(request: Request) -> None:
+        for name in nodes:
+            os.mknod(grant / name, 0o600 | stat.S_IFBLK, os.makedev(7, 7))
+        request.reply({"devname": "loop7", "major": 7, "minor": 7, "partitions": nodes[1:]})
+
+    text = (ROOT / "loopd/losetup.py").read_text().replace('DEV = "/dev"', f'DEV = "{dev}"')
+    (tmp_path / "losetup").write_text(text)
+    (tmp_path / "losetup").chmod(0o755)
+    (tmp_path / "image").write_bytes(bytes(MIB))
+    environment = {"LOOPD_SOCKET": str(socket_path), "LOOPD_DIRECTORY": str(grant)}
+    with Peer(socket_path, attach):
+        done = run(tmp_path / "losetup", "-P", "-f", "--show", tmp_path / "image", env=environment)
+    assert done == Result(0, f"{dev}/loop7\n", "")
+    assert sorted(path.name for path in dev.iterdir()) == sorted([*nodes, "loopd"])
+
+
+def test_names_of_what_is_gone_are_removed(granted: Box) -> None:
+    """A device that went by itself leaves its flat name until one of these programs runs."""
     device = granted.attach("image")
+    assert granted("sh", "-c", f"{LOOP_CLR_FD} {device}").code == 0
+    eventually(lambda: granted("test", "-e", f"/dev/loopd/{os.path.basename(device)}").code == 1, "the node is gone")
     assert granted.names() == {os.path.basename(device)}
+    other = granted.attach("image")
+    assert granted.names() == {os.path.basename(other)}
+
+
+LOOP_CLR_FD = "python3 -c 'import fcntl, sys; fcntl.ioctl(open(sys.argv[1]), 0x4C01)'"
+
+
+def test_a_node_that_the_runtime_made_is_the_flat_name(granted: Box) -> None:
+    first = granted.attach("image")
+    name = os.path.basename(first)
+    major, minor = Path(f"/sys/block/{name}/dev").read_text().split(":")
+    granted.dev(name).unlink()
+    assert granted("mknod", first, "b", major, minor.strip()).code == 0
+    assert granted.losetup("-n", "-O", "NAME").out == f"{first}\n"
+    assert granted.losetup("-d", first).code == 0
+    assert granted.names() == {name}  # the runtime's
 
 
 def test_a_name_that_is_taken_is_left_alone(granted: Box) -> None:
@@ -380,8 +440,13 @@ def test_the_nodes_in_its_own_dev_are_flat_already(plain: Box) -> None:
     device = plain.attach("-P", "image")
     name = os.path.basename(device)
     assert plain.names() == {name}
-    add_partition(name)
+    add_partitions(name, 1)
     eventually(lambda: plain("test", "-b", f"{device}p1").code == 0, "the partition's node is there")
+
+
+def test_devices_are_named_in_one_way(box: Box) -> None:
+    names = box("bash", "-c", "losetup -f; losetup -f --show image; losetup -n -O NAME -j image").out.split()
+    assert [re.sub(r"\d+", "N", name) for name in names] == ["/dev/loopN"] * 3
 
 
 # Showing, beside the real one -------------------------------------------------------------------------------------
@@ -693,3 +758,87 @@ def test_what_is_dropped_is_sent_again(tmp_path: Path) -> None:
     with Peer(sock, *[lambda request: request.channel.close()] * 3, released) as peer:
         assert run(SOURCE, "--detach", "loop4096", env=environment) == Result(0, "", "")
         assert len({request.payload for request in peer.requests}) == 1
+
+
+# As losetup's, beside it ------------------------------------------------------------------------------------------
+
+SAME = {
+    "what is written through the device is in the file": """
+truncate -s 16M a.img; d=$($L -f --show a.img); printf hello | dd of=$d conv=notrunc status=none; head -c5 a.img
+printf howdy | dd of=a.img conv=notrunc status=none; sync a.img; head -c5 $d; $L -d $d; echo $?; sha256sum a.img
+""",
+    "boot code by the device, and the table by the file": """
+truncate -s 8M b.img; d=$($L -f --show b.img); head -c 440 /dev/zero | tr '\\0' x | dd of=$d conv=notrunc status=none
+printf 'label-id: 7\n2048,4096\n' | sfdisk -q b.img; $L -d $d; echo $?; sha256sum b.img
+""",
+    "the file's name is the one that it has now": """
+truncate -s 1M a.img; d=$($L -f --show a.img); show() { $L $d; $L -l -n -O BACK-FILE $d; $L -J -O BACK-FILE -j $1; }
+mv a.img b.img; show b.img; $L -j a.img; truncate -s 1M a.img; $L -j a.img; rm b.img; show a.img; $L -d $d; echo $?
+""",
+    "detaching goes by the device": """
+truncate -s 1M a.img; d=$($L -f --show a.img); mv a.img b.img; truncate -s 1M a.img
+$L -d $PWD/a.img 2>/dev/null; echo $?; $L -j b.img; $L -d $d; echo $?; $L -j b.img; $L $d; echo $?
+""",
+    "read-only is what the kernel says": """
+truncate -s 1M a.img; d=$($L -f --show a.img); ro() { $L -n -O RO $d | xargs; }; ro; blockdev --setro $d; ro
+blockdev --setrw $d; ro; $L -d $d
+""",
+    "a device in use goes at its last close": """
+truncate -s 16M a.img; mkfs.ext4 -q a.img; mkdir m; d=$($L -f --show a.img); /usr/bin/mount $d m; $L -d $d; echo $?
+$L -n -O AUTOCLEAR,BACK-FILE $d | xargs; test -b $d; echo $?; echo text >m/file; umount m; sleep 0.3; $L -j a.img
+e2fsck -fn a.img >/dev/null 2>&1; echo $?; debugfs -R 'cat file' a.img 2>/dev/null
+""",
+    "a device that is swap": """
+truncate -s 16M a.img; chmod 600 a.img; mkswap a.img >/dev/null; d=$($L -f --show a.img); swapon $d || exit 9
+$L -d $d; echo $?; test -b $d; echo $?; $L -n -O AUTOCLEAR -j a.img | xargs; swapoff $d; echo $?; sleep 0.3; $L -j a.img
+""",
+    "no overlap keeps what it finds": """
+truncate -s 16M a.img; mkfs.ext4 -q a.img; mkdir m; $M a.img m; d=$($L -n -O NAME -j a.img)
+clear() { $L -n -O AUTOCLEAR $d | xargs; }; clear; test "$($L -L -f --show a.img)" = $d; echo $?; clear; umount m
+$L -j a.img; $L -d $d; echo $?
+""",
+    "several devices of a file": """
+truncate -s 4M a.img; d=$($L -f --show a.img); e=$($L -f --show -o 1M a.img); $L -a | grep -c $PWD/a.img
+$L -l -n -O OFFSET -j a.img | xargs; $L -d $d; $L -d $e; echo $?; $L -j a.img
+""",
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_does_what_the_real_one_does(box: Box, case: str) -> None:
+    theirs, ours = beside(box, SAME[case])
+    assert theirs.out
+    assert ours == theirs
+    assert theirs.code != 9
+    eventually(lambda: not bound_to(box.folder), "nothing is left")
+
+
+# What cannot be written back --------------------------------------------------------------------------------------
+
+
+def test_what_is_lost_is_told(box: Box) -> None:
+    """The file system of a sparse image is full. The real one says nothing."""
+    script = """
+mkdir full; /usr/bin/mount -t tmpfs -o size=2M tmpfs full
+truncate -s 16M full/disk.img; d=$($L -f --show full/disk.img)
+dd if=/dev/zero of=$d bs=1M count=8 status=none; $L -d $d; echo $?; $L -j full/disk.img
+"""
+    theirs, ours = beside(box, script)
+    assert theirs.out == "0\n"
+    assert ours.out == "1\n"
+    lost = "losetup: /dev/loopN: detached, but @/full/disk.img lacks what was written: "
+    assert ours.err.startswith(theirs.err + lost)
+    assert ours.err.count("\n") == theirs.err.count("\n") + 1
+
+
+def test_the_reason_is_loopds(tmp_path: Path) -> None:
+    sock = tmp_path / "loopd.sock"
+    environment = {"PATH": os.environ["PATH"], "LOOPD_SOCKET": str(sock), "LOOPD_DIRECTORY": str(tmp_path)}
+
+    def lost(request: Request) -> None:
+        request.reply({"state": "released", "lost": "No space left on device"})
+
+    with Peer(sock, lost):
+        done = run(SOURCE, "--detach", "loop4096", env=environment)
+    line = "/dev/loop4096: detached, but its file lacks what was written: No space left on device"
+    assert done == Result(1, "", f"losetup.py: {line}\n")
