@@ -59,8 +59,9 @@ USAGE = """Usage:
 \t-l list partitions devmappings that would be added by -a
 \t-p set device name-partition number delimiter
 \t-t read tables of this type alone: gpt or dos
+\t-g force GUID partition table (GPT)
 \t-v verbose
-\t-f, -g, -n, -s change nothing: devices are there when kpartx returns
+\t-f, -n, -s change nothing: devices are there when kpartx returns
 """
 
 
@@ -68,7 +69,7 @@ class Arguments:
     """What the command line says."""
 
     action = "l"
-    read_only = verbose = False
+    read_only = verbose = force_gpt = False
     delimiter: str | None = None
     kind = ""
     disk = ""
@@ -103,6 +104,7 @@ def parse_kpartx(words: list[str]) -> Arguments:
                 usage()
             found.read_only |= letter == "r"
             found.verbose |= letter == "v"
+            found.force_gpt |= letter == "g"
     if not 1 <= len(operands) <= 2:
         usage()
     found.disk = operands[0]
@@ -191,20 +193,21 @@ class Disk:
         self.name = str(lease["devname"])
         self.path = node(self.name) if self.is_file else full(arguments.disk)
 
-    def delete(self) -> None:
+    def delete(self, verbose: bool) -> None:
         """Detach the device of a file."""
         reason = detached(self.name)
         tidy()
-        put(f"loop deleted : {self.path}\n", 2)
+        if verbose:
+            put(f"loop deleted : {self.path}\n", 2)
         if reason:
             raise Failure(f"{self.lease['backing_file']} lacks what was written: {reason}")
 
-    def partitions(self, kind: str) -> list[Partition]:
+    def partitions(self, kind: str, force_gpt: bool) -> list[Partition]:
         """The partitions in its table."""
         try:
             fd = posix.open(self.path, posix.O_RDONLY | posix.O_CLOEXEC)
             try:
-                found, partitions = read_table(fd, self.lease["sector_size"])
+                found, partitions = read_table(fd, self.lease["sector_size"], force_gpt)
             finally:
                 posix.close(fd)
         except OSError as error:
@@ -214,9 +217,10 @@ class Disk:
     def image(self) -> int:
         """The file, opened once more; Failure where it is not found by the name that it has here."""
         path = backing_file(self.lease)
-        if not backs(self.lease, path):
-            raise Failure(f"{path} is not the file of {self.path} any more")
-        return open_image(path, bool(self.lease["read_only"]))
+        fd = open_image(path, bool(self.lease["read_only"])) if mode(path) == S_IFREG else -1
+        if fd < 0 or not backs(self.lease, f"/proc/self/fd/{fd}"):
+            raise Failure(f"{path} is not the file of {self.path}")
+        return fd
 
 
 def is_whole(lease: Lease) -> bool:
@@ -275,10 +279,15 @@ def add(disk: Disk, arguments: Arguments, partitions: list[Partition], known: di
     return failed
 
 
+def number_of(name: str) -> int:
+    """The number that a name ends with."""
+    return int(name[len(name.rstrip("0123456789")) :] or 0)
+
+
 def remove(disk: Disk, arguments: Arguments, keep: set[str], known: dict[str, Lease]) -> int:
     """Remove the disk's maps but for those to `keep`; how many could not be removed."""
     failed = 0
-    for name, lease in reversed(list(known.items())):
+    for name, lease in sorted(known.items(), key=lambda row: number_of(row[0]), reverse=True):
         behind = name[len(disk.name) :]
         same_file = all(lease[field] == disk.lease[field] for field in ("backing_dev", "backing_inode"))
         if name in keep or not name.startswith(disk.name) or behind[:1].isdecimal() or not same_file:
@@ -316,13 +325,13 @@ def perform(arguments: Arguments) -> int:
     if arguments.action == "d":
         failed = remove(disk, arguments, set(), known)
         if disk.is_file and not failed:
-            disk.delete()
+            disk.delete(arguments.verbose)
         return failed
-    partitions = disk.partitions(arguments.kind)
+    partitions = disk.partitions(arguments.kind, arguments.force_gpt)
     if arguments.action == "l":
         show_maps(disk, arguments, partitions)
         if disk.created:
-            disk.delete()
+            disk.delete(arguments.verbose)
         return 0
     failed = add(disk, arguments, partitions, known)
     if arguments.action == "u":

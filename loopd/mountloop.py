@@ -69,13 +69,14 @@ LOOP = ("loop", "offset", "sizelimit")
 MOST_BYTES_IGNORED = 1024
 """A file that is no longer gets no device of mount(8)'s own accord."""
 KNOWN = set(
-    "linux_raid_member ddf_raid_member isw_raid_member lsi_mega_raid_member via_raid_member silicon_medley_raid_member "
-    "nvidia_raid_member promise_fasttrack_raid_member hpt45x_raid_member hpt37x_raid_member adaptec_raid_member "
-    "jmicron_raid_member bcache ceph_bluestore drbd drbdmanage_control_volume drbdproxy_datalog LVM2_member LVM1_member "
-    "DM_snapshot_cow DM_verity_hash DM_integrity crypto_LUKS VMFS_volume_member ubi vdo stratis BitLocker cs_fvault2 "
-    "vfat swsuspend swap xfs xfs_external_log exfs exfat ext4dev ext4 ext3 ext2 jbd reiserfs reiser4 jfs udf iso9660 "
-    "zfs_member hfsplus hfs ufs hpfs sysv xenix ntfs ReFS cramfs romfs minix gfs gfs2 ocfs ocfs2 oracleasm vxfs squashfs "
-    "squashfs3 nss btrfs bcachefs ubifs bfs VMFS befs nilfs2 f2fs mpool apfs zonefs erofs".split()
+    "linux_raid_member ddf_raid_member isw_raid_member lsi_mega_raid_member via_raid_member "
+    "silicon_medley_raid_member nvidia_raid_member promise_fasttrack_raid_member hpt45x_raid_member "
+    "hpt37x_raid_member adaptec_raid_member jmicron_raid_member bcache ceph_bluestore drbd "
+    "drbdmanage_control_volume drbdproxy_datalog LVM2_member LVM1_member DM_snapshot_cow DM_verity_hash "
+    "DM_integrity crypto_LUKS VMFS_volume_member ubi vdo stratis BitLocker cs_fvault2 vfat swsuspend swap xfs "
+    "xfs_external_log exfs exfat ext4dev ext4 ext3 ext2 jbd reiserfs reiser4 jfs udf iso9660 zfs_member hfsplus hfs "
+    "ufs hpfs sysv xenix ntfs ReFS cramfs romfs minix gfs gfs2 ocfs ocfs2 oracleasm vxfs squashfs squashfs3 nss "
+    "btrfs bcachefs ubifs bfs VMFS befs nilfs2 f2fs mpool apfs zonefs erofs".split()
 )
 """Types of file systems that libblkid knows: a file of another type goes to mount(2), or to mount.TYPE, as it is."""
 FAILED = 32

@@ -28,18 +28,21 @@ def number(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
-def read_table(fd: int, sector: int) -> tuple[str, list[Partition]]:
-    """The kind of table, "gpt", "dos" or none, and its partitions in the order of the table; `sector` in bytes."""
+def read_table(fd: int, sector: int, force_gpt: bool = False) -> tuple[str, list[Partition]]:
+    """The kind of table, "gpt", "dos" or none, and its partitions in the order of the table; `sector` in bytes.
+
+    A GPT counts only where an MBR says that there is one, or if it is forced.
+    """
     first = posix.pread(fd, 512, 0)
-    if first[510:] != b"\x55\xaa":
-        return "", []
-    kinds = [entry[4] for entry in entries_of(first, 4)]
-    if PROTECTIVE in kinds:
+    is_mbr = first[510:] == b"\x55\xaa"
+    protective = is_mbr and PROTECTIVE in [entry[4] for entry in entries_of(first, 4)]
+    if force_gpt or protective:
         found = read_gpt(fd, sector, 1)
         if found is None:
             found = read_gpt(fd, sector, posix.lseek(fd, 0, SEEK_END) // sector - 1)
-        return ("gpt", found) if found is not None else ("", [])
-    return "dos", read_dos(fd, sector, first)
+        if found is not None:
+            return "gpt", found
+    return ("dos", read_dos(fd, sector, first)) if is_mbr and not protective else ("", [])
 
 
 def entries_of(block: bytes, count: int) -> list[bytes]:

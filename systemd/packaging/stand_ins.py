@@ -36,7 +36,7 @@ exit 1
 
 
 # How a function of RARE is called for the first time.
-RARELY = '''
+RARELY = """
 
 def rarely(name):
     def first(*arguments):
@@ -45,7 +45,7 @@ def rarely(name):
 
     return first
 
-'''
+"""
 
 
 class Module:
@@ -177,7 +177,9 @@ def split_off_the_rare(module: Module) -> None:
     assert "'''" not in text
     module.texts[rare] = f"{RARELY}RARELY = r'''{text}'''\n" + "".join(f'{name} = rarely("{name}")\n' for name in names)
     kept.append(rare)
-    module.statements, module.texts = zip(*((module.statements[index], module.texts[index]) for index in sorted(kept)))
+    kept.sort()
+    module.statements = [module.statements[index] for index in kept]
+    module.texts = [module.texts[index] for index in kept]
 
 
 def program(name: str) -> str:
@@ -197,8 +199,10 @@ def program(name: str) -> str:
     text = SHELL + module.doc.lstrip() + '"""\n' + "\n".join(first) + "\n"
     for taken, found in needed.items():
         text += text_of(taken, found)
-        names = {word for index, words in found.items() if not is_import(Module(taken).statements[index]) for word in words}
-        assert not own & names, f"{name}: {own & names} are defined in {taken}, too"
+        statements = Module(taken).statements
+        names = [words for index, words in found.items() if not is_import(statements[index])]
+        both = own & set().union(*names)
+        assert not both, f"{name}: {both} are defined in {taken}, too"
     text += rest
     compile(text, name, "exec")
     return text
