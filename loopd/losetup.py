@@ -80,7 +80,7 @@ MAX_REPLY = 65536
 NAME = sys.argv[0].rpartition("/")[2] or "losetup"
 RARE = ("overlapping", "keep", "clear", "remove", "capacity", "change", "show_one", "show_all", "columns",
         "every_column", "usage_error", "help_text", "fall_back", "lost")  # fmt: skip
-"""Functions that attaching and detaching do without: in the installed program Python compiles them when they are called."""
+"""Functions that attaching and detaching do without: the installed program compiles them when they are called."""
 
 
 class Failure(Exception):
@@ -636,8 +636,11 @@ def link(name: str) -> None:
         return
 
 
-def tidy() -> None:
-    """Have the flat names lead to what is there. A device may have gone at its umount, or got another table."""
+def tidy(settled: str = "") -> None:
+    """Have the flat names lead to what is there. A device may have gone at its umount, or got another table.
+
+    Names that were made ahead stay, but for those of a device of which it is `settled` that there are no partitions.
+    """
     if DIRECTORY == DEV:
         return
     try:
@@ -645,7 +648,7 @@ def tidy() -> None:
         names = [name for name in posix.listdir(DEV) if disk_of(name)]
     except OSError:
         return
-    cut = {disk_of(name) for name in there if disk_of(name) != name}
+    cut = {settled, *(disk_of(name) for name in there if disk_of(name) != name)}
     for name in names:
         disk = disk_of(name)
         ahead = disk in there and disk not in cut

@@ -77,10 +77,18 @@ def table_of(path: str, lease: Lease) -> tuple[str, list[Partition]]:
         raise Failure(f"{path}: {error.strerror}") from None
 
 
-def nodes_missing(lease: Lease, partitions: list[Partition]) -> list[int]:
-    """The partitions that have no node."""
-    name = lease["devname"]
-    return [row[0] for row in partitions if mode(f"{DIRECTORY}/{name}p{row[0]}") != S_IFBLK]
+def nodes(lease: Lease) -> set[int]:
+    """The partitions that have a node."""
+    begin = f"{lease['devname']}p"
+    return {int(name[len(begin) :]) for name in posix.listdir(DIRECTORY) if name.startswith(begin)}
+
+
+def settle(lease: Lease) -> None:
+    """Wait until loopd has made and removed the nodes: it hears of partitions from the kernel."""
+    deadline = monotonic() + NODE_WAIT
+    while nodes(lease) != set(in_the_kernel(lease)) and monotonic() < deadline:
+        sleep(0.01)
+    tidy(lease["devname"])
 
 
 def in_the_kernel(lease: Lease) -> dict[int, tuple[int, int]]:
@@ -104,7 +112,7 @@ def bring(path: str, lease: Lease) -> int:
     right = {number: (start, size) for number, start, size, _ in partitions}
     refusal = "the kernel did not find them"
     # What is right already stays: to read the table again takes every node away for a moment.
-    if in_the_kernel(lease) != right or nodes_missing(lease, partitions):
+    if in_the_kernel(lease) != right or nodes(lease) != set(right):
         try:
             ask_about(op="rescan", devname=lease["devname"])
         except Failure as failure:
@@ -113,13 +121,10 @@ def bring(path: str, lease: Lease) -> int:
             refusal = str(failure)
         if in_the_kernel(lease) != right:
             run_quietly("partx", "--update", path)
-        deadline = monotonic() + NODE_WAIT
-        while nodes_missing(lease, partitions) and in_the_kernel(lease) and monotonic() < deadline:
-            sleep(0.01)
-    tidy()
-    missing = nodes_missing(lease, partitions)
+    settle(lease)
+    missing = set(right) - nodes(lease)
     if missing:
-        which = " ".join(map(str, missing))
+        which = " ".join(map(str, sorted(missing)))
         say(f"{path}: no nodes for {which}: {refusal}; `kpartx -av {path}` makes devices of partitions")
         return 1
     tell_of_partitions(path, {"partitions": [f"{lease['devname']}p{row[0]}" for row in partitions]})
@@ -193,7 +198,7 @@ def partx(words: list[str]) -> int:
     if run_quietly("partx", *words) and in_the_kernel(lease):
         say(f"{disk}: its partitions stay until it is detached: to remove them takes CAP_SYS_ADMIN")
         return 1
-    tidy()
+    settle(lease)
     return 0
 
 
