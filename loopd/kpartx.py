@@ -77,6 +77,9 @@ class Arguments:
 
 def parse_kpartx(words: list[str]) -> Arguments:
     """The command line as getopt(3) reads it; the usage and exit code 1 where it does not fit."""
+    if words == ["--version"]:
+        put(f"{NAME} (loopd {VERSION})\n")
+        raise SystemExit(0)
     found = Arguments()
     operands: list[str] = []
     left = list(words)

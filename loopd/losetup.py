@@ -1305,7 +1305,7 @@ def depth() -> int:
 
 def real(name: str) -> str:
     """The path of the real program of that name: the first in PATH that is none of these."""
-    path = posix.environ.get(b"PATH", b"").decode(errors="surrogateescape")
+    path = variable("PATH")
     # An empty element would be the working directory, which may be a tree that is being built.
     for directory in filter(None, [*path.split(":"), "/usr/sbin", "/usr/bin", "/sbin", "/bin"]):
         if posix.access(f"{directory}/{name}", posix.X_OK) and not is_one_of_these(f"{directory}/{name}"):

@@ -74,10 +74,14 @@ class Box:
         script = "mount -t tmpfs -o mode=755 tmpfs /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/zero c 1 5;"
         if grant:
             script += f"mkdir /dev/loopd; mount --bind {grant} /dev/loopd; mount -o remount,bind,ro /dev/loopd;"
+        self.environment = {**os.environ, "LOOPD_SOCKET": daemon.path, "LC_ALL": "C.UTF-8"}
+        self.environment["PATH"] = f"{self.programs}:{os.environ['PATH']}:/usr/sbin:/sbin"
+        self.environment.pop("LOOPD_DIRECTORY", None)
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
         self._process = subprocess.Popen(
             [*unshare, "sh", "-ec", f"{script} echo ready; exec sleep 1000"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=self.environment,
         )  # fmt: skip
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
@@ -86,9 +90,6 @@ class Box:
         # The working directory is to be one of this mount namespace's.
         self.inside = ["nsenter", f"--target={self.pid}", "--mount", "--pid"]
         self.inside += ["sh", "-c", 'cd "$0" && exec "$@"', str(folder)]
-        self.environment = {**os.environ, "LOOPD_SOCKET": daemon.path, "LC_ALL": "C.UTF-8"}
-        self.environment["PATH"] = f"{self.programs}:{os.environ['PATH']}:/usr/sbin:/sbin"
-        self.environment.pop("LOOPD_DIRECTORY", None)
 
     def __call__(self, *command: object) -> Result:
         """Run a command in it."""

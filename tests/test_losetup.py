@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import stat
@@ -724,32 +723,6 @@ def test_an_interrupt_leaves_no_device(plain: Box) -> None:
                 assert reply.recv(1) == b""  # by which loopd knows, and takes the device away
             for fd in fds[:-1]:
                 os.close(fd)
-
-
-def interpreters() -> list[str]:
-    """Those of Python 3.8 and later that are here."""
-    names = [shutil.which(f"python3.{minor}") for minor in range(8, 20)]
-    tell = "import sys; print(sys.executable)"
-    found = [run(name, "-c", tell) for name in names if name]
-    return sorted({result.out.strip() for result in found if result.code == 0})
-
-
-def test_runs_on_each_interpreter_that_is_here(plain: Box) -> None:
-    paths = interpreters()
-    assert paths
-    for path in paths:
-
-        def losetup(*arguments: str, path: str = path) -> Result:
-            result = plain(path, "-IS", plain.programs / "losetup", *arguments)
-            assert (result.code, result.err) == (0, ""), path
-            return result
-
-        assert losetup("-f").out.startswith("/dev/loop")
-        device = losetup("-f", "--show", "-o", "1KiB", "image").out.strip()
-        assert losetup("-j", "image").out.startswith(f"{device}: ")
-        assert json.loads(losetup("-l", "-J", "-O", "OFFSET", device).out) == {"loopdevices": [{"offset": 1024}]}
-        assert "BACK-FILE" in losetup("--output-all").out
-        assert losetup("-c", device) == losetup("-d", device) == Result(0, "", "")
 
 
 def test_what_is_dropped_is_sent_again(tmp_path: Path) -> None:

@@ -327,10 +327,11 @@ def variables(*places: str) -> set[str]:
             text = path.read_text()
             found |= set(re.findall(r"environ(?:\.get\(|\.pop\(|\[)\"(\w+)\"", text))
             found |= set(re.findall(r"\"(LOOPD_\w+)\"", text))
+            found |= set(re.findall(r"\bvariable\(\"(\w+)\"", text))
     return found - {"LOOPD_EVENT", "LOOPD_INSTANCE"}
 
 
-ALONE = ("losetup", "mountloop")
+ALONE = ("losetup", "mountloop", "kpartx", "dmsetup", "partx")
 
 
 def test_environment(page: dict[str, Page]) -> None:

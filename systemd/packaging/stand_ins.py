@@ -25,11 +25,11 @@ for python in /usr/bin/python3 /usr/local/bin/python3; do
 import sys
 del sys.argv[0]
 if sys.version_info < (3, 8):
-    sys.exit("%s: loopd has put this here; it needs Python 3.8 or later, and %s is %d.%d"
+    sys.exit("%s: the stand-in of loopd needs Python 3.8 or later, and %s is %d.%d"
              % ((sys.argv[0].split("/")[-1], sys.executable) + sys.version_info[:2]))
 exec(compile(open(sys.argv[0], "rb").read(), sys.argv[0], "exec"))' "$0" "$@"
 done
-echo "${0##*/}: loopd's stand-in needs Python 3.8 or later: /usr/bin/python3 or /usr/local/bin/python3" >&2
+echo "${0##*/}: the stand-in of loopd needs Python 3.8 or later: /usr/bin/python3 or /usr/local/bin/python3" >&2
 exit 1
 
 '''
