@@ -520,17 +520,18 @@ LEASE = set(
 
 
 def leases() -> list[Lease]:
-    """The owner's devices, all of them."""
+    """The owner's devices, all that the kernel has: after a umount loopd may not have heard of it yet."""
     found: list[Lease] = []
+    after: dict[str, object] = {}
     while True:
-        after = {"after": found[-1]["devname"]} if found else {}
         reply = ask_about(op="list", **after)
         rows = reply.get("leases") or []
         if not all(isinstance(row, dict) and row.keys() >= LEASE and is_devname(row["devname"]) for row in rows):
             raise Failure(NO_SENSE)
-        found += rows
+        found += [row for row in rows if not let_go(row)]
         if not reply.get("more") or not rows:
             return found
+        after = {"after": rows[-1]["devname"]}
 
 
 def find(device: str) -> Lease:
@@ -818,7 +819,7 @@ def overlapping(options: Options) -> Lease | None:
     except OSError:
         return None  # said when it is opened
     for lease in leases():
-        if is_window(lease) or not backs(lease, file) or let_go(lease):
+        if is_window(lease) or not backs(lease, file):
             continue
         # One that was detached while it was open has no node any more.
         same = (lease["offset"], lease["sizelimit"], lease["state"]) == (offset, limit, "bound")
@@ -852,10 +853,8 @@ def is_window(lease: Lease) -> bool:
 
 
 def let_go(lease: Lease) -> bool:
-    """Whether the kernel has done with a device that was detached, which loopd has not heard yet."""
-    if lease["state"] == "bound" or mode("/sys/block") != S_IFDIR:
-        return False
-    return not sysfs(lease["devname"], "loop/backing_file")
+    """Whether the kernel has done with a device, of which loopd has not heard yet."""
+    return mode("/sys/block") == S_IFDIR and not sysfs(lease["devname"], "loop/backing_file")
 
 
 def backs(lease: Lease, file: str) -> bool:

@@ -64,7 +64,7 @@ class Module:
             end = statement.end_lineno or 0
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
                 self.texts[-1] += piece
-            else:
+            elif "TYPE_CHECKING" not in used(statement) | set(defined(statement)):  # what is for a type checker
                 self.statements.append(statement)
                 self.texts.append(piece)
 
