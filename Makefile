@@ -24,8 +24,8 @@ VM_PYTHON = $(CURDIR)/.venv/bin/python
 LIB = $(DESTDIR)$(PREFIX)/lib
 MODULES = $(wildcard loopd/*.py loopd/*/*.py) loopd/py.typed
 PROGRAMS = sbin/loopd:daemon bin/loopctl:cli
-# Each in one file that needs nothing of the package, so that it can be bind-mounted alone, under the name of what it stands in for.
-STAND_INS = $(foreach pair,losetup:losetup mountloop:mount,$(if $(wildcard loopd/$(firstword $(subst :, ,$(pair))).py),$(pair)))
+# Each is packed into one file that needs nothing of the package, to be bind-mounted alone, under the name of what it stands in for.
+STAND_INS = losetup:losetup mountloop:mount kpartx:kpartx dmsetup:dmsetup partx:partx partx:partprobe
 # Beware of the backslash: these words are for the shell.
 SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/systemd/catalog/loopd.catalog \
 	loopd-admin.socket:lib/systemd/system/loopd-admin.socket \
@@ -139,7 +139,7 @@ install:
 	        "    sys.exit(\"$${program##*/}: its library is not here: bind $(PREFIX)/lib/loopd into the container, too\")" \
 	        'sys.exit(main())' >$$program && chmod 755 $$program || exit; \
 	done
-	for pair in $(STAND_INS); do install -D -m 755 loopd/$${pair%:*}.py $(LIB)/loopd/bin/$${pair#*:} || exit; done
+	umask 022 && $(PYTHON) systemd/packaging/stand_ins.py $(LIB)/loopd/bin $(STAND_INS)
 	for pair in $(COMPLETION); do \
 	    install -D -m 644 systemd/completion/$${pair%:*} $(DESTDIR)$(PREFIX)/$${pair#*:} || exit; \
 	done

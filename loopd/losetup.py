@@ -36,8 +36,20 @@ if TYPE_CHECKING:
 
 
 def variable(name: str) -> str:
-    """A variable of the environment, empty where it is not set."""
-    return posix.environ.get(name.encode(), b"").decode(errors="surrogateescape")
+    """A variable of the environment, else of PID 1's: sudo takes loopd's away. Empty where neither has it."""
+    value = posix.environ.get(name.encode())
+    if value is None:
+        value = environment_of_the_container().get(name.encode(), b"")
+    return value.decode(errors="surrogateescape")
+
+
+def environment_of_the_container() -> dict[bytes, bytes]:
+    """What the runtime gave to PID 1; empty where this user may not read it."""
+    try:
+        with open("/proc/1/environ", "rb") as file:
+            return dict(word.split(b"=", 1) for word in file.read().split(b"\0") if b"=" in word)
+    except OSError:
+        return {}
 
 
 def mode(path: str) -> int:
@@ -61,10 +73,14 @@ DEV = "/dev"
 DIRECTORY = variable("LOOPD_DIRECTORY") or ("/dev/loopd" if mode("/dev/loopd") == S_IFDIR else DEV)
 """Where the nodes are made: the directory grant that was bound into the container, else /dev."""
 PARTITIONS = 16
-"""Partitions whose flat names are made ahead of them."""
+"""Partitions whose flat names are made ahead of them, where there is no partition yet."""
+MAPPER = f"{DEV}/mapper"
 MAX_REPLY = 65536
 
 NAME = sys.argv[0].rpartition("/")[2] or "losetup"
+RARE = ("overlapping", "keep", "clear", "remove", "capacity", "change", "show_one", "show_all", "columns",
+        "every_column", "usage_error", "help_text", "fall_back", "lost")  # fmt: skip
+"""Functions that attaching and detaching do without: the installed program compiles them when they are called."""
 
 
 class Failure(Exception):
@@ -260,7 +276,7 @@ def apply(options: Options, key: str, value: str | None) -> None:
     elif key in SIZES:
         setattr(options, SIZES[key][0], size(value or "", SIZES[key][1]))
     elif key == "output-all":
-        options.columns = tuple(COLUMNS)
+        options.columns = every_column()
     elif key == "direct-io":
         options.direct_io = switch(value)
     elif key in TELL:
@@ -343,6 +359,10 @@ def switch(value: str | None) -> bool:
     if value not in (None, "on", "off"):
         raise Failure(f"unsupported argument: {value}")
     return value != "off"
+
+
+def every_column() -> Sequence[str]:
+    return tuple(COLUMNS)
 
 
 def columns(text: str, given: Sequence[str]) -> Sequence[str]:
@@ -500,17 +520,18 @@ LEASE = set(
 
 
 def leases() -> list[Lease]:
-    """The owner's devices, all of them."""
+    """The owner's devices, all that the kernel has: after a umount loopd may not have heard of it yet."""
     found: list[Lease] = []
+    after: dict[str, object] = {}
     while True:
-        after = {"after": found[-1]["devname"]} if found else {}
         reply = ask_about(op="list", **after)
         rows = reply.get("leases") or []
         if not all(isinstance(row, dict) and row.keys() >= LEASE and is_devname(row["devname"]) for row in rows):
             raise Failure(NO_SENSE)
-        found += rows
+        found += [row for row in rows if not let_go(row)]
         if not reply.get("more") or not rows:
             return found
+        after = {"after": rows[-1]["devname"]}
 
 
 def find(device: str) -> Lease:
@@ -563,8 +584,11 @@ def node(name: str) -> str:
     return f"{DEV}/{name} (lost)"
 
 
-def flat_names(name: str) -> list[str]:
-    return [name, *(f"{name}p{number}" for number in range(1, PARTITIONS + 1))]
+def disk_of(name: str) -> str:
+    """The device of a flat name: loop7 for loop7 and loop7p1; empty where the name is no device's."""
+    number, letter, partition = name[4:].partition("p")
+    plain = name.startswith("loop") and number.isdecimal() and (partition.isdecimal() or not letter)
+    return f"loop{number}" if plain else ""
 
 
 def target(name: str) -> str:
@@ -574,32 +598,69 @@ def target(name: str) -> str:
 
 
 def is_ours(name: str) -> bool:
+    """Whether a flat name is a link of these programs."""
     try:
         return posix.readlink(f"{DEV}/{name}") == target(name)
     except OSError:
         return False
 
 
-def make_flat(name: str, partscan: bool) -> str:
-    """Make the flat names in /dev of a device in a directory of its own; the path to call it by."""
+def is_flat(name: str) -> bool:
+    """Whether the flat name is the device's: by a link, or by a node that the container's runtime made."""
+    try:
+        number = posix.stat(f"{DIRECTORY}/{name}").st_rdev
+        return is_ours(name) or (mode(f"{DEV}/{name}") == S_IFBLK and posix.stat(f"{DEV}/{name}").st_rdev == number)
+    except OSError:
+        return False
+
+
+def make_flat(name: str, ahead: bool = False) -> str:
+    """Make the flat name in /dev of a device in a directory of its own; the path to call it by.
+
+    With `ahead` the names of partitions, too: the table may be written later, and nothing of ours runs then.
+    """
     if DIRECTORY == DEV:
         return f"{DEV}/{name}"
-    for flat in flat_names(name) if partscan else [name]:
-        try:
-            posix.symlink(target(flat), f"{DEV}/{flat}")
-        except OSError:
-            if not is_ours(flat):
-                return f"{DIRECTORY}/{name}"
+    link(name)
+    if not is_flat(name):
+        return f"{DIRECTORY}/{name}"
+    for number in range(1, PARTITIONS + 1 if ahead else 1):
+        link(f"{name}p{number}")
     return f"{DEV}/{name}"
 
 
-def remove_flat(name: str) -> None:
-    for flat in flat_names(name):
-        if is_ours(flat):
+def link(name: str) -> None:
+    """Make a flat name; one that is taken is left alone, and so is a /dev that cannot be written."""
+    try:
+        posix.symlink(target(name), f"{DEV}/{name}")
+    except OSError:
+        return
+
+
+def tidy(settled: str = "") -> None:
+    """Have the flat names lead to what is there. A device may have gone at its umount, or got another table.
+
+    Names that were made ahead stay, but for those of a device of which it is `settled` that there are no partitions.
+    """
+    if DIRECTORY == DEV:
+        return
+    try:
+        there = {name for name in posix.listdir(DIRECTORY) if disk_of(name)}
+        names = [name for name in posix.listdir(DEV) if disk_of(name)]
+    except OSError:
+        return
+    cut = {settled, *(disk_of(name) for name in there if disk_of(name) != name)}
+    for name in names:
+        disk = disk_of(name)
+        ahead = disk in there and disk not in cut
+        if name not in there and not ahead and is_ours(name):
             try:
-                posix.unlink(f"{DEV}/{flat}")
+                posix.unlink(f"{DEV}/{name}")
             except OSError:
                 return
+    for name in there.difference(names):
+        if name != disk_of(name) and is_flat(disk_of(name)):
+            link(name)
 
 
 def is_the_kernels() -> bool:
@@ -662,23 +723,43 @@ def checked_reference(text: str) -> str:
 
 def create(options: Options) -> None:
     file = options.file or ""
-    path = overlapping(options) if options.no_overlap else None
-    if path is None:
+    lease = overlapping(options) if options.no_overlap else None
+    if lease is not None:
+        if lease["read_only"] and not options.read_only:
+            raise Failure(f"{file}: overlapping read-only loop device exists")
+        path = keep(lease)
+    else:
         try:
-            path = make_flat(attach(open_image(file, options.read_only), options), options.partscan)
+            reply = attach(open_image(file, options.read_only), options)
         except OSError as error:
             raise Failure(f"{file}: failed to set up loop device: {error.strerror}") from None
         except Failure as failure:
-            said = str(failure)
-            said = said[4:] if said.startswith("fd: ") else said  # the wire's name of the file
-            raise Failure(f"{file}: failed to set up loop device: {said}") from None
+            raise Failure(f"{file}: failed to set up loop device: {failure}") from None
+        path = make_flat(reply["devname"], options.partscan and not reply.get("partitions"))
+        tidy()
+        if options.partscan:
+            tell_of_partitions(path, reply)
     if options.show:
         put(f"{path}\n")
     warn_size(file, options)
 
 
-def attach(image: int, options: Options, lifetime: int = CONTAINER) -> str:
-    """Attach a file, whose fd is consumed, for as long as a process lives; the device's name."""
+def tell_of_partitions(path: str, reply: Lease) -> None:
+    """Say it where a partition's node will not open here."""
+    for text in reply.get("warnings") or ():
+        if "partition" in str(text):
+            say(f"{path}: {text}")
+    for name in (reply.get("partitions") or ())[:1]:
+        try:
+            posix.close(posix.open(f"{DIRECTORY}/{name}", posix.O_RDONLY | posix.O_NONBLOCK | posix.O_CLOEXEC))
+        except OSError as error:
+            if error.errno == errno.EPERM:  # the device cgroup's errno; permissions are EACCES
+                why = "the container's device cgroup allows no nodes of partitions"
+                say(f"{path}: {name} does not open here: {why}; `kpartx -av {path}` makes devices that open")
+
+
+def attach(image: int, options: Options, lifetime: int = CONTAINER) -> Lease:
+    """Attach a file, whose fd is consumed, for as long as a process lives; the reply, whose devname is one."""
     fields: dict[str, object] = {"op": "attach", "fd": 0, "lease_fd": 1, "partscan": options.partscan}
     for name in ("offset", "sizelimit", "sector_size"):
         if getattr(options, name) is not None:
@@ -697,6 +778,9 @@ def attach(image: int, options: Options, lifetime: int = CONTAINER) -> str:
             fields["dir_fd"] = 2
             fds.append(open_directory())
         reply = ask(fields, fds)
+    except Failure as failure:
+        said = str(failure)
+        raise Failure(said[4:] if said.startswith("fd: ") else said, failure.code) from None  # the wire's name of it
     finally:
         for fd in fds:
             posix.close(fd)
@@ -706,7 +790,7 @@ def attach(image: int, options: Options, lifetime: int = CONTAINER) -> str:
     if kernels and not posix.access(full(name), posix.R_OK):
         ask_about(op="detach", devname=name, wait=DETACH_WAIT)
         raise Failure(f"{full(name)}: {posix.strerror(errno.EACCES)}")
-    return name
+    return reply
 
 
 def find_unused(options: Options) -> None:
@@ -717,15 +801,16 @@ def find_unused(options: Options) -> None:
     try:
         empty = posix.memfd_create("unused", posix.MFD_CLOEXEC)
         posix.ftruncate(empty, 4096)
-        name = attach(empty, options, posix.getppid() or CONTAINER)
+        path = make_flat(attach(empty, options, posix.getppid() or CONTAINER)["devname"])
     except OSError as error:
         raise Failure(f"cannot find an unused loop device: {error.strerror}") from None
     except Failure as failure:
         raise Failure(f"cannot find an unused loop device: {failure}") from None
-    put(f"{DIRECTORY}/{name}\n")
+    tidy()
+    put(f"{path}\n")
 
 
-def overlapping(options: Options) -> str | None:
+def overlapping(options: Options) -> Lease | None:
     """The owner's device that has the same part of the file already; a failure where it has some of it."""
     file = options.file or ""
     offset, limit = options.offset or 0, options.sizelimit or 0
@@ -734,27 +819,42 @@ def overlapping(options: Options) -> str | None:
     except OSError:
         return None  # said when it is opened
     for lease in leases():
-        if not backs(lease, file) or let_go(lease):
+        if is_window(lease) or not backs(lease, file):
             continue
-        # One that was detached while it was mounted has no node any more.
-        if (lease["offset"], lease["sizelimit"], lease["state"]) == (offset, limit, "bound"):
-            if lease["read_only"] and not options.read_only:
-                raise Failure(f"{file}: overlapping read-only loop device exists")
-            path = node(lease["devname"])
-            if mode(path) == S_IFBLK:
-                return path
+        # One that was detached while it was open has no node any more.
+        same = (lease["offset"], lease["sizelimit"], lease["state"]) == (offset, limit, "bound")
+        if same and mode(node(lease["devname"])) == S_IFBLK:
+            return lease
         before = limit and offset + limit <= lease["offset"]
         behind = lease["sizelimit"] and offset >= lease["offset"] + lease["sizelimit"]
         if not before and not behind:
-            raise Failure(f"{file}: overlapping loop device exists")
+            raise Failure(f"{file}: overlapping loop device exists", "overlap")
     return None
 
 
+def keep(lease: Lease) -> str:
+    """The path of a device that was found, which is to stay until it is detached, as losetup has it."""
+    path = node(lease["devname"])
+    if sysfs(lease["devname"], "loop/autoclear") == "1":
+        try:
+            fd = open_image(path, read_only=False)
+            try:
+                set_autoclear(fd, False)
+            finally:
+                posix.close(fd)
+        except OSError as error:
+            raise Failure(f"{path}: failed to set up loop device: {error.strerror}") from None
+    return path
+
+
+def is_window(lease: Lease) -> bool:
+    """Whether kpartx made it, of a partition: the real one makes no loop devices, and losetup shows none."""
+    return str(lease["ref"]).startswith(f"{MAPPER}/")
+
+
 def let_go(lease: Lease) -> bool:
-    """Whether the kernel has done with a device that was detached, which loopd has not heard yet."""
-    if lease["state"] == "bound" or mode("/sys/block") != S_IFDIR:
-        return False
-    return not sysfs(lease["devname"], "loop/backing_file")
+    """Whether the kernel has done with a device, of which loopd has not heard yet."""
+    return mode("/sys/block") == S_IFDIR and not sysfs(lease["devname"], "loop/backing_file")
 
 
 def backs(lease: Lease, file: str) -> bool:
@@ -791,20 +891,71 @@ def lost(device: str, what: str, failure: Failure) -> Failure:
 def detach(device: str) -> None:
     try:
         name = devname(device)
-        ask_about(op="detach", devname=name, wait=0 if is_mounted(name) else DETACH_WAIT)
+        file = sysfs(name, "loop/backing_file")
+        reason = clear(device) if is_claimed(full(device)) else detached(name)
     except Failure as failure:
         raise lost(device, "detach failed: ", failure) from None
-    remove_flat(name)
+    except OSError as error:
+        raise Failure(f"{full(device)}: detach failed: {error.strerror}") from None
+    tidy()
+    if reason:
+        raise Failure(f"{full(device)}: detached, but {file or 'its file'} lacks what was written: {reason}")
 
 
-def is_mounted(name: str) -> bool:
-    """Whether the device or a partition is mounted here: then it goes at umount, and there is nothing to wait for."""
+def detached(name: str) -> str:
+    """Detach a device; why the file lacks what was written, if it does."""
+    return str(ask_about(op="detach", devname=name, wait=DETACH_WAIT).get("lost") or "")
+
+
+def is_claimed(path: str) -> bool:
+    """Whether it or a partition of it is mounted, swap or part of another device, in this container or elsewhere."""
     try:
-        with open("/proc/self/mountinfo", errors="surrogateescape", newline="\n") as file:
-            sources = [text.partition(" - ")[2].split(" ")[1].rpartition("/")[2] for text in file]
-    except (IndexError, OSError):
-        return False
-    return any(source == name or source.startswith(f"{name}p") for source in sources)
+        posix.close(posix.open(path, posix.O_RDONLY | posix.O_EXCL | posix.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
+
+
+LOOP_CLR_FD = 0x4C01  # <linux/loop.h>
+LOOP_SET_STATUS64 = 0x4C04
+LOOP_GET_STATUS64 = 0x4C05
+STATUS_SIZE = 232  # struct loop_info64
+STATUS_FLAGS = slice(52, 56)
+LO_FLAGS_AUTOCLEAR = 4
+
+
+def clear(device: str) -> str:
+    """Have the kernel unbind a device in use at its last close, and leave it its node: swapoff(8) needs that.
+
+    What is written from now on is not known here; why the file lacks what was written before, if it does.
+    """
+    from fcntl import ioctl  # noqa: PLC0415
+
+    find(device)
+    reason = ""
+    fd = posix.open(full(device), posix.O_RDONLY | posix.O_CLOEXEC)
+    try:
+        try:
+            posix.fsync(fd)  # were this the last close, Linux 6.11 and later would drop what is in the cache
+        except OSError as error:
+            reason = error.strerror or str(error)
+        ioctl(fd, LOOP_CLR_FD)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # it has gone meanwhile
+            raise
+    finally:
+        posix.close(fd)
+    return reason
+
+
+def set_autoclear(fd: int, on: bool) -> None:
+    """Whether the kernel unbinds a device at its last close."""
+    from fcntl import ioctl  # noqa: PLC0415
+
+    status = bytearray(ioctl(fd, LOOP_GET_STATUS64, bytes(STATUS_SIZE)))
+    flags = int.from_bytes(status[STATUS_FLAGS], sys.byteorder) & ~LO_FLAGS_AUTOCLEAR
+    status[STATUS_FLAGS] = (flags | (LO_FLAGS_AUTOCLEAR if on else 0)).to_bytes(4, sys.byteorder)
+    again(lambda: ioctl(fd, LOOP_SET_STATUS64, bytes(status)))
 
 
 def remove(device: str) -> None:
@@ -936,7 +1087,7 @@ def cells(lease: Lease, name: str, compact: bool) -> dict[str, str]:
         "OFFSET": str(lease["offset"]),
         "PARTSCAN": str(int(lease["partscan"])),
         "REF": lease["ref"],
-        "RO": str(int(lease["read_only"])),
+        "RO": sysfs(device, "ro") or str(int(lease["read_only"])),
         "SIZELIMIT": str(lease["sizelimit"]),
         "MAJ:MIN": numbers(lease["major"], lease["minor"], 3, compact),
         "MAJ": str(lease["major"]),
@@ -1103,7 +1254,7 @@ def show_one(options: Options) -> None:
 
 
 def detach_all(options: Options) -> int:
-    return each(detach, [lease["devname"] for lease in leases()])
+    return each(detach, [lease["devname"] for lease in leases() if not is_window(lease)])
 
 
 def refuse_choice(options: Options) -> None:
@@ -1112,7 +1263,9 @@ def refuse_choice(options: Options) -> None:
 
 
 def show_all(options: Options) -> None:
-    found = [lease for lease in leases() if options.file is None or backs(lease, options.file)]
+    tidy()
+    found = [lease for lease in leases() if not is_window(lease)]
+    found = [lease for lease in found if options.file is None or backs(lease, options.file)]
     if options.offset is not None:
         found = [lease for lease in found if lease["offset"] == options.offset]
     show(options, [(lease, node(lease["devname"])) for lease in found])
@@ -1135,18 +1288,66 @@ PERFORM: dict[str, Any] = {
 }
 
 
-def run_instead(fallback: str) -> NoReturn:
-    """Be the real losetup; it is not told to fall back, should it be this one."""
-    from signal import SIG_DFL, SIGPIPE, SIGXFSZ, signal  # noqa: PLC0415
+# The real programs -------------------------------------------------------------------------------------------------
+
+MARK = b"for a container that has loopd's socket"
+"""What the first lines of each of these programs have, of whatever version."""
+MOST_IN_A_ROW = 16
+"""So many of these programs may have started one another, as mount does in a helper of mount's."""
+
+
+def depth() -> int:
+    """How many of these programs, one started by the other, this one stands in."""
+    text = posix.environ.get(b"LOOPD_DEPTH", b"")
+    return int(text) if text.isdigit() else 0
+
+
+def real(name: str) -> str:
+    """The path of the real program of that name: the first in PATH that is none of these."""
+    path = variable("PATH")
+    # An empty element would be the working directory, which may be a tree that is being built.
+    for directory in filter(None, [*path.split(":"), "/usr/sbin", "/usr/bin", "/sbin", "/bin"]):
+        if posix.access(f"{directory}/{name}", posix.X_OK) and not is_one_of_these(f"{directory}/{name}"):
+            return f"{directory}/{name}"
+    raise Failure(f"there is no other {name} in PATH")
+
+
+def is_one_of_these(path: str) -> bool:
+    """Whether a file is one of these programs, or a directory."""
+    try:
+        with open(path, "rb") as file:
+            return MARK in file.read(4096)
+    except OSError:
+        return mode(path) == S_IFDIR
+
+
+def environment() -> dict[bytes, bytes]:
+    """That of a program which this one starts; Failure where it has led back here again and again."""
+    if depth() >= MOST_IN_A_ROW:
+        raise Failure(f"what this program takes for the real {NAME} runs this one again: have a look at PATH")
+    return {**posix.environ, b"LOOPD_DEPTH": str(depth() + 1).encode()}
+
+
+def become(path: str) -> NoReturn:
+    """Be that program, with the same arguments."""
+    from _signal import (  # type: ignore[import-not-found]  # noqa: PLC0415  # `signal` takes long to import
+        SIG_DFL,
+        SIGPIPE,
+        SIGXFSZ,
+        signal,
+    )
 
     for number in (SIGPIPE, SIGXFSZ):  # which Python ignores, and it would inherit that
         signal(number, SIG_DFL)
-    environment = {name: value for name, value in posix.environ.items() if name != b"LOOPD_LOSETUP_FALLBACK"}
+    posix.execve(path, [NAME, *sys.argv[1:]], environment())
+
+
+def fall_back(path: str) -> NoReturn:
+    """Be the real losetup."""
     try:
-        posix.execve(fallback, [NAME, *sys.argv[1:]], environment)
+        become(path)
     except OSError as error:
-        say(f"LOOPD_LOSETUP_FALLBACK: {fallback}: {error.strerror}")
-        raise SystemExit(1) from None
+        raise Failure(f"LOOPD_LOSETUP_FALLBACK: {path}: {error.strerror}") from None
 
 
 TELL: dict[str, Any] = {"h": help_text, "V": lambda: f"{NAME} from util-linux {SPEAKS} (loopd {VERSION})\n"}
@@ -1155,9 +1356,9 @@ TELL: dict[str, Any] = {"h": help_text, "V": lambda: f"{NAME} from util-linux {S
 def main() -> int:
     """Do what the command line says; the exit code."""
     fallback = variable("LOOPD_LOSETUP_FALLBACK")
-    if fallback and not mode(SOCKET):
-        run_instead(fallback)
     try:
+        if fallback and not mode(SOCKET) and not depth():  # it may be this one, or lead to it
+            fall_back(fallback)
         options = parse(sys.argv[1:])
         return int(PERFORM[options.action](options) or 0)
     except Failure as failure:

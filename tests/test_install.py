@@ -16,8 +16,8 @@ from loopd import __version__
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SYSTEM_PYTHON = "/usr/bin/python3"
-STAND_INS = {"loopd/losetup.py": "losetup", "loopd/mountloop.py": "mount"}
-"""Modules that are installed as programs of another name too, to be bind-mounted alone."""
+STAND_INS = ("losetup", "mount", "kpartx", "dmsetup", "partx", "partprobe")
+"""Programs that are installed to be bind-mounted alone, each under the name of what it stands in for."""
 
 
 def make(*arguments: str, env: dict[str, str] | None = None, umask: int = -1) -> subprocess.CompletedProcess[str]:
@@ -55,7 +55,7 @@ def test_files_of_the_package(tmp_path: Path) -> None:
     modules = {f"usr/lib/loopd/{path.relative_to(ROOT)}" for path in (ROOT / "loopd").rglob("*.py")}
     tag = subprocess.check_output([SYSTEM_PYTHON, "-c", "import sys; print(sys.implementation.cache_tag, end='')"])
     compiled = {f"{os.path.dirname(name)}/__pycache__/{Path(name).stem}.{tag.decode()}.pyc" for name in modules}
-    stand_ins = {f"usr/lib/loopd/bin/{name}" for module, name in STAND_INS.items() if (ROOT / module).exists()}
+    stand_ins = {f"usr/lib/loopd/bin/{name}" for name in STAND_INS}
     pages = {f"usr/share/man/man{path.stem[-1]}/{path.stem}" for path in (ROOT / "docs/man").iterdir()}
     assert found == modules | compiled | stand_ins | pages | {
         "usr/lib/python3/dist-packages/loopd",
@@ -160,7 +160,7 @@ def test_program_without_its_library_says_so(prefix: Path, program: str) -> None
     assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", f"{Path(program).name}: {said}\n")
 
 
-@pytest.mark.parametrize("name", [name for module, name in STAND_INS.items() if (ROOT / module).exists()])
+@pytest.mark.parametrize("name", STAND_INS)
 def test_stand_in_runs_alone(prefix: Path, tmp_path: Path, name: str) -> None:
     alone = tmp_path / "alone" / name
     alone.parent.mkdir()

@@ -5,153 +5,39 @@ What it prints is held against the real losetup, run beside it on the same devic
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
+import stat
 import subprocess
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, Daemon, bound_to, eventually, require
-from scripted import Peer, released
+from box import (  # noqa: F401
+    MIB,
+    Box,
+    Result,
+    beside,
+    box_fixture,
+    granted_fixture,
+    plain_fixture,
+    real_fixture,
+    run,
+    stand_ins_fixture,
+    version_fixture,
+)
+from conftest import ROOT, Daemon, bound_to, eventually
+from scripted import Peer, Request, released
 
 from loopd import __version__
 from loopd.loop import Loop
-from loopd.protocol import wire
 
 SOURCE = ROOT / "loopd" / "losetup.py"
-MIB = 1 << 20
 PARTITIONS = 16
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(*command: object, **options: object) -> Result:
-    """A command whose argv[0] may be followed by the program to run in its stead."""
-    done = subprocess.run(
-        [str(word) for word in command], check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=60, **options,  # type: ignore[call-overload]
-    )  # fmt: skip
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture(scope="session")
-def real() -> str:
-    """The losetup of util-linux."""
-    path = shutil.which("losetup", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-    require(path and "util-linux" in run(path, "--version").out, "needs losetup of util-linux (package mount)")
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def version(real: str) -> tuple[int, ...]:
-    """That losetup's version: where the versions differ, ours says what the newest says."""
-    return tuple(map(int, re.findall(r"\d+", run(real, "--version").out.split()[-1])))
-
-
-class Box:
-    """A container without its runtime: its own /dev, a tmpfs, its own PID 1, and `losetup` first in its PATH."""
-
-    def __init__(self, folder: Path, daemon: Daemon, grant: str = "") -> None:
-        self.folder = folder
-        self.programs = folder / "bin"
-        self.programs.mkdir()
-        for name, source in (("losetup", "losetup.py"), ("mount", "mountloop.py")):
-            shutil.copy(ROOT / "loopd" / source, self.programs / name)
-        script = "mount -t tmpfs -o mode=755 tmpfs /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/zero c 1 5;"
-        if grant:
-            script += f"mkdir /dev/loopd; mount --bind {grant} /dev/loopd; mount -o remount,bind,ro /dev/loopd;"
-        unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private"]
-        self._process = subprocess.Popen(
-            [*unshare, "sh", "-ec", f"{script} echo ready; exec sleep 1000"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        self.pid = int(children[0])
-        # The working directory is to be one of this mount namespace's.
-        self.inside = ["nsenter", f"--target={self.pid}", "--mount", "--pid"]
-        self.inside += ["sh", "-c", 'cd "$0" && exec "$@"', str(folder)]
-        self.environment = {**os.environ, "LOOPD_SOCKET": daemon.path, "LC_ALL": "C.UTF-8"}
-        self.environment["PATH"] = f"{self.programs}:{os.environ['PATH']}:/usr/sbin:/sbin"
-        self.environment.pop("LOOPD_DIRECTORY", None)
-
-    def __call__(self, *command: object) -> Result:
-        """Run a command in it."""
-        return run(*self.inside, *command, env=self.environment)
-
-    def losetup(self, *arguments: object) -> Result:
-        return self(self.programs / "losetup", *arguments)
-
-    def attach(self, *arguments: object) -> str:
-        """A device attached with -f --show; its path."""
-        result = self.losetup("-f", "--show", *arguments)
-        assert (result.code, result.err) == (0, "")
-        return result.out.rstrip("\n")
-
-    def dev(self, name: str = "") -> Path:
-        """Its /dev, seen from outside; symbolic links in it are not to be followed."""
-        return Path(f"/proc/{self.pid}/root/dev") / name
-
-    def names(self) -> set[str]:
-        """The names in its /dev that begin with loop."""
-        return {path.name for path in self.dev().iterdir() if path.name.startswith("loop")} - {"loopd"}
-
-    def close(self) -> None:
-        """End it: its PID 1 is killed."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        self._process.wait(10)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-
-@pytest.fixture(params=["own /dev", "grant"])
-def box(request: pytest.FixtureRequest, start_daemon: Callable[..., Daemon], tmp_path: Path) -> Iterator[Box]:
-    """A box whose nodes are made in its own /dev, and one with a directory grant at /dev/loopd."""
-    yield from make_box(start_daemon, tmp_path, request.param == "grant")
-
-
-@pytest.fixture
-def granted(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Iterator[Box]:
-    """A box with a directory grant at /dev/loopd."""
-    yield from make_box(start_daemon, tmp_path, True)
-
-
-@pytest.fixture
-def plain(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Iterator[Box]:
-    """A box whose nodes are made in its own /dev."""
-    yield from make_box(start_daemon, tmp_path, False)
-
-
-def make_box(start_daemon: Callable[..., Daemon], tmp_path: Path, grant: bool) -> Iterator[Box]:
-    grants = tmp_path / "grants"
-    grants.mkdir()
-    daemon = start_daemon("--grant-directory", str(grants), name="boxed")
-    path = daemon.ask(wire.Directory("box", 0), []).fields["path"] if grant else ""
-    folder = tmp_path / "box"
-    folder.mkdir()
-    with (folder / "image").open("wb") as file:
-        file.truncate(4 * MIB)
-    box = Box(folder, daemon, path)
-    try:
-        yield box
-    finally:
-        box.close()
-        eventually(lambda: not bound_to(folder), "PID 1 has ended, so its devices are gone")
 
 
 # Setting up and detaching -----------------------------------------------------------------------------------------
@@ -193,7 +79,7 @@ def test_every_option_of_setup_reaches_the_kernel(box: Box) -> None:
         (row,) = json.loads(box.losetup("-l", "-J", "-O", wanted, device).out)["loopdevices"]
         assert row == {
             "offset": MIB, "sizelimit": 2 * MIB, "log-sec": 4096, "ro": True, "dio": False,
-            "ref": 'a "b" \\ ö', "autoclear": True, "partscan": False,
+            "ref": 'a "b" \\ ö', "autoclear": False, "partscan": False,
         }  # fmt: skip
         assert box("blockdev", "--getsize64", device).out == f"{2 * MIB}\n"
         assert box.losetup("--detach", device).code == 0
@@ -451,29 +337,87 @@ def test_an_answer_that_makes_no_sense(plain: Box) -> None:
 
 
 def test_flat_names_lead_into_the_grant(granted: Box) -> None:
-    device = granted.attach("-P", "image")
+    device = granted.attach("image")
     name = os.path.basename(device)
     assert os.readlink(granted.dev(name)) == f"loopd/{name}"
-    assert granted.names() == {name, *(f"{name}p{number}" for number in range(1, PARTITIONS + 1))}
+    assert granted.names() == {name}
     assert granted("test", "-b", device).code == 0
-    assert granted("test", "-b", f"{device}p1").code == 1
-    # A partition appears, and with it what the name leads to.
-    add_partition(name)
-    eventually(lambda: granted("test", "-b", f"{device}p1").code == 0, "the partition's node is there")
-    assert granted("dd", "if=/dev/zero", f"of={device}p1", "bs=512", "count=1").code == 0
     assert granted.losetup("-d", device).code == 0
     assert granted.names() == set()
 
 
-def add_partition(name: str) -> None:
+def test_a_table_may_be_written_later(granted: Box) -> None:
+    """Nothing of ours runs then: the names are made ahead, and those that lead nowhere go as soon as something runs."""
+    device = granted.attach("-P", "image")
+    name = os.path.basename(device)
+    assert granted.names() == {name, *(f"{name}p{number}" for number in range(1, PARTITIONS + 1))}
+    assert granted("test", "-b", f"{device}p1").code == 1
+    add_partitions(name, 1, 20)
+    eventually(lambda: granted("test", "-b", f"/dev/loopd/{name}p20").code == 0, "the partitions' nodes are there")
+    assert granted("dd", "if=/dev/zero", f"of={device}p1", "bs=512", "count=1").code == 0
+    assert granted.losetup("-a").code == 0
+    assert granted("sh", "-c", f"ls {device}*").out.split() == [device, f"{device}p1", f"{device}p20"]
+    assert granted("test", "-b", f"{device}p20").code == 0
+    with Loop(int(name[4:])) as loop:
+        loop.delete_partition(20)
+    eventually(lambda: granted("test", "-e", f"/dev/loopd/{name}p20").code == 1, "the node is gone")
+    assert granted.losetup("-a").code == 0
+    assert granted.names() == {name, f"{name}p1"}
+    assert granted.losetup("-d", device).code == 0
+    assert granted.names() == set()
+
+
+def add_partitions(name: str, *numbers: int) -> None:
     """What a kernel with a parser of tables does, or partprobe."""
     with Loop(int(name[4:])) as device:
-        device.add_partition(1, MIB, MIB)
+        for number in numbers:
+            device.add_partition(number, number * MIB // 8, MIB // 8)
 
 
-def test_without_partitions_there_is_one_flat_name(granted: Box) -> None:
+def test_where_there_are_partitions_their_names_are_all(tmp_path: Path) -> None:
+    """The table was there before, and the kernel has read it: with a name for each, and for no other."""
+    dev, grant, socket_path = tmp_path / "dev", tmp_path / "dev/loopd", tmp_path / "loopd.sock"
+    grant.mkdir(parents=True)
+    nodes = ["loop7", "loop7p1", "loop7p17"]
+
+    def attach(request: Request) -> None:
+        for name in nodes:
+            os.mknod(grant / name, 0o600 | stat.S_IFBLK, os.makedev(7, 7))
+        request.reply({"devname": "loop7", "major": 7, "minor": 7, "partitions": nodes[1:]})
+
+    text = (ROOT / "loopd/losetup.py").read_text().replace('DEV = "/dev"', f'DEV = "{dev}"')
+    (tmp_path / "losetup").write_text(text)
+    (tmp_path / "losetup").chmod(0o755)
+    (tmp_path / "image").write_bytes(bytes(MIB))
+    environment = {"LOOPD_SOCKET": str(socket_path), "LOOPD_DIRECTORY": str(grant)}
+    with Peer(socket_path, attach):
+        done = run(tmp_path / "losetup", "-P", "-f", "--show", tmp_path / "image", env=environment)
+    assert done == Result(0, f"{dev}/loop7\n", "")
+    assert sorted(path.name for path in dev.iterdir()) == sorted([*nodes, "loopd"])
+
+
+def test_names_of_what_is_gone_are_removed(granted: Box) -> None:
+    """A device that went by itself leaves its flat name until one of these programs runs."""
     device = granted.attach("image")
+    assert granted("sh", "-c", f"{LOOP_CLR_FD} {device}").code == 0
+    eventually(lambda: granted("test", "-e", f"/dev/loopd/{os.path.basename(device)}").code == 1, "the node is gone")
     assert granted.names() == {os.path.basename(device)}
+    other = granted.attach("image")
+    assert granted.names() == {os.path.basename(other)}
+
+
+LOOP_CLR_FD = "python3 -c 'import fcntl, sys; fcntl.ioctl(open(sys.argv[1]), 0x4C01)'"
+
+
+def test_a_node_that_the_runtime_made_is_the_flat_name(granted: Box) -> None:
+    first = granted.attach("image")
+    name = os.path.basename(first)
+    major, minor = Path(f"/sys/block/{name}/dev").read_text().split(":")
+    granted.dev(name).unlink()
+    assert granted("mknod", first, "b", major, minor.strip()).code == 0
+    assert granted.losetup("-n", "-O", "NAME").out == f"{first}\n"
+    assert granted.losetup("-d", first).code == 0
+    assert granted.names() == {name}  # the runtime's
 
 
 def test_a_name_that_is_taken_is_left_alone(granted: Box) -> None:
@@ -495,8 +439,13 @@ def test_the_nodes_in_its_own_dev_are_flat_already(plain: Box) -> None:
     device = plain.attach("-P", "image")
     name = os.path.basename(device)
     assert plain.names() == {name}
-    add_partition(name)
+    add_partitions(name, 1)
     eventually(lambda: plain("test", "-b", f"{device}p1").code == 0, "the partition's node is there")
+
+
+def test_devices_are_named_in_one_way(box: Box) -> None:
+    names = box("bash", "-c", "losetup -f; losetup -f --show image; losetup -n -O NAME -j image").out.split()
+    assert [re.sub(r"\d+", "N", name) for name in names] == ["/dev/loopN"] * 3
 
 
 # Showing, beside the real one -------------------------------------------------------------------------------------
@@ -776,170 +725,93 @@ def test_an_interrupt_leaves_no_device(plain: Box) -> None:
                 os.close(fd)
 
 
-def test_one_file_for_old_interpreters() -> None:
-    """They import nothing of the package, and need no newer grammar than that of Python 3.8."""
-    for name in ("losetup.py", "mountloop.py"):
-        path = ROOT / "loopd" / name
-        text = path.read_text()
-        assert text.startswith("#!/usr/bin/python3 -IS\n")
-        assert "loopd import" not in text
-        assert os.access(path, os.X_OK)
-        ast.parse(text, feature_version=(3, 8))
-
-
-def interpreters() -> list[str]:
-    """Those of Python 3.8 and later that are here."""
-    names = [shutil.which(f"python3.{minor}") for minor in range(8, 20)]
-    tell = "import sys; print(sys.executable)"
-    found = [run(name, "-c", tell) for name in names if name]
-    return sorted({result.out.strip() for result in found if result.code == 0})
-
-
-def test_runs_on_each_interpreter_that_is_here(plain: Box) -> None:
-    paths = interpreters()
-    assert paths
-    for path in paths:
-
-        def losetup(*arguments: str, path: str = path) -> Result:
-            result = plain(path, "-IS", plain.programs / "losetup", *arguments)
-            assert (result.code, result.err) == (0, ""), path
-            return result
-
-        assert losetup("-f").out.startswith("/dev/loop")
-        device = losetup("-f", "--show", "-o", "1KiB", "image").out.strip()
-        assert losetup("-j", "image").out.startswith(f"{device}: ")
-        assert json.loads(losetup("-l", "-J", "-O", "OFFSET", device).out) == {"loopdevices": [{"offset": 1024}]}
-        assert "BACK-FILE" in losetup("--output-all").out
-        assert losetup("-c", device) == losetup("-d", device) == Result(0, "", "")
-
-
-# mount -o loop ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def file_system(box: Box) -> Box:
-    require(shutil.which("mkfs.ext4", path="/usr/sbin:/sbin:/usr/bin"), "needs mkfs.ext4 (package e2fsprogs)")
-    assert run("mkfs.ext4", "-q", box.folder / "image", env=box.environment).code == 0
-    (box.folder / "mnt").mkdir()
-    return box
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["-o", "loop", "image", "mnt"],
-        ["image", "mnt"],
-        ["-t", "ext4", "-oloop,noatime", "image", "mnt"],
-        ["image", "mnt", "-o", "offset=0,sizelimit=4M,loop"],
-        ["--options=loop", "--types=ext4", "--source", "image", "mnt"],
-        ["--target", "mnt", "image"],
-        ["-vo", "loop", "--", "image", "mnt"],
-        ["-m0755", "-o", "loop", "image", "mnt"],
-    ],
-    ids=" ".join,
-)
-def test_mount_of_a_file(file_system: Box, arguments: list[str]) -> None:
-    box = file_system
-    done = box("mount", *arguments)
-    assert (done.code, done.err) == (0, "")
-    assert len(bound_to(box.folder)) == 1
-    assert box("sh", "-c", "echo text >mnt/file && sync -f mnt/file && cat mnt/file").out == "text\n"
-    assert re.match(r"/dev/loop\d+ \(lost\): ", box.losetup("-a").out)
-    assert ("noatime" in box("findmnt", "-no", "OPTIONS", "mnt").out) == ("-oloop,noatime" in arguments)
-    # As autoclear has it: umount lets the device go.
-    assert box("umount", "mnt").code == 0
-    eventually(lambda: not bound_to(box.folder), "the device went with the mount")
-    eventually(lambda: box.losetup("-a").out == "", "loopd knows it")
-    assert box.names() == set()
-
-
-def test_mount_read_only(file_system: Box) -> None:
-    for options in (["-r"], ["-o", "ro,loop"]):
-        assert file_system("mount", *options, "image", "mnt").code == 0
-        (name,) = bound_to(file_system.folder)
-        assert Path(f"/sys/block/{name}/ro").read_text() == "1\n"
-        assert file_system("umount", "mnt").code == 0
-        eventually(lambda: not bound_to(file_system.folder), "the device went with the mount")
-
-
-def test_a_mount_that_fails_leaves_no_device(file_system: Box) -> None:
-    result = file_system("mount", "-o", "loop", "image", "nowhere")
-    assert result.code == 32
-    assert "nowhere" in result.err
-    assert not bound_to(file_system.folder)
-    assert file_system("mount", "-o", "loop=/dev/loop0", "image", "mnt").code == 32
-    file_system.environment["LOOPD_SOCKET"] = "/nonexistent"
-    result = file_system("mount", "-o", "loop", "image", "mnt")
-    assert result.code == 32
-    assert "systemctl enable --now loopd.socket" in result.err
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_mount_that_is_interrupted_leaves_no_device(plain: Box, number: int) -> None:
-    """mount(8) is told, and what it says is the end; here it is one that takes its time."""
-    slow = plain.folder / "slow"
-    slow.mkdir()
-    (slow / "mount").write_text("#!/bin/sh\ntrap 'exit 9' HUP INT TERM\ntouch started\nsleep 10 & wait\n")
-    (slow / "mount").chmod(0o755)
-    plain.environment["PATH"] = f"{plain.programs}:{slow}:{plain.environment['PATH']}"
-    with subprocess.Popen([*plain.inside, "mount", "-o", "loop", "image", "mnt"], env=plain.environment) as process:
-        eventually((plain.folder / "started").exists, "it is being mounted")
-        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(child), number)
-        assert process.wait(20) == 9
-    eventually(lambda: not bound_to(plain.folder), "the device is gone")
-
-
-def test_without_path_nothing_of_the_working_directory_runs(plain: Box) -> None:
-    (plain.folder / "mount").write_text("#!/bin/sh\necho trap\n")
-    (plain.folder / "mount").chmod(0o755)
-    done = plain("env", "-i", plain.programs / "mount", "--version")
-    assert done.out.startswith("mount from util-linux")
-
-
-def test_mounted_twice_is_refused_or_shared(file_system: Box) -> None:
-    """Two devices of one file system would destroy it."""
-    box = file_system
-    (box.folder / "second").mkdir()
-    assert box("mount", "-o", "loop", "image", "mnt").code == 0
-    again = box("mount", "-o", "loop", "image", "second")
-    assert again.code == 32
-    assert "overlapping loop device exists" in again.err
-    assert box("umount", "mnt").code == 0
-    eventually(lambda: not bound_to(box.folder), "the device went with the mount")
-    device = box.attach("image")
-    assert box("mount", "-o", "loop", "image", "mnt").code == 0
-    assert box("umount", "mnt").code == 0
-    assert box.losetup(device).code == 0  # it was there before, and stays
-
-
-def test_other_mounts_go_to_mount_as_they_are(box: Box) -> None:
-    (box.folder / "mnt").mkdir()
-    for arguments in (["-t", "tmpfs", "tmpfs", "mnt"], ["--bind", "bin", "mnt"], ["-o", "bind", "bin", "mnt"]):
-        assert box("mount", *arguments).code == 0
-        assert box("umount", "mnt").code == 0
-    (box.folder / "file").touch()
-    assert box("mount", "--bind", "image", "file").code == 0
-    assert box("umount", "file").code == 0
-    mount = shutil.which("mount", path="/usr/bin:/bin")
-    for command in ([], ["--version"], ["-t", "tmpfs"], ["nothing"]):
-        assert box("mount", *command) == box(mount, *command)
-    assert not bound_to(box.folder)
-
-
-def test_a_second_copy_in_path_is_no_mount(plain: Box) -> None:
-    """Another version, even: each would take the other for the real one, and run it for ever."""
-    second = plain.folder / "second"
-    second.mkdir()
-    (second / "mount").write_text((plain.programs / "mount").read_text() + "# another version\n")
-    (second / "mount").chmod(0o755)
-    plain.environment["PATH"] = f"{plain.programs}:{second}:{plain.environment['PATH']}"
-    assert plain("timeout", "10", "mount", "--version").out.startswith("mount from util-linux")
-
-
 def test_what_is_dropped_is_sent_again(tmp_path: Path) -> None:
     sock = tmp_path / "loopd.sock"
     environment = {"PATH": os.environ["PATH"], "LOOPD_SOCKET": str(sock), "LOOPD_DIRECTORY": str(tmp_path)}
     with Peer(sock, *[lambda request: request.channel.close()] * 3, released) as peer:
         assert run(SOURCE, "--detach", "loop4096", env=environment) == Result(0, "", "")
         assert len({request.payload for request in peer.requests}) == 1
+
+
+# As losetup's, beside it ------------------------------------------------------------------------------------------
+
+SAME = {
+    "what is written through the device is in the file": """
+truncate -s 16M a.img; d=$($L -f --show a.img); printf hello | dd of=$d conv=notrunc status=none; head -c5 a.img
+printf howdy | dd of=a.img conv=notrunc status=none; sync a.img; head -c5 $d; $L -d $d; echo $?; sha256sum a.img
+""",
+    "boot code by the device, and the table by the file": """
+truncate -s 8M b.img; d=$($L -f --show b.img); head -c 440 /dev/zero | tr '\\0' x | dd of=$d conv=notrunc status=none
+printf 'label-id: 7\n2048,4096\n' | sfdisk -q b.img; $L -d $d; echo $?; sha256sum b.img
+""",
+    "the file's name is the one that it has now": """
+truncate -s 1M a.img; d=$($L -f --show a.img); show() { $L $d; $L -l -n -O BACK-FILE $d; $L -J -O BACK-FILE -j $1; }
+mv a.img b.img; show b.img; $L -j a.img; truncate -s 1M a.img; $L -j a.img; rm b.img; show a.img; $L -d $d; echo $?
+""",
+    "detaching goes by the device": """
+truncate -s 1M a.img; d=$($L -f --show a.img); mv a.img b.img; truncate -s 1M a.img
+$L -d $PWD/a.img 2>/dev/null; echo $?; $L -j b.img; $L -d $d; echo $?; $L -j b.img; $L $d; echo $?
+""",
+    "read-only is what the kernel says": """
+truncate -s 1M a.img; d=$($L -f --show a.img); ro() { $L -n -O RO $d | xargs; }; ro; blockdev --setro $d; ro
+blockdev --setrw $d; ro; $L -d $d
+""",
+    "a device in use goes at its last close": """
+truncate -s 16M a.img; mkfs.ext4 -q a.img; mkdir m; d=$($L -f --show a.img); /usr/bin/mount $d m; $L -d $d; echo $?
+$L -n -O AUTOCLEAR,BACK-FILE $d | xargs; test -b $d; echo $?; echo text >m/file; umount m; sleep 0.3; $L -j a.img
+e2fsck -fn a.img >/dev/null 2>&1; echo $?; debugfs -R 'cat file' a.img 2>/dev/null
+""",
+    "a device that is swap": """
+truncate -s 16M a.img; chmod 600 a.img; mkswap a.img >/dev/null; d=$($L -f --show a.img); swapon $d || exit 9
+$L -d $d; echo $?; test -b $d; echo $?; $L -n -O AUTOCLEAR -j a.img | xargs; swapoff $d; echo $?; sleep 0.3; $L -j a.img
+""",
+    "no overlap keeps what it finds": """
+truncate -s 16M a.img; mkfs.ext4 -q a.img; mkdir m; $M a.img m; d=$($L -n -O NAME -j a.img)
+clear() { $L -n -O AUTOCLEAR $d | xargs; }; clear; test "$($L -L -f --show a.img)" = $d; echo $?; clear; umount m
+$L -j a.img; $L -d $d; echo $?
+""",
+    "several devices of a file": """
+truncate -s 4M a.img; d=$($L -f --show a.img); e=$($L -f --show -o 1M a.img); $L -a | grep -c $PWD/a.img
+$L -l -n -O OFFSET -j a.img | xargs; $L -d $d; $L -d $e; echo $?; $L -j a.img
+""",
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_does_what_the_real_one_does(box: Box, case: str) -> None:
+    theirs, ours = beside(box, SAME[case])
+    assert theirs.out
+    assert ours == theirs
+    assert theirs.code != 9
+    eventually(lambda: not bound_to(box.folder), "nothing is left")
+
+
+# What cannot be written back --------------------------------------------------------------------------------------
+
+
+def test_what_is_lost_is_told(box: Box) -> None:
+    """The file system of a sparse image is full. The real one says nothing."""
+    script = """
+mkdir full; /usr/bin/mount -t tmpfs -o size=2M tmpfs full
+truncate -s 16M full/disk.img; d=$($L -f --show full/disk.img)
+dd if=/dev/zero of=$d bs=1M count=8 status=none; $L -d $d; echo $?; $L -j full/disk.img
+"""
+    theirs, ours = beside(box, script)
+    assert theirs.out == "0\n"
+    assert ours.out == "1\n"
+    lost = "losetup: /dev/loopN: detached, but @/full/disk.img lacks what was written: "
+    assert ours.err.startswith(theirs.err + lost)
+    assert ours.err.count("\n") == theirs.err.count("\n") + 1
+
+
+def test_the_reason_is_loopds(tmp_path: Path) -> None:
+    sock = tmp_path / "loopd.sock"
+    environment = {"PATH": os.environ["PATH"], "LOOPD_SOCKET": str(sock), "LOOPD_DIRECTORY": str(tmp_path)}
+
+    def lost(request: Request) -> None:
+        request.reply({"state": "released", "lost": "No space left on device"})
+
+    with Peer(sock, lost):
+        done = run(SOURCE, "--detach", "loop4096", env=environment)
+    line = "/dev/loop4096: detached, but its file lacks what was written: No space left on device"
+    assert done == Result(1, "", f"losetup.py: {line}\n")

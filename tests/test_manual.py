@@ -332,12 +332,13 @@ def variables(*places: str) -> set[str]:
             text = path.read_text()
             found |= set(re.findall(r"environ(?:\.get\(|\.pop\(|\[)\"(\w+)\"", text))
             found |= set(re.findall(r"\"(LOOPD_\w+)\"", text))
+            found |= set(re.findall(r"\bvariable\(\"(\w+)\"", text))
     if "daemon" in places:  # what `systemd.daemon` reads for it: sd_listen_fds(3)
         found |= {"LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"}
     return found - {"LOOPD_EVENT", "LOOPD_INSTANCE"}
 
 
-ALONE = ("losetup", "mountloop")
+ALONE = ("losetup", "mountloop", "kpartx", "dmsetup", "partx")
 
 
 def test_environment(page: dict[str, Page]) -> None:

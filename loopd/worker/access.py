@@ -112,7 +112,8 @@ class Access:
         OSError as open(2): ENOENT or ENODEV where the number is removed, ENXIO while it is being unbound (Linux 6.11).
         """
         name = f"loop{number}"
-        flags = (os.O_RDWR if write else os.O_RDONLY) | (os.O_EXCL if exclusive else 0) | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR if write else os.O_RDONLY
+        flags |= (os.O_EXCL if exclusive else 0) | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         with self._node(number) as directory:
             fd = os.open(name if directory is not None else f"/dev/{name}", flags, dir_fd=directory)
         try:
