@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Daemon, Reply, bound_to, eventually, exists, require
+from conftest import LOCKS, ROOT, Daemon, Reply, bound_to, eventually, exists, require
 from kept import KINDS, Kept, hold, kept_fixture, start_kept_fixture  # noqa: F401
 from processes import injected
 from untouched import children
@@ -370,8 +370,11 @@ def locked(name: str) -> bool:
     return False
 
 
-def test_a_lock_keeps_the_device_open(kept: Kept, image: int, directory: int, tmp_path: Path) -> None:
+def test_a_lock_keeps_the_device_open(
+    start_kept: Callable[..., Kept], image: int, directory: int, tmp_path: Path
+) -> None:
     """A lock is on an open file, so that there is one: the exception, and what it costs."""
+    kept = start_kept(policy=LOCKS)
     with hold(kept, "socket", image, directory, lock=True) as lease:
         assert locked(lease.name)
         assert openers(kept, lease.name) + in_slots(kept)

