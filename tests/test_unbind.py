@@ -56,15 +56,15 @@ def ends(daemon: Daemon, name: str, diskseq: int | None = None) -> list[dict[str
     return [record for record in of_it if diskseq is None or record["LOOPD_DISKSEQ"] == str(diskseq)]
 
 
-def has_ended(daemon: Daemon, name: str, *, number: bool = True) -> None:
+def has_ended(daemon: Daemon, name: str, *, number: bool = True, diskseq: int | None = None) -> None:
     """The lease is over, is no more in the list, has one record with its reason, and its number is removed."""
     eventually(lambda: not leases(daemon), "it is in no list", SOON)
     record: dict[str, str]
-    (record,) = eventually(lambda: ends(daemon, name), "its end is recorded", SOON)
+    (record,) = eventually(lambda: ends(daemon, name, diskseq), "its end is recorded", SOON)
     assert record["LOOPD_REASON"]
     if number:
         eventually(lambda: not exists(name), "its number is removed", SOON)
-    assert ends(daemon, name) == [record]
+    assert ends(daemon, name, diskseq) == [record]
 
 
 @contextlib.contextmanager
@@ -146,7 +146,7 @@ def test_what_is_unbound_is_not_charged(
         with attached(daemon, image, directory) as reply:
             assert daemon.attach(image, directory).code == "quota"
             by_ioctl(devices / reply.fields["devname"])
-            has_ended(daemon, reply.fields["devname"])
+            has_ended(daemon, reply.fields["devname"], diskseq=reply.fields["diskseq"])
 
 
 def test_it_goes_at_the_last_close_where_it_is_open_elsewhere(

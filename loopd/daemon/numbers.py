@@ -131,7 +131,7 @@ class Numbers:
     def __init__(
         self, counter: Counter, children: Children, role: Role, changed: Callable[[int | None], None]
     ) -> None:
-        """`changed` is called when the child has something to remove, and after its answers: with a number that stays."""
+        """`changed` is called when there is something to remove, and after the child's answers, with what lingers."""
         self._counter = counter
         self._changed = changed
         self._fresh: deque[int] = deque()
