@@ -18,7 +18,7 @@ from processes import Child, stays
 from untouched import cgroup as entered
 from untouched import elsewhere, helpers, maker, pair, paused, reply_of, send, stopped
 
-from loopd.daemon.accounts import cgroup_of, membership
+from loopd.daemon.accounts import membership, whose
 from loopd.kernel import cgroups
 from loopd.protocol import wire
 
@@ -74,6 +74,7 @@ MEMBERSHIPS: dict[str, tuple[str, str, str]] = {
     "kubernetes, cgroupfs": (f"/kubepods/burstable/pod{POD}/{ID}", f"/kubepods/burstable/pod{POD}/{ID}", ID),
     "kubernetes, cgroupfs, guaranteed": (f"/kubepods/pod{POD}/{ID}", f"/kubepods/pod{POD}/{ID}", ID),
     "systemd in a pod": (f"/kubepods/besteffort/pod{POD}/{ID}/init.scope", f"/kubepods/besteffort/pod{POD}/{ID}", ID),
+    "a build of buildkit in docker, cgroupfs": (f"/docker/buildkit/{ID}", f"/docker/buildkit/{ID}", ID),
     "containerd": (f"/default/{ID}", f"/default/{ID}", ID),
     "lxc": ("/lxc.payload.web/system.slice/nginx.service", "/lxc.payload.web", "lxc.payload.web"),
     "lxc's own process": ("/lxc.monitor.web", "/lxc.monitor.web", "lxc.monitor.web"),
@@ -96,7 +97,9 @@ def test_a_name_that_looks_like_a_line_of_its_own(mark: str) -> None:
     with entered(name) as enter:
         require(enter, "needs a cgroup hierarchy to make a cgroup in")
         assert enter is not None
-        assert elsewhere(lambda: cgroup_of(os.getpid()), enter).endswith(f"/{name}")
+        account, unit = elsewhere(lambda: whose(os.getpid()), enter)
+        assert (account, unit) != ("/victim.scope", "victim.scope")
+        assert name.startswith(account.strip("/"))
 
 
 @pytest.mark.parametrize("what", MEMBERSHIPS)

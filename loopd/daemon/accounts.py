@@ -26,8 +26,8 @@ class Membership(NamedTuple):
     unit: str
 
 
-LEGACY = "name=systemd:"
-"""Before the path of a cgroup of the first version."""
+SHARED = "first-version"
+"""The one account of all clients that the second version of cgroups does not tell apart."""
 
 
 def membership(cgroup: str) -> Membership:
@@ -36,9 +36,6 @@ def membership(cgroup: str) -> Membership:
     Deeper components are the tenant's to name (a user's manager, systemd in a container), so they never make an account
     of their own. For the same reason a unit counts only where everything above it is a slice.
     """
-    if cgroup.startswith(LEGACY):
-        found = membership(cgroup[len(LEGACY) :])
-        return found._replace(account=LEGACY + found.account)
     parts = [part for part in cgroup.split("/") if part]
     depth = 0
     while depth < len(parts) and parts[depth].endswith(".slice"):
@@ -61,23 +58,30 @@ def _container_depth(parts: list[str], first: int) -> int:
     if name == "kubepods":
         first += 1 if len(parts) > first + 1 and parts[first + 1] in _QOS_CLASSES else 0
         return min(first + 2, len(parts) - 1)  # the pod, and in it the container
-    return first + 1 if name in _PARENTS and first + 1 < len(parts) else first
+    while parts[first] in _PARENTS and first + 1 < len(parts):  # as /docker/buildkit/ID
+        first += 1
+    return first
 
 
-def cgroup_of(pid: int) -> str | None:
-    """The cgroup v2 path of a process (the systemd hierarchy of a host without); None when the process is gone."""
+def whose(pid: int) -> Membership | None:
+    """The account and unit of a process; None when it is gone.
+
+    An account is a cgroup of the second version. Where a runtime puts containers into cgroups of the first version
+    alone (Docker or the kubelet with the cgroupfs driver), the second has all of them in the runtime's own.
+    """
     try:
         # By newlines alone, which no name has: a name may well have another of the characters that splitlines() knows.
         lines = proc.read(f"/proc/{pid}/cgroup").decode(errors="surrogateescape").split("\n")
     except OSError:
         return None
-    paths = {tuple(line.split(":", 2)[:2]): line.split(":", 2)[2] for line in lines if line.count(":") >= 2}
-    unified = paths.get(("0", ""), "")
-    if unified not in ("", "/"):
-        return unified
-    # Only a cgroup of the second version can be watched; the others are told apart by their names.
-    legacy = next((path for (_, name), path in paths.items() if name == "name=systemd"), "/")
-    return unified if legacy == "/" and unified else f"{LEGACY}{legacy}" if legacy != "/" else "/"
+    paths = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in lines if line.count(":") >= 2}
+    unified = paths.pop("", None)
+    # Every runtime uses systemd's own hierarchy where there is one; in others the whole host may be moved.
+    first = [paths["name=systemd"]] if "name=systemd" in paths else list(paths.values())
+    for path in first:
+        if path != "/" and (unified is None or not f"{unified}/".startswith(f"{path}/")):
+            return Membership(SHARED, membership(path).unit)
+    return Membership(SHARED, "") if unified is None else membership(unified)
 
 
 class Owner(NamedTuple):
@@ -85,6 +89,15 @@ class Owner(NamedTuple):
 
     account: str
     uid: int
+
+
+NOBODY = Owner("", -1)
+"""The owner of what nobody can prove to be his: only its keeper ends such a lease."""
+
+
+def owner_of(account: str, uid: int) -> Owner:
+    """Who may list and detach what a process of that account and uid has attached without a directory grant."""
+    return NOBODY if account == SHARED else Owner(account, uid)
 
 
 class Bucket:

@@ -7,10 +7,10 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from typing import Any
 
 from loopd.children.flow import start
 from loopd.children.pool import ENDED, HUNG, Job
+from loopd.daemon.accounts import Owner
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
 from loopd.daemon.counter import Exhausted
@@ -117,15 +117,15 @@ class Attaches:
             ("places in the fd store (FileDescriptorStoreMax=)", books.slots.in_use),
         ):
             if used > WARN_AT:
-                self._warn(what, f"More than {WARN_AT:.0%} of the {what} are used by {count} leases")
+                self.warn(what, f"More than {WARN_AT:.0%} of the {what} are used by {count} leases")
             if used >= 1:
                 raise Refusal(Code.NO_DEVICE, f"loopd has no more {what}")
         if books.numbers.few:
-            self._warn("few numbers", f"More than {WARN_AT:.0%} of the device numbers are in use or in quarantine")
+            self.warn("few numbers", f"More than {WARN_AT:.0%} of the device numbers are in use or in quarantine")
         if books.pool.no_room is not None:
-            self._warn("processes", f"loopd could make no more worker processes (TasksMax=): {books.pool.no_room}")
+            self.warn("processes", f"loopd could make no more worker processes (TasksMax=): {books.pool.no_room}")
 
-    def _warn(self, what: str, text: str, **details: object) -> None:
+    def warn(self, what: str, text: str, **details: object) -> None:
         """Tell the administrator, once."""
         if what not in self._warned:
             self._warned.add(what)
@@ -151,7 +151,7 @@ class Attaches:
             account.numbers.unspend()
             coming = coming or numbers.making
             if not coming:
-                self._warn("numbers", f"There is no new device number: {error}", code=Code.NO_DEVICE.value)
+                self.warn("numbers", f"There is no new device number: {error}", code=Code.NO_DEVICE.value)
                 none = Refusal(Code.NO_DEVICE, "no device number is free; the journal of the host says more")
         if number is not None:
             mine.number = number.number
@@ -179,10 +179,9 @@ class Attaches:
                 raise Refusal(Code.TIMEOUT, "no device number came free in time")
             await books.sleep(0.01)
 
-    def _heir(self, exchange: Exchange) -> Any:
-        """Who gets the number of an attach again: its sender, if the end of the account is told."""
-        account = exchange.account
-        return exchange.person if self._watches.tells_end_of(account) and not account.ended else None
+    def _heir(self, exchange: Exchange) -> Owner | None:
+        """Who gets the number of an attach again."""
+        return self._watches.heir(exchange.account, exchange.person)
 
     # The flow ---------------------------------------------------------------------------------------------------------
 

@@ -6,9 +6,10 @@ import contextlib
 import socket
 import time
 
-from loopd.daemon.accounts import Account, Membership, Owner
+from loopd.daemon.accounts import NOBODY, Account, Membership, Owner, owner_of
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
+from loopd.daemon.leases import Holder
 from loopd.daemon.policy import Terms
 from loopd.kernel import transport
 from loopd.kernel.transport import FdSet, Sender
@@ -49,7 +50,11 @@ class Exchange:
     @property
     def person(self) -> Owner:
         """Who asks, whatever directory grant he has along."""
-        return Owner(self.member.account, self.sender.uid)
+        return owner_of(self.member.account, self.sender.uid)
+
+    def owns(self, holder: Holder) -> bool:
+        """Whether what that holder has is the sender's."""
+        return self.owner != NOBODY and self.owner == holder.owner
 
 
 class Answers:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from loopd.children.flow import Promise, Turns
-from loopd.daemon.accounts import Account, Owner
+from loopd.daemon.accounts import NOBODY, Account, Owner, owner_of
 from loopd.daemon.slots import Slot
 from loopd.worker.devices import Binding
 from loopd.worker.nodes import Client, Node
@@ -41,12 +41,12 @@ class Holder(NamedTuple):
     def owner(self) -> Owner:
         """Who may list and detach: the holder of the directory grant, else the account and uid."""
         granted = self.grant and not self.grant.startswith(".")
-        return Owner(f"directory {self.grant}", 0) if granted else Owner(self.account, self.uid)
+        return Owner(f"directory {self.grant}", 0) if granted else self.person
 
     @property
     def person(self) -> Owner:
         """Who attached it, whatever directory grant the nodes are in: the numbers are that one's."""
-        return Owner(self.account, self.uid)
+        return owner_of(self.account, self.uid)
 
     @property
     def client(self) -> Client:
@@ -192,10 +192,10 @@ class Leases:
         """The leases of an owner, or all of them for None, in the order of their numbers: `most` of those behind
         `after`, and whether there are more.
         """
-        numbers = self._numbers.get(owner or _ANYBODY, [])
+        numbers = [] if owner == NOBODY else self._numbers.get(owner or _ANYBODY, [])
         start = bisect.bisect_right(numbers, after)
         found = [self._leases[f"loop{number}"] for number in numbers[start : start + most]]
         return found, len(numbers) > start + most
 
 
-_ANYBODY = Owner("", -1)
+_ANYBODY = Owner("", -2)

@@ -70,7 +70,7 @@ class Operations:
         if request.force and not exchange.admin:
             raise Refusal(Code.NOT_PERMITTED, "force: for the administrator, on the admin socket")
         lease = self._lease(exchange, request.devname)
-        if not request.force and lease.holder.owner != exchange.owner:
+        if not request.force and not exchange.owns(lease.holder):
             raise Refusal(Code.NOT_PERMITTED, f"force: {request.devname} is another's")
         if request.diskseq not in (None, lease.binding.diskseq):
             raise Refusal(Code.NOT_FOUND, f"{request.devname} carries another binding by now")
@@ -117,7 +117,7 @@ class Operations:
 
     def _lease(self, exchange: Exchange, devname: str) -> Lease:
         lease = self._books.leases.get(devname)
-        if lease is None or not (exchange.admin or lease.holder.owner == exchange.owner):
+        if lease is None or not (exchange.admin or exchange.owns(lease.holder)):
             # The same words for what is not there and what is another's.
             raise Refusal(Code.NOT_FOUND, f"no device {devname} of yours")
         return lease

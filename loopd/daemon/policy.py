@@ -75,6 +75,16 @@ class Terms(NamedTuple):
     limits: Limits
     allow: Allow
 
+    def for_strangers(self) -> Terms:
+        """The same for clients that share one account although they have nothing to do with each other."""
+        limits = self.limits
+        return self._replace(
+            limits=limits._replace(
+                devices=min(limits.devices, 64), requests=min(limits.requests, 16),
+                new_numbers=min(limits.new_numbers, 64),
+            )
+        )  # fmt: skip
+
 
 class Rule(NamedTuple):
     """Other limits and permissions for clients that match all that is given; of several rules the later one wins."""

@@ -96,7 +96,5 @@ class Releases:
     def retire(self, lease: Lease) -> None:
         """The lease's number goes, for a client may have kept a node of it; if ever, only the same owner gets it again.
         """
-        account = lease.account
-        # Where its end is not told, who has its name next is not known.
-        told = self.watches.tells_end_of(account) and not account.ended
-        self._books.numbers.retire(lease.binding.number, lease.holder.person if told else None)
+        heir = self.watches.heir(lease.account, lease.holder.person)
+        self._books.numbers.retire(lease.binding.number, heir)

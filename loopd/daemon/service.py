@@ -33,6 +33,11 @@ from loopd.protocol.wire import Attach, Code, Directory, Refusal
 from loopd.worker import messages
 from loopd.worker.messages import Change, Changed, Recognised, Take, Taken
 
+SHARED_WARNING = (
+    "Clients are not told apart, for their runtime uses cgroups of the first version: all of them are one account with"
+    " strict limits, and only with a directory grant can they list and detach"
+)
+
 
 class Listener(NamedTuple):
     """A socket that requests arrive on; the administrator's sees and may end every lease."""
@@ -152,14 +157,17 @@ class Service:
 
     def _admit(self, index: int, payload: bytes, sender: Sender) -> None:
         envelope, request = decode(payload)
-        cgroup = accounts.cgroup_of(sender.pid)
-        member = Membership("", "") if cgroup is None else accounts.membership(cgroup)
+        found = accounts.whose(sender.pid)
+        member = found or Membership("", "")
         account = self._books.accounts.get(member.account)
-        if cgroup is None:
+        if found is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
             self._drop(index, sender, member, account, "their senders had ended or are unknown", run=False)
             return
         terms = self._books.policy.terms(self._books.instance, member.account, sender.uid, sender.gid)
+        if member.account == accounts.SHARED:
+            terms = terms.for_strangers()
+            self._attaches.warn("shared", SHARED_WARNING)
         if _unwanted(account, terms.limits):
             self._drop(index, sender, member, account, "too many of its requests are under way or hang", run=True)
             return

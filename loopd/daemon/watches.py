@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 
 from loopd.children.flow import Flow, start
-from loopd.daemon.accounts import Account
+from loopd.daemon.accounts import NOBODY, Account, Owner
 from loopd.daemon.books import Books
 from loopd.daemon.leases import Lease, State
 from loopd.kernel import cgroups, inotify
@@ -100,9 +100,12 @@ class Watches:
         with contextlib.suppress(OSError):
             self.watch_account(account, events)
 
-    def tells_end_of(self, account: Account) -> bool:
-        """Whether the end of the account is told, so that nobody gets its numbers who comes by its name later."""
-        return self._cgroups.watches(account.name) or not cgroups.watchable(account.name)
+    def heir(self, account: Account, person: Owner) -> Owner | None:
+        """Who gets a number again that this person of the account had: nobody where the end of the account is not told,
+        for who comes by its name later is not known.
+        """
+        told = self._cgroups.watches(account.name) or account.name == "/"
+        return person if told and not account.ended and person != NOBODY else None
 
     def _account_ended(self, name: str) -> None:
         """An account's cgroup is empty: nobody is left who could use its devices, and its name may come again."""
