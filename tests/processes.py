@@ -73,6 +73,32 @@ def own_user_namespace() -> None:
     Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
 
 
+def mapped(first: int, count: int) -> Callable[[], None]:
+    """For `elsewhere`: be root of a user namespace whose uids are the host's from `first` on."""
+
+    def act() -> None:
+        asked, mapped = os.pipe(), os.pipe()
+        child = os.getpid()
+        # Outside, root writes the maps, as newuidmap does for a rootless container.
+        if not (writer := os.fork()):
+            os.close(asked[1])
+            if not os.read(asked[0], 1):  # it has failed
+                os._exit(1)
+            for name in ("uid_map", "gid_map"):
+                Path(f"/proc/{child}/{name}").write_text(f"0 {first} {count}")
+            os.write(mapped[1], b"x")
+            os._exit(0)
+        _call("unshare", CLONE_NEWUSER)
+        os.write(asked[1], b"x")
+        os.read(mapped[0], 1)
+        os.waitpid(writer, 0)
+        os.setgroups([])
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+
+    return act
+
+
 LANDLOCK = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
