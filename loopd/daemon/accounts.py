@@ -80,6 +80,27 @@ def cgroup_of(pid: int) -> str | None:
     return unified if legacy == "/" and unified else f"{LEGACY}{legacy}" if legacy != "/" else "/"
 
 
+_OF_MANY = re.compile(r".\.service$|^session-[^.]+\.scope$")
+_HOSTS_UIDS = [b"0", b"0", b"4294967295"]
+
+
+def counts_by_uid(cgroup: str, member: Membership, pid: int) -> bool:
+    """Whether limits are counted for each uid of the account by itself, and not for all of it together.
+
+    So it is with what runs as several users without a container: the jobs of a CI runner, what a login session does
+    with sudo. In a container one tenant has 65,536 uids to choose from. It has a cgroup below that of the unit or a
+    scope of its own, or else a user or pid namespace.
+    """
+    if cgroup != member.account or not _OF_MANY.search(member.unit):
+        return False
+    try:
+        status = proc.read(f"/proc/{pid}/status")
+        in_hosts = proc.read(f"/proc/{pid}/uid_map").split() == _HOSTS_UIDS
+    except OSError:  # gone
+        return False
+    return in_hosts and re.search(rb"(?m)^NStgid:\t\d+$", status) is not None
+
+
 class Owner(NamedTuple):
     """Who may list and detach a lease."""
 
@@ -124,18 +145,23 @@ class Bucket:
 
 
 class Account:
-    """What one account has in use. Changed by the main process alone."""
+    """What one account has in use; with a `uid`, what that user has in it. Changed by the main process alone."""
 
     __slots__ = (
         "attaching", "bytes", "devices", "ended", "flights", "helpers", "hung", "jobs", "name", "numbers", "queue",
-        "refusals", "refused_at", "revokes", "senders", "shed", "stuck", "unrevoked",
+        "refusals", "refused_at", "revokes", "senders", "shed", "stuck", "uid", "unrevoked", "users",
     )  # fmt: skip
 
     MOST_SENDERS = 64
     """Processes of one account whose requests are counted."""
 
-    def __init__(self, name: str) -> None:
+    MOST_USERS = 64
+    """Users of one account who are counted by themselves; the others are counted together."""
+
+    def __init__(self, name: str, uid: int | None = None) -> None:
         self.name = name
+        self.uid = uid
+        self.users: dict[int, Account] = {}
         self.ended = False
         self.attaching = 0
         self.bytes = 0
@@ -163,6 +189,14 @@ class Account:
                 pid = 0  # no process's: all others together
         return self.senders.setdefault(pid, Bucket())
 
+    def of(self, uid: int) -> Account:
+        """What is counted for one user."""
+        if uid not in self.users and len(self.users) >= self.MOST_USERS:
+            self.users = {known: user for known, user in self.users.items() if user.in_use}
+            if len(self.users) >= self.MOST_USERS:
+                return self
+        return self.users.setdefault(uid, Account(self.name, uid))
+
     @property
     def slow(self) -> int:
         """Helpers that have been busy with a request of this account for suspiciously long (`pool.Task.slow_at`)."""
@@ -181,7 +215,18 @@ class Account:
     def in_use(self) -> bool:
         """Whether anything is charged to it now."""
         busy = self.flights or self.stuck or self.hung or self.shed or self.jobs or self.revokes
-        return bool(self.devices or busy)
+        return bool(self.devices or busy) or any(user.in_use for user in self.users.values())
+
+    @property
+    def burning(self) -> bool:
+        """Whether many numbers were used up just now."""
+        return self.numbers.half_spent or any(user.burning for user in self.users.values())
+
+    def end(self) -> None:
+        """Its cgroup has ended."""
+        self.ended = True
+        for user in self.users.values():
+            user.ended = True
 
 
 class Accounts:
@@ -193,22 +238,27 @@ class Accounts:
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
 
-    def get(self, name: str) -> Account:
-        """The account of that name."""
+    def get(self, name: str, uid: int | None = None) -> Account:
+        """The account of that name; with a `uid`, what is counted for that user."""
         account = self._accounts.get(name)
         if account is None:
             if len(self._accounts) >= self.MOST:
                 self._accounts = {key: value for key, value in self._accounts.items() if value.in_use}
             account = self._accounts[name] = Account(name)
-        return account
+        return account if uid is None else account.of(uid)
+
+    def last(self, owner: Owner | None) -> Account:
+        """Who is charged with what an owner has left behind: the user where users are counted, else the account."""
+        account = self.get(owner.account if owner else "")
+        return account.users.get(owner.uid, account) if owner else account
 
     @property
     def burning(self) -> bool:
         """Whether one has just used up many numbers: forgotten, it could go on at once."""
-        return any(account.numbers.half_spent for account in self._accounts.values())
+        return any(account.burning for account in self._accounts.values())
 
     def end(self, name: str) -> None:
         """The account's cgroup has ended: whoever comes by that name is another."""
         account = self._accounts.pop(name, None)
         if account is not None:
-            account.ended = True
+            account.end()

@@ -27,6 +27,7 @@ class Holder(NamedTuple):
     """For whom a lease was made, as the kernel attested then; part of its record. `since`: seconds since 1970.
 
     `grant` names the directory of loopd's that the nodes are in, with a dot before it where it was made for this lease.
+    `by_uid`: it counts for the user, and not for all of the account.
     """
 
     account: str
@@ -38,6 +39,7 @@ class Holder(NamedTuple):
     id: str | None = None
     grant: str = ""
     deliver: tuple[str, ...] | list[str] = ()
+    by_uid: bool = False
 
     @property
     def owner(self) -> Owner:
@@ -225,7 +227,7 @@ class Leases:
         return iter(sorted(mine, key=lambda lease: lease.binding.number))
 
 
-def stored(slot: socket.socket, account: Callable[[str], Account]) -> tuple[Lease, int | None] | None:
+def stored(slot: socket.socket, account: Callable[[str, int | None], Account]) -> tuple[Lease, int | None] | None:
     """The lease that a slot holds, and its reply socket if that does not keep it; None for an empty slot.
 
     Raises ValueError for a record of a newer version.
@@ -245,7 +247,8 @@ def stored(slot: socket.socket, account: Callable[[str], Account]) -> tuple[Leas
             reply = None
         if keeper is not None:
             fds["keeper"] = keeper
-        lease = Lease(found.binding, holder, account(holder.account), found.lease, fds)
+        charged = account(holder.account, holder.uid if holder.by_uid else None)
+        lease = Lease(found.binding, holder, charged, found.lease, fds)
         owned.release()
     lease.slot = slot
     if found.releasing:

@@ -655,8 +655,7 @@ class Lifecycle:
 
     def _last_account(self, number: int) -> Account:
         """Of who had the number last; nobody's where that is not remembered."""
-        owner = self._numbers.had(number)
-        return self.accounts.get(owner.account if owner else "")
+        return self.accounts.last(self._numbers.had(number))
 
     def _discharge(self, devname: str) -> None:
         self._suspects.pop(devname, None)

@@ -345,7 +345,8 @@ class Service:
         envelope, request = wire.decode(payload)
         cgroup = accounts.cgroup_of(sender.pid)
         member = Membership("", "") if cgroup is None else accounts.membership(cgroup)
-        account = self._lifecycle.accounts.get(member.account)
+        by_uid = cgroup is not None and accounts.counts_by_uid(cgroup, member, sender.pid)
+        account = self._lifecycle.accounts.get(member.account, sender.uid if by_uid else None)
         if cgroup is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
             self._drop(index, Unwanted(sender, 0, account, member, "their senders had ended or are unknown"))
@@ -431,6 +432,7 @@ class Service:
             request.id,
             "",
             request.deliver,
+            account.uid is not None,
         )
         return job._replace(
             lease=request.lease_fd,
