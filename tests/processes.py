@@ -26,6 +26,7 @@ NOBODY = 65534
 
 CLONE_NEWNS = 0x20000
 CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
@@ -36,6 +37,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _call(name: str, *arguments: object) -> None:
     if getattr(_libc, name)(*arguments) != 0:
         raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+
+
+def end_with_parent() -> None:
+    """Once more, for a process that has changed its uid or forked since."""
+    _call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def unshare(flags: int) -> None:
@@ -71,6 +77,32 @@ def own_user_namespace() -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
     Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+
+
+def mapped(first: int, count: int) -> Callable[[], None]:
+    """For `elsewhere`: be root of a user namespace whose uids are the host's from `first` on."""
+
+    def act() -> None:
+        asked, mapped = os.pipe(), os.pipe()
+        child = os.getpid()
+        # Outside, root writes the maps, as newuidmap does for a rootless container.
+        if not (writer := os.fork()):
+            os.close(asked[1])
+            if not os.read(asked[0], 1):  # it has failed
+                os._exit(1)
+            for name in ("uid_map", "gid_map"):
+                Path(f"/proc/{child}/{name}").write_text(f"0 {first} {count}")
+            os.write(mapped[1], b"x")
+            os._exit(0)
+        _call("unshare", CLONE_NEWUSER)
+        os.write(asked[1], b"x")
+        os.read(mapped[0], 1)
+        os.waitpid(writer, 0)
+        os.setgroups([])
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+
+    return act
 
 
 LANDLOCK = """

@@ -97,7 +97,7 @@ def test_a_name_that_looks_like_a_line_of_its_own(mark: str) -> None:
     with entered(name) as enter:
         require(enter, "needs a cgroup hierarchy to make a cgroup in")
         assert enter is not None
-        account, unit = elsewhere(lambda: whose(os.getpid()), enter)
+        (account, unit), _ = elsewhere(lambda: whose(os.getpid()), enter)
         assert (account, unit) != ("/victim.scope", "victim.scope")
         assert name.startswith(account.strip("/"))
 

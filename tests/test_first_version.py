@@ -65,13 +65,13 @@ def attach(daemon: Daemon, image: int, directory: int) -> Callable[[], dict[str,
 
 def test_they_are_one_account(two: tuple[Callable[[], None], Callable[[], None]]) -> None:
     found = [elsewhere(lambda: whose(os.getpid()), enter) for enter in two]
-    assert found == [[SHARED, "a"], [SHARED, "b"]] or {account for account, _ in found} == {SHARED}
+    assert {account for (account, _), _ in found} == {SHARED}
 
 
 def test_a_process_that_the_second_version_knows_is_no_such_client() -> None:
     found = whose(os.getpid())
     assert found is not None
-    assert found.account != SHARED
+    assert found[0].account != SHARED
 
 
 def test_nobody_lists_or_detaches_what_is_anothers(

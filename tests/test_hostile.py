@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import resource
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import Daemon, Reply, bound_to, eventually, require
+from processes import mapped
 from untouched import (
     Untouched,
     ask_at_address,
@@ -713,37 +713,6 @@ def test_names_swapped_while_attach_is_under_way(
 
 # Credentials ------------------------------------------------------------------------------------------------------
 
-CLONE_NEWUSER = 0x10000000
-
-
-def _into_a_user_namespace(first: int, count: int) -> Callable[[], None]:
-    """For `elsewhere`: be root of a user namespace whose uids are the host's from `first` on."""
-
-    def act() -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        asked, mapped = os.pipe(), os.pipe()
-        child = os.getpid()
-        # Outside, root writes the maps, as newuidmap does for a rootless container.
-        if not (writer := os.fork()):
-            os.close(asked[1])
-            if not os.read(asked[0], 1):  # it has failed
-                os._exit(1)
-            for name in ("uid_map", "gid_map"):
-                Path(f"/proc/{child}/{name}").write_text(f"0 {first} {count}")
-            os.write(mapped[1], b"x")
-            os._exit(0)
-        if libc.unshare(CLONE_NEWUSER) < 0:
-            raise OSError(ctypes.get_errno(), "unshare")
-        os.write(asked[1], b"x")
-        os.read(mapped[0], 1)
-        os.waitpid(writer, 0)
-        os.setgroups([])
-        os.setresgid(0, 0, 0)
-        os.setresuid(0, 0, 0)
-
-    return act
-
-
 def test_forged_credentials(served: Daemon, image: int, directory: int, devices: Path) -> None:
     """Root of a user namespace is root to nobody else: not in a directory of the host's, and not by what it claims."""
     require(
@@ -771,7 +740,7 @@ def test_forged_credentials(served: Daemon, image: int, directory: int, devices:
         attempt("another uid of its own", (os.getpid(), 1000, 0))
         return told
 
-    told = elsewhere(client, _into_a_user_namespace(first, 65536))
+    told = elsewhere(client, mapped(first, 65536))
     assert told == {
         "honest": "not-permitted",
         "as it is": "not-permitted",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import pwd
 import random
 import re
 import shutil
@@ -21,11 +22,11 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
-from processes import CLONE_NEWNS, Activated, become, unshare
+from processes import CLONE_NEWNS, IN_NAMESPACE, Activated, become, mapped, unshare
 from untouched import cgroup, elsewhere, helpers, leases, maker, pair, paused, reply_of, send, stopped
 
 from loopd.daemon import counter as counters
-from loopd.daemon import policy
+from loopd.daemon import policy, subids
 from loopd.daemon.policy import Allow, ConfigurationError, Limits, Policy
 from loopd.protocol import wire
 from loopd.worker import devices
@@ -366,6 +367,100 @@ def test_rules(configured: Callable[..., Daemon]) -> None:
         assert enter is not None
         assert allowed(20002, 1, enter) == 6
         assert allowed(20020, 1, enter) == 9
+
+
+SUBUIDS = """
+nobody:300000:65536
+20401:400000:65536
+# a comment, a line that is none, and ids that nobody has
+20402:500000
+:600000:65536
+20402:700000:0
+no-such-user:800000:65536
+20403:900000:100
+20403:900100:100
+"""
+SUBRULES = """
+limits.devices = 4
+[[rule]]
+uid = [65534, 20401]
+allow.write = false
+limits.devices = 2
+limits.bytes = "1M"
+[[rule]]
+uid = 20403
+limits.devices = 9
+allow.lock = true
+[[rule]]
+uid = 20403
+gid = 20403
+limits.devices = 3
+allow.sector_sizes = [512]
+"""
+
+
+@pytest.fixture
+def subordinate(configured: Callable[..., Daemon], tmp_path: Path) -> Daemon:
+    """A daemon that has these for /etc/subuid and /etc/subgid."""
+    for name in ("subuid", "subgid"):
+        require(Path(f"/etc/{name}").exists(), f"needs an /etc/{name} to be replaced")
+        (tmp_path / name).write_text(SUBUIDS)
+    there = f"mount --bind {tmp_path}/subuid /etc/subuid; mount --bind {tmp_path}/subgid /etc/subgid"
+    return configured(SUBRULES, launcher=(*IN_NAMESPACE, f'{there}; exec "$@"', "sh"))
+
+
+def test_a_rule_for_a_user_holds_for_his_user_namespaces(subordinate: Daemon, image: int) -> None:
+    """For the ids that newuidmap(1) gives him, by name or by number; and it only takes away from these."""
+    message = wire.Attach(0, reply_fd=1, deliver=("fd",))
+
+    def code() -> str | None:
+        found: str | None = request(message, image).get("error", {}).get("code")
+        return found
+
+    def asked(uid: int, gid: int, *prepare: Callable[[], object]) -> tuple[int, str | None]:
+        devices: int = client(subordinate, devices_allowed, *prepare, ids(uid, gid))
+        return devices, client(subordinate, code, *prepare, ids(uid, gid))
+
+    refused = "not-permitted"
+    for uid in (65534, 300000, 365535, 20401, 400005):
+        assert asked(uid, 1) == (2, refused), uid
+    for uid in (299999, 365536, 500000, 600000, 700000, 800000, 20402):
+        assert asked(uid, 1) == (4, None), uid
+    assert asked(20403, 1) == (9, None), "what a rule gives it gives to that user"
+    assert asked(900150, 1) == (4, None), "and not to who is in his container"
+
+    assert client(subordinate, code, mapped(300000, 65536)) == refused
+
+
+def test_a_rule_for_ids_that_others_have_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several that hold for a namespace each takes away; a rule that names the ids themselves is as any other."""
+    (tmp_path / "subuid").write_text("20401:400000:65536\n20402:400000:65536\n")
+    (tmp_path / "subgid").write_text("nobody:400000:65536\n")
+    monkeypatch.setattr(subids, "SUBUID", str(tmp_path / "subuid"))
+    monkeypatch.setattr(subids, "SUBGID", str(tmp_path / "subgid"))
+
+    def terms(text: str, uid: int, gid: int = 1) -> policy.Terms:
+        (tmp_path / "loopd.toml").write_text(text)
+        return policy.load(str(tmp_path / "loopd.toml")).terms("", "/", uid, gid)
+
+    two = "[[rule]]\nuid = 20401\nlimits.bytes = 5\nlimits.stuck = 9\n[[rule]]\nuid = 20402\nlimits.bytes = 7\n"
+    assert terms(two, 400001).limits == Limits(bytes=5)
+    assert terms(two, 20402).limits == Limits(bytes=7)
+    own = '[[rule]]\nuid = "400000-400009"\nallow.lock = true\nallow.sector_sizes = [512]\n'
+    assert terms(two + own, 400001).allow == Allow(lock=True, sector_sizes=frozenset({512}))
+    sizes = "[[rule]]\nuid = 20401\nallow.sector_sizes = [512, 4096]\n"
+    sizes += "[[rule]]\nuid = 20402\nallow.sector_sizes = [512]\n"
+    assert terms(sizes, 400001).allow.sector_sizes == {512}
+    nogroup = pwd.getpwnam("nobody").pw_gid
+    group = f"[[rule]]\ngid = {nogroup}\nlimits.devices = 1\n"
+    assert [terms(group, 1, gid).limits.devices for gid in (nogroup, 400000, 465536)] == [1, 1, 256]
+    both = f"[[rule]]\nuid = 20401\ngid = {nogroup}\nlimits.devices = 1\n"
+    assert [terms(both, 400000, gid).limits.devices for gid in (nogroup, 400000, 5)] == [1, 1, 256]
+    (tmp_path / "subuid").unlink()
+    assert terms(two, 400001).limits == Limits()
+    (tmp_path / "subuid").mkdir()
+    with pytest.raises(ConfigurationError, match="subuid: -: Is a directory"):
+        terms(two, 400001)
 
 
 def test_rules_of_an_instance(configured: Callable[..., Daemon]) -> None:

@@ -17,13 +17,12 @@ from typing import Any
 
 import pytest
 from conftest import Daemon, bound_to, eventually, require
-from processes import CLONE_NEWUSER, Child, become
+from processes import CLONE_NEWPID, CLONE_NEWUSER, Child, become
 from untouched import cgroup, pair, reply_of, send
 
 from loopd.protocol import wire
 
 ALICE = 20001
-CLONE_NEWPID = 0x20000000
 ATTACH = wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",)))
 
 _libc = ctypes.CDLL(None, use_errno=True)

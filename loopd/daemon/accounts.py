@@ -63,8 +63,8 @@ def _container_depth(parts: list[str], first: int) -> int:
     return first
 
 
-def whose(pid: int) -> Membership | None:
-    """The account and unit of a process; None when it is gone.
+def whose(pid: int) -> tuple[Membership, bool] | None:
+    """The account and unit of a process, and whether its limits are counted for each uid; None when it is gone.
 
     An account is a cgroup of the second version. Where a runtime puts containers into cgroups of the first version
     alone (Docker or the kubelet with the cgroupfs driver), the second has all of them in the runtime's own.
@@ -80,8 +80,32 @@ def whose(pid: int) -> Membership | None:
     first = [paths["name=systemd"]] if "name=systemd" in paths else list(paths.values())
     for path in first:
         if path != "/" and (unified is None or not f"{unified}/".startswith(f"{path}/")):
-            return Membership(SHARED, membership(path).unit)
-    return Membership(SHARED, "") if unified is None else membership(unified)
+            return Membership(SHARED, membership(path).unit), False
+    if unified is None:
+        return Membership(SHARED, ""), False
+    found = membership(unified)
+    return found, counts_by_uid(unified, found, pid)
+
+
+_OF_MANY = re.compile(r".\.service$|^session-[^.]+\.scope$")
+_HOSTS_UIDS = [b"0", b"0", b"4294967295"]
+
+
+def counts_by_uid(cgroup: str, member: Membership, pid: int) -> bool:
+    """Whether limits are counted for each uid of the account by itself, and not for all of it together.
+
+    So it is with what runs as several users without a container: the jobs of a CI runner, what a login session does
+    with sudo. In a container one tenant has 65,536 uids to choose from. It has a cgroup below that of the unit or a
+    scope of its own, or else a user or pid namespace.
+    """
+    if cgroup != member.account or not _OF_MANY.search(member.unit):
+        return False
+    try:
+        status = proc.read(f"/proc/{pid}/status")
+        in_hosts = proc.read(f"/proc/{pid}/uid_map").split() == _HOSTS_UIDS
+    except OSError:  # gone
+        return False
+    return in_hosts and re.search(rb"(?m)^NStgid:\t\d+$", status) is not None
 
 
 class Owner(NamedTuple):
@@ -133,15 +157,20 @@ class Bucket:
 
 
 class Account:
-    """What one account has in use. Changed by the main process alone."""
+    """What one account has in use; with a `uid`, what that user has in it. Changed by the main process alone."""
 
     MOST_HANGING = 8
     """Children of any role that may hang for one account, or be busy with it for suspiciously long, before its requests
     are dropped and its other jobs wait.
     """
 
-    def __init__(self, name: str) -> None:
+    MOST_USERS = 64
+    """Users of one account who are counted by themselves; the others are counted together."""
+
+    def __init__(self, name: str, uid: int | None = None) -> None:
         self.name = name
+        self.uid = uid
+        self.users: dict[int, Account] = {}
         self.ended = False
         self.devices = 0
         """Devices, with those of attaches that are under way."""
@@ -158,6 +187,14 @@ class Account:
         self.shed = 0
         self._refusals = 0
         self._refused_at = 0.0
+
+    def of(self, uid: int) -> Account:
+        """What is counted for one user."""
+        if uid not in self.users and len(self.users) >= self.MOST_USERS:
+            self.users = {known: user for known, user in self.users.items() if user.in_use}
+            if len(self.users) >= self.MOST_USERS:
+                return self
+        return self.users.setdefault(uid, Account(self.name, uid))
 
     @property
     def hanging(self) -> int:
@@ -180,7 +217,19 @@ class Account:
     @property
     def in_use(self) -> bool:
         """Whether anything is charged to it now."""
-        return bool(self.devices or self.requests or self.jobs or self.shed)
+        busy = self.devices or self.requests or self.jobs or self.shed
+        return bool(busy) or any(user.in_use for user in self.users.values())
+
+    @property
+    def burning(self) -> bool:
+        """Whether many numbers were used up just now."""
+        return self.numbers.half_spent or any(user.burning for user in self.users.values())
+
+    def end(self) -> None:
+        """Its cgroup has ended."""
+        self.ended = True
+        for user in self.users.values():
+            user.ended = True
 
 
 class Accounts:
@@ -192,22 +241,27 @@ class Accounts:
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
 
-    def get(self, name: str) -> Account:
-        """The account of that name."""
+    def get(self, name: str, uid: int | None = None) -> Account:
+        """The account of that name; with a `uid`, what is counted for that user."""
         account = self._accounts.get(name)
         if account is None:
             if len(self._accounts) >= self.MOST:
                 self._accounts = {key: value for key, value in self._accounts.items() if value.in_use}
             account = self._accounts[name] = Account(name)
-        return account
+        return account if uid is None else account.of(uid)
+
+    def last(self, owner: Owner | None) -> Account:
+        """Who is charged with what an owner has left behind: the user where users are counted, else the account."""
+        account = self.get(owner.account if owner else "")
+        return account.users.get(owner.uid, account) if owner else account
 
     @property
     def burning(self) -> bool:
         """Whether one has just used up many numbers: forgotten, it could go on at once."""
-        return any(account.numbers.half_spent for account in self._accounts.values())
+        return any(account.burning for account in self._accounts.values())
 
     def end(self, name: str) -> None:
         """The account's cgroup has ended: whoever comes by that name is another."""
         account = self._accounts.pop(name, None)
         if account is not None:
-            account.ended = True
+            account.end()

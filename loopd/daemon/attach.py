@@ -96,7 +96,7 @@ class Attaches:
         sender, member = exchange.sender, exchange.member
         mine.holder = Holder(
             member.account, member.unit, sender.pid, sender.uid, sender.gid, time.time(), request.id, "",
-            request.deliver,
+            request.deliver, account.uid is not None,
         )  # fmt: skip
         job = job._replace(
             lease=request.lease_fd,

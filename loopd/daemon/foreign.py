@@ -175,8 +175,7 @@ class Foreign:
 
     def _last_account(self, number: int) -> Account:
         """Of who had the number last; nobody's where that is not remembered."""
-        owner = self._books.numbers.had(number)
-        return self._books.accounts.get(owner.account if owner else "")
+        return self._books.accounts.last(self._books.numbers.had(number))
 
     def _discharge(self, devname: str) -> None:
         self._suspects.pop(devname, None)

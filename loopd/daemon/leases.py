@@ -25,6 +25,7 @@ class Holder(NamedTuple):
     """For whom a lease was made, as the kernel attested then; part of its record. `since`: seconds since 1970.
 
     `grant` names the directory of loopd's that the nodes are in, with a dot before it where it was made for this lease.
+    `by_uid`: it counts for the user, and not for all of the account.
     """
 
     account: str
@@ -36,6 +37,7 @@ class Holder(NamedTuple):
     id: str | None = None
     grant: str = ""
     deliver: tuple[str, ...] | list[str] = ()
+    by_uid: bool = False
 
     @property
     def owner(self) -> Owner:

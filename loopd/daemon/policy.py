@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from loopd.daemon import subids
+from loopd.daemon.subids import Ranges
 from loopd.protocol import wire
 from loopd.worker.files import ANSWERING, NEVER
 
@@ -87,14 +89,19 @@ class Terms(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Other limits and permissions for clients that match all that is given; of several rules the later one wins."""
+    """Other limits and permissions for clients that match all that is given; of several rules the later one wins.
+
+    `subuids` and `subgids` are the ids that the users whom the rule is about have in their user namespaces.
+    """
 
     instance: str | None
     account: str | None
-    uids: tuple[tuple[int, int], ...] | None
-    gids: tuple[tuple[int, int], ...] | None
+    uids: Ranges | None
+    gids: Ranges | None
     limits: dict[str, Any]
     allow: dict[str, Any]
+    subuids: Ranges = ()
+    subgids: Ranges = ()
 
     def matches(self, instance: str, account: str, uid: int, gid: int) -> bool:
         """Whether it is about this client."""
@@ -104,6 +111,32 @@ class Rule(NamedTuple):
             and (self.uids is None or any(low <= uid <= high for low, high in self.uids))
             and (self.gids is None or any(low <= gid <= high for low, high in self.gids))
         )
+
+    @property
+    def of_namespaces(self) -> Rule | None:
+        """The same for what those users do from their user namespaces, themselves included; None where it has none."""
+        if not (self.subuids or self.subgids):
+            return None
+        uids = None if self.uids is None else self.uids + self.subuids
+        return self._replace(uids=uids, gids=None if self.gids is None else self.gids + self.subgids)
+
+    def changed(self, terms: Terms) -> Terms:
+        """What holds where the rule does."""
+        return Terms(terms.limits._replace(**self.limits), terms.allow._replace(**self.allow))
+
+    def tightened(self, terms: Terms) -> Terms:
+        """What holds where it can only take away."""
+        limits = {key: _stricter(key, value, getattr(terms.limits, key)) for key, value in self.limits.items()}
+        allow = {key: _stricter(key, value, getattr(terms.allow, key)) for key, value in self.allow.items()}
+        return Terms(terms.limits._replace(**limits), terms.allow._replace(**allow))
+
+
+def _stricter(key: str, one: Any, other: Any) -> Any:
+    if isinstance(one, frozenset):
+        return one & other
+    if key == "bytes":  # 0 is no limit
+        return min(one or other, other or one)
+    return min(one, other)  # of two permissions the one that is False
 
 
 class Policy(NamedTuple):
@@ -125,18 +158,15 @@ class Policy(NamedTuple):
 
     def terms(self, instance: str, account: str, uid: int, gid: int) -> Terms:
         """What holds for a client."""
-        return _terms(self.limits, self.allow, _matching(self.rules, instance, account, uid, gid))
-
-
-def _matching(rules: tuple[Rule, ...], instance: str, account: str, uid: int, gid: int) -> list[Rule]:
-    return [rule for rule in rules if rule.matches(instance, account, uid, gid)] if rules else []
-
-
-def _terms(limits: Limits, allow: Allow, rules: list[Rule]) -> Terms:
-    for rule in rules:
-        limits = limits._replace(**rule.limits)
-        allow = allow._replace(**rule.allow)
-    return Terms(limits, allow)
+        terms = Terms(self.limits, self.allow)
+        for rule in self.rules:
+            wider = rule.of_namespaces
+            if rule.matches(instance, account, uid, gid):
+                terms = rule.changed(terms)
+            elif wider is not None and wider.matches(instance, account, uid, gid):
+                # What a rule for a user gives is for that user, not for whoever is in his containers.
+                terms = rule.tightened(terms)
+        return terms
 
 
 # Reading. A check returns the value or raises ValueError with what is expected.
@@ -201,7 +231,7 @@ def _pattern(example: str, *, empty: bool = False) -> Callable[[Any], str]:
     return check
 
 
-def _ids(value: Any) -> tuple[tuple[int, int], ...]:
+def _ids(value: Any) -> Ranges:
     ranges = []
     for item in value if type(value) is list else [value]:
         low, dash, high = str(item).partition("-")
@@ -305,9 +335,18 @@ class _Reader:
         limits = self._table(f"{name}.limits", rule.pop("limits", {}), LIMIT_KEYS)
         allow = self._table(f"{name}.allow", rule.pop("allow", {}), ALLOW_KEYS)
         keys = self._table(name, rule, RULE_KEYS, "limits.KEY", "allow.KEY")
-        self.rules.append(
-            Rule(keys.get("instance"), keys.get("account"), keys.get("uid"), keys.get("gid"), limits, allow)
-        )
+        uids, gids = keys.get("uid"), keys.get("gid")
+        subuids = self._subordinate(subids.SUBUID, subids.of_uids, uids)
+        subgids = self._subordinate(subids.SUBGID, subids.of_gids, gids)
+        self.rules.append(Rule(keys.get("instance"), keys.get("account"), uids, gids, limits, allow, subuids, subgids))
+
+    def _subordinate(self, path: str, look: Callable[[Ranges], Ranges], ids: Ranges | None) -> Ranges:
+        """The ids that the users of a rule have in their namespaces; what cannot be read might have some."""
+        try:
+            return look(ids) if ids else ()
+        except OSError as error:
+            self.problems.append((path, "-", str(error.strerror)))
+            return ()
 
 
 def _files(path: str, reader: _Reader) -> list[str]:
@@ -336,6 +375,7 @@ def load(path: str = CONFIGURATION) -> Policy:
     Raises ConfigurationError with everything that is wrong in any of them.
     """
     reader = _Reader()
+    subids.user.cache_clear()
     for file in _files(path, reader):
         reader.read(file)
     if reader.problems:

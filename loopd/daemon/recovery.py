@@ -74,9 +74,8 @@ class Recovery:
         if size is not None:  # it may have been resized
             binding = binding._replace(size=size)
         fds = dict(stored.fds)
-        lease = Lease(
-            binding, holder, self._books.accounts.get(holder.account), slot, stored.kept_by, fds.pop("keeper", None)
-        )
+        account = self._books.accounts.get(holder.account, holder.uid if holder.by_uid else None)
+        lease = Lease(binding, holder, account, slot, stored.kept_by, fds.pop("keeper", None))
         self._books.leases.add(lease)
         return lease, fds
 

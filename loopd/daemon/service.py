@@ -158,8 +158,8 @@ class Service:
     def _admit(self, index: int, payload: bytes, sender: Sender) -> None:
         envelope, request = decode(payload)
         found = accounts.whose(sender.pid)
-        member = found or Membership("", "")
-        account = self._books.accounts.get(member.account)
+        member, by_uid = found or (Membership("", ""), False)
+        account = self._books.accounts.get(member.account, sender.uid if by_uid else None)
         if found is None:
             # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
             self._drop(index, sender, member, account, "their senders had ended or are unknown", run=False)
