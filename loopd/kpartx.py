@@ -77,9 +77,6 @@ class Arguments:
 
 def parse_kpartx(words: list[str]) -> Arguments:
     """The command line as getopt(3) reads it; the usage and exit code 1 where it does not fit."""
-    if words == ["--version"]:
-        put(f"{NAME} (loopd {VERSION})\n")
-        raise SystemExit(0)
     found = Arguments()
     operands: list[str] = []
     left = list(words)
@@ -345,6 +342,9 @@ def perform(arguments: Arguments) -> int:
 def main() -> int:
     """The exit code: how many partitions failed, or 1."""
     try:
+        if sys.argv[1:] == ["--version"]:
+            put(f"{NAME} (loopd {VERSION})\n")
+            return 0
         return perform(parse_kpartx(sys.argv[1:]))
     except Failure as failure:
         say(failure)
