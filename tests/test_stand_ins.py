@@ -36,6 +36,7 @@ def test_each_is_one_file(stand_ins: Path) -> None:
         assert not re.search(r"(?m)^\s*(from|import) loopd", text)
         assert os.access(path, os.X_OK)
         ast.parse(text, feature_version=(3, 8))
+        assert run("sh", "-n", path) == Result(0, "", "")
 
 
 def test_the_trees_files_run_as_they_are() -> None:
