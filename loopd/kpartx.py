@@ -77,9 +77,6 @@ class Arguments:
 
 def parse_kpartx(words: list[str]) -> Arguments:  # noqa: C901  # one branch for each option
     """The command line as getopt(3) reads it; the usage and exit code 1 where it does not fit."""
-    if words == ["--version"]:
-        put(f"{NAME} (loopd {VERSION})\n")
-        raise SystemExit(0)
     found = Arguments()
     operands: list[str] = []
     left = list(words)
@@ -181,8 +178,6 @@ class Disk:
             raise SystemExit(1)
         if self.is_file:
             lease = next((row for row in found if is_whole(row) and backs(row, arguments.disk)), None)
-            if lease is None and arguments.action == "d":
-                raise SystemExit(0)
             if lease is None:
                 lease, self.created = attached_disk(arguments), True
         else:
@@ -287,16 +282,19 @@ def number_of(name: str) -> int:
     return int(name[len(name.rstrip("0123456789")) :] or 0)
 
 
-def remove(disk: Disk, arguments: Arguments, keep: set[str], known: dict[str, Lease]) -> int:
-    """Remove the disk's maps but for those to `keep`; how many could not be removed."""
+def of_disk(disk: Disk, known: dict[str, Lease]) -> set[str]:
+    """The names of the maps of a disk, with whatever delimiter."""
+    names = {name for name in known if name.startswith(disk.name) and not name[len(disk.name) :][:1].isdecimal()}
+    file = ("backing_dev", "backing_inode")
+    return {name for name in names if all(known[name][field] == disk.lease[field] for field in file)}
+
+
+def remove(names: set[str], arguments: Arguments, known: dict[str, Lease]) -> int:
+    """Remove maps; how many could not be removed."""
     failed = 0
-    for name, lease in sorted(known.items(), key=lambda row: number_of(row[0]), reverse=True):
-        behind = name[len(disk.name) :]
-        same_file = all(lease[field] == disk.lease[field] for field in ("backing_dev", "backing_inode"))
-        if name in keep or not name.startswith(disk.name) or behind[:1].isdecimal() or not same_file:
-            continue
+    for name in sorted(names, key=number_of, reverse=True):
         try:
-            remove_map(name, lease)
+            remove_map(name, known[name])
         except Failure as failure:
             put(f"{failure}\n", 2)
             failed += 1
@@ -322,11 +320,15 @@ def perform(arguments: Arguments) -> int:
     """Do what the command line says; how much of it failed."""
     found = leases()
     known = maps(found)
+    if arguments.action == "d" and mode(arguments.disk) == S_IFREG:
+        of_file = {name for name, lease in known.items() if backs(lease, arguments.disk)}
+        if not any(is_whole(lease) and backs(lease, arguments.disk) for lease in found):
+            return remove(of_file, arguments, known)  # the disk was detached before its maps
     disk = Disk(arguments, found)
     if arguments.delimiter is None:
         arguments.delimiter = "p"
     if arguments.action == "d":
-        failed = remove(disk, arguments, set(), known)
+        failed = remove(of_disk(disk, known), arguments, known)
         if disk.is_file and not failed:
             disk.delete(arguments.verbose)
         return failed
@@ -338,13 +340,17 @@ def perform(arguments: Arguments) -> int:
         return 0
     failed = add(disk, arguments, partitions, known)
     if arguments.action == "u":
-        failed += remove(disk, arguments, {f"{disk.name}{arguments.delimiter}{row[0]}" for row in partitions}, known)
+        right = {f"{disk.name}{arguments.delimiter}{row[0]}" for row in partitions}
+        failed += remove(of_disk(disk, known) - right, arguments, known)
     return failed
 
 
 def main() -> int:
     """The exit code: how many partitions failed, or 1."""
     try:
+        if sys.argv[1:] == ["--version"]:
+            put(f"{NAME} (loopd {VERSION})\n")
+            return 0
         return perform(parse_kpartx(sys.argv[1:]))
     except Failure as failure:
         say(failure)

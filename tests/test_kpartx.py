@@ -269,6 +269,59 @@ def test_what_cannot_be_mapped_is_told(mapper: Box) -> None:
     assert "can't set up loop: small: " in box("kpartx", "-a", "small").err
 
 
+def test_the_disk_may_be_detached_first(mapper: Box) -> None:
+    box = mapper
+    assert box("bash", "-c", prepared("gpt")).code == 0
+    device = box.attach("disk.img")
+    assert box("kpartx", "-a", device).code == 0
+    assert box.losetup("-d", device).code == 0
+    assert kpartx(box, "-dv", "disk.img") == Result(0, "del devmap : loopNp2\ndel devmap : loopNp1\n", "")
+    assert not bound_to(box.folder)
+
+
+# The calls of builders, in the order in which they make them. Each leaves its root file system with a file in it.
+VMDB2 = """
+truncate -s 32M disk.img; parted -s disk.img mklabel gpt; parted -s disk.img mkpart primary ext2 1MiB 5MiB
+parted -s disk.img mkpart primary ext2 5MiB 13MiB
+kpartx -asv disk.img | awk '$1 == "add" { print "/dev/mapper/" $3 }' >devices
+{ read boot; read root; } <devices; mkfs.ext2 -q -L boot $boot; mkfs.ext4 -q -L root $root
+mkdir m; mount $root m; mkdir m/boot; mount $boot m/boot; echo text | tee m/file >m/boot/file; umount m/boot; umount m
+kpartx -dsv disk.img >/dev/null 2>&1
+"""
+DISKIMAGE_BUILDER = """
+truncate -s 32M disk.img; device=$(losetup --show -f disk.img)
+printf 'label: dos\\n2048,8192\\n10240,16384\\n' | sfdisk -q --no-reread --no-tell-kernel disk.img
+partprobe $device || true; test -e ${device}p1 || kpartx -av $device >/dev/null; dmsetup --noudevsync mknodes
+root=/dev/mapper/$(basename $device)p2; mkfs.vfat -n boot ${root%2}1 >/dev/null; mkfs.ext4 -q -L root $root
+mkdir m; mount $root m; echo text >m/file; umount m; kpartx -d $device; losetup -d $device
+"""
+KIWI = """
+truncate -s 32M disk.img; device=$(losetup -f --show disk.img); sgdisk -Z $device >/dev/null 2>&1
+sgdisk -n 1:2048:10239 -n 2:10240:26623 $device >/dev/null 2>&1; kpartx -s -a $device
+map=/dev/mapper/$(basename $device); mkfs.vfat -n boot ${map}p1 >/dev/null; mkfs.ext4 -q -L root ${map}p2
+mkdir m; mount ${map}p2 m; echo text >m/file; umount m
+dmsetup remove ${map}p1; dmsetup remove ${map}p2; kpartx -d $device; losetup -d $device
+"""
+
+
+@pytest.mark.parametrize("script", [VMDB2, DISKIMAGE_BUILDER, KIWI], ids=["vmdb2", "diskimage-builder", "kiwi"])
+def test_calls_of_builders(granted: Box, script: str) -> None:
+    for program in ("parted", "sgdisk", "mkfs.vfat"):
+        require(shutil.which(program, path=granted.environment["PATH"]), f"needs {program}")
+    result = granted("bash", "-ec", script)
+    assert result.code == 0, result
+    assert not bound_to(granted.folder)
+    assert granted("ls", "/dev/mapper").out == ""
+    begin, size = 10240 * 512, 8 << 20
+    root = granted.folder / "root.img"
+    with (granted.folder / "disk.img").open("rb") as file:
+        file.seek(begin)
+        root.write_bytes(file.read(size))
+    assert granted("e2fsck", "-fn", root).code == 0
+    assert granted("debugfs", "-R", "cat file", root).out == "text\n"
+    assert granted("blkid", "-o", "value", "-s", "LABEL", root).out == "root\n"
+
+
 # dmsetup ----------------------------------------------------------------------------------------------------------
 
 

@@ -45,11 +45,16 @@ PARTITIONS = 16
 
 def test_examples_of_the_manual(box: Box) -> None:
     page = (ROOT / "docs/man/loopd-losetup.8.rst").read_text()
-    script = page.partition("What most builders do::\n")[2].partition("\nSEE ALSO")[0]
-    (box.folder / "disk.img").write_bytes(bytes(MIB))
-    result = box("sh", "-ec", textwrap.dedent(script))
+    losetup, kpartx = re.findall(r"::\n\n((?:    .*\n)+)", page.partition("\nEXAMPLES\n")[2])
+    assert box("sh", "-ec", "truncate -s 8M disk.img; printf 'label: gpt\\nsize=4M\\n' | sfdisk -q disk.img").code == 0
+    result = box("sh", "-ec", textwrap.dedent(losetup))
     assert result.code == 0, result.err
     assert result.out.splitlines()[1].split()[5:] == [str(box.folder / "disk.img"), "1", "512"]
+    assert not bound_to(box.folder)
+    assert re.fullmatch(r"del devmap : loop\d+p1\n", box("sh", "-ec", textwrap.dedent(kpartx)).out)
+    with (box.folder / "disk.img").open("rb") as file:
+        file.seek(MIB + 1024 + 56)
+        assert file.read(2) == b"\x53\xef"  # of ext4
     assert not bound_to(box.folder)
 
 

@@ -261,6 +261,18 @@ PATH={granted.programs}:{writer}:$PATH; mount -o loop full/disk.img mnt; echo rc
     eventually(lambda: not bound_to(granted.folder), "the device is gone")
 
 
+def test_sync_tells_what_umount_does_not(granted: Box) -> None:
+    """As with the real one: the kernel unbinds the device at umount, and nothing of ours runs then."""
+    theirs, ours = beside(granted, """
+mkdir full m; /usr/bin/mount -t tmpfs -o size=3M tmpfs full
+truncate -s 32M full/disk.img; mkfs.ext4 -q -F full/disk.img
+$M -o loop full/disk.img m; dd if=/dev/zero of=m/file bs=1M count=8 status=none; sync --file-system m; echo $?
+umount m; echo $?
+""")  # fmt: skip
+    assert ours == theirs
+    assert ours.out == "1\n0\n"
+
+
 def test_without_path_nothing_of_the_working_directory_runs(plain: Box) -> None:
     (plain.folder / "mount").write_text("#!/bin/sh\necho trap\n")
     (plain.folder / "mount").chmod(0o755)

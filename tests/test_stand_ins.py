@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 from box import STAND_INS, Box, Result, box_fixture, granted_fixture, plain_fixture, run, stand_ins_fixture  # noqa: F401
-from conftest import ROOT, require
+from conftest import ROOT, bound_to, eventually, require
+from test_kpartx import prepared
+from test_losetup import add_partitions
+from test_partx import denied_fixture  # noqa: F401
+
+sys.path.insert(0, str(ROOT / "tests/vm/inside"))
+from recipes import recipe
 
 NAMES = sorted(pair.partition(":")[2] for pair in STAND_INS)
 MODULES = sorted({pair.partition(":")[0] for pair in STAND_INS})
@@ -30,6 +36,7 @@ def test_each_is_one_file(stand_ins: Path) -> None:
         assert not re.search(r"(?m)^\s*(from|import) loopd", text)
         assert os.access(path, os.X_OK)
         ast.parse(text, feature_version=(3, 8))
+        assert run("sh", "-n", path) == Result(0, "", "")
 
 
 def test_the_trees_files_run_as_they_are() -> None:
@@ -264,3 +271,66 @@ def test_make_installs_them(tmp_path: Path, stand_ins: Path) -> None:
     assert sorted(os.listdir(installed)) == NAMES
     for name in NAMES:
         assert (installed / name).read_bytes() == (stand_ins / name).read_bytes()
+
+
+# What the document says -------------------------------------------------------------------------------------------
+
+CONTAINERS = {
+    "with `b 7:* rw` and `CAP_SYS_ADMIN`": [],
+    "with `b 7:* rw` alone": ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"],
+    "rootless, in a user namespace": ["unshare", "--user", "--map-root-user", "--mount", "--propagation=unchanged"],
+}
+"""What each column of the table takes away from a container; the first two have a device cgroup, too."""
+FILLED = (
+    "mkfs.ext4 -q -F $d; echo text >text; debugfs -w -R 'write text text' $d; debugfs -R 'cat text' $d | grep -x text"
+)
+CALLS = {
+    "`losetup`, and `mkfs`, `dd`, `debugfs -w`, mtools on its device": f"""
+d=$(losetup -f --show image); {FILLED}; dd if=$d of=copy bs=1M status=none; cmp copy image; losetup -d $d
+mkfs.vfat -n BOOT image >/dev/null; d=$(losetup -f --show image)
+mcopy -i $d text ::text; mtype -i $d ::text; losetup -d $d
+""",
+    "`kpartx`, and the same on `/dev/mapper/loopNpM`": f"""
+d=/dev/mapper/$(kpartx -asv maps.img | cut -d' ' -f3 | head -1); {FILLED}; kpartx -dsv maps.img
+""",
+    "`losetup -P`, and the same on `/dev/loopNpM`": f"d=${{disk}}p1; {FILLED}",
+    "`mount DEVICE`, `mount -o loop`": """
+mkfs.ext4 -q -F image; mkdir -p m; d=$(losetup -f --show image); mount $d m; umount m; losetup -d $d
+mount -o loop image m; umount m
+""",
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_what_works_in_which_container(denied: Path, granted: Box, container: str) -> None:
+    """The table at the beginning of docs/losetup.md."""
+    for program in ("mkfs.vfat", "mcopy", "mkfs.ext4", "setpriv"):
+        require(shutil.which(program, path=granted.environment["PATH"]), f"needs {program}")
+    rows = re.findall(r"(?m)^\| (.*) \|$", (ROOT / "docs/losetup.md").read_text().partition("\n\nWith an image")[0])
+    head, _, *table = [row.split(" | ") for row in rows]
+    assert head[1:] == list(CONTAINERS)
+    assert [row[0] for row in table] == list(CALLS)
+    assert granted("bash", "-c", prepared("gpt") + prepared("gpt", "maps.img")).code == 0
+    disk = granted.attach("-P", "disk.img")
+    add_partitions(os.path.basename(disk), 1)
+    node = f"/dev/loopd/{os.path.basename(disk)}p1"
+    eventually(lambda: granted("test", "-b", node).code == 0, "the partition has its node")
+    inside = list(granted.inside)
+    if "rootless" not in container:
+        granted.inside[:0] = ["sh", "-c", f'echo $$ >{denied}/cgroup.procs; exec "$@"', "sh"]
+    for call, script in CALLS.items():
+        said = table[list(CALLS).index(call)][1 + list(CONTAINERS).index(container)]
+        result = granted(*CONTAINERS[container], "bash", "-ec", f"disk={disk}; {script}")
+        assert {"works": True, "is refused": False}[said] == (result.code == 0), (call, result)
+    granted.inside = inside
+    assert granted.losetup("-D").code == 0
+    eventually(lambda: not bound_to(granted.folder), "nothing is left")
+
+
+def test_the_call_of_kpartx(granted: Box) -> None:
+    assert granted("bash", "-c", prepared("dos")).code == 0
+    result = granted("sh", "-ec", recipe("kpartx and dmsetup", page="losetup.md"))
+    assert result.code == 0
+    assert re.sub(r"\d+", "N", result.err) == "loop deleted : /dev/loopN\n"
+    assert re.sub(r"\d+p", "Np", result.out) == "del devmap : loopNp2\ndel devmap : loopNp1\n"
+    assert not bound_to(granted.folder)

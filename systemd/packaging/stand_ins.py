@@ -16,7 +16,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "loopd"
 
-# To the shell the first line of Python's docstring is a command that does nothing, and it reads no further than `exit`.
+# To the shell the first line of Python's docstring is a command that does nothing, and what is behind `exit` a document
+# that ends with the file. To Python this text is the beginning of the docstring, and the last line a comment.
 # Where the kernel found no interpreter, a shell would take the next program of that name in PATH: the real one.
 SHELL = r'''#!/bin/sh
 """:"
@@ -31,8 +32,10 @@ exec(compile(open(sys.argv[0], "rb").read(), sys.argv[0], "exec"))' "$0" "$@"
 done
 echo "${0##*/}: the stand-in of loopd needs Python 3.8 or later: /usr/bin/python3 or /usr/local/bin/python3" >&2
 exit 1
+: <<'# the end'
 
 '''
+END = "\n# the end\n"
 
 
 # How a function of RARE is called for the first time.
@@ -203,7 +206,7 @@ def program(name: str) -> str:
         names = [words for index, words in found.items() if not is_import(statements[index])]
         both = own & set().union(*names)
         assert not both, f"{name}: {both} are defined in {taken}, too"
-    text += rest
+    text += rest.rstrip("\n") + END
     compile(text, name, "exec")
     return text
 

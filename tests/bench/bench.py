@@ -438,7 +438,10 @@ def start(bench: Bench) -> list[Row]:
 def drop_in(bench: Bench) -> list[Row]:
     """The stand-in for losetup beside losetup; most of it is the start of an interpreter."""
     environment = {**os.environ, "LOOPD_DIRECTORY": str(bench.nodes)}
-    stand_in = [bench.python, "-IS", str(ROOT / "loopd" / "losetup.py")]
+    programs = bench.nodes.parent / "bin"
+    pack = [bench.python, str(ROOT / "systemd/packaging/stand_ins.py"), str(programs), "losetup:losetup"]
+    subprocess.run(pack, check=True)
+    stand_in = [str(programs / "losetup")]
 
     def run(command: list[str]) -> str:
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
