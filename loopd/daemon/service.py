@@ -259,9 +259,9 @@ class Service:
         return wire.Granted(message.path)
 
     def _stuck(self, exchange: Exchange) -> None:
-        """The worker hangs, most likely on one of the client's own files."""
+        """Record that the worker hangs, most likely on one of the client's own files."""
         self._books.metrics.stuck += 1
-        text = "A worker process hangs in a request and was written off; its account is charged"
+        text = "A worker process hangs in a request: it was killed, and its account is charged until it ends"
         self._answers.record(Event.STUCK, exchange, text, Code.TIMEOUT)
 
 
