@@ -83,6 +83,11 @@ class Job:
         """Whether its child may hang in it."""
         return self.slow_at < time.monotonic()
 
+    @property
+    def answered(self) -> bool:
+        """Whether the child has said something, or has ended or hangs, that `answer` has not given yet."""
+        return bool(self._heard)
+
     def send(self, message: Any, fds: Iterable[int] = ()) -> None:
         """Say more to the child."""
         if self._child is not None:

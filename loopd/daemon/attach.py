@@ -160,7 +160,7 @@ class Attaches:
             raise none or Refusal(Code.QUOTA, f"this account has used up its new device numbers ({limit}); detach some")
         return number
 
-    async def _another_number(self, mine: Reservation) -> Number:
+    async def _another_number(self, mine: Reservation, job: Job) -> Number:
         """A number in place of one that was lost to somebody else, or that was not there yet. Raises Refusal."""
         books, exchange = self._books, mine.exchange
         if mine.number is not None:
@@ -175,7 +175,7 @@ class Attaches:
             number = self._number(mine)
             if number is not None:
                 return number
-            if time.monotonic() >= deadline:
+            if job.answered or time.monotonic() >= deadline:  # its worker has ended, or nobody waits any more
                 raise Refusal(Code.TIMEOUT, "no device number came free in time")
             await books.sleep(0.01)
 
@@ -227,7 +227,7 @@ class Attaches:
             fds.close()
             assert isinstance(message, NumberPlease)
             try:
-                job.send(UseNumber(await self._another_number(mine)))
+                job.send(UseNumber(await self._another_number(mine, job)))
             except Refusal as refusal:
                 job.send(UseNumber(None, refusal))
 

@@ -36,8 +36,6 @@ class Limits(NamedTuple):
     """Devices at once."""
     requests: int = 32
     """Requests under way at once."""
-    requests_per_second: float = 1000.0
-    """Requests in a second, of one process that does not wait for the answers; `Service.AT_ONCE` at once."""
     stuck: int = 2
     """Worker processes that may hang in its requests before these are dropped unanswered."""
     new_numbers: int = 256
@@ -252,7 +250,6 @@ KEYS: dict[str, Callable[[Any], Any]] = {
 LIMIT_KEYS: dict[str, Callable[[Any], Any]] = {
     "devices": _whole(0),
     "requests": _whole(1),
-    "requests_per_second": _number(1),
     "stuck": _whole(1),
     "new_numbers": _whole(0),
     "new_numbers_per_minute": _number(0),
