@@ -1,7 +1,7 @@
 """What is done to a device after its attach: nodes kept in line with its partitions, resize, release, and tidying up.
 
-Every job opens the device anew by its number and checks that it still carries the lease's binding. What the lease has
-besides, its directory and its file, is in its slot.
+Every job opens the device anew by its number and checks that it still carries the lease's binding. The lease's
+directory and file are in its slot.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from loopd.worker.process import Tools, Worker
 
 @contextlib.contextmanager
 def _kept(slot: int, client: Client) -> Iterator[tuple[Directory | None, int | None]]:
-    """The lease's directory and its file, as they are in its slot."""
+    """The lease's directory and file, out of its slot."""
     stored = records.read(slot, every_fd=True)
     with FdSet(stored.fds.values() if stored else ()):
         fds = stored.fds if stored else {}
@@ -48,7 +48,7 @@ def _there(directory: Directory, job: Arrange | Release, wanted: dict[str, nodes
     """The nodes that are there, of which the `wanted` ones stay."""
     if job.sure:
         return list(job.nodes)
-    # First: to look into the directory may take as long as its client likes.
+    # Nodes are closed first: a look into the directory may take as long as the client likes.
     nodes.revoke(directory, (node for node in job.nodes if wanted.get(node.name) != (node.major, node.minor)))
     return nodes.find(directory, job.binding.devname, wanted_nodes(job.binding, partitions=True))
 
@@ -86,14 +86,16 @@ def release(worker: Worker, job: Release, fds: FdSet) -> bool:
             diskseq = loop.diskseq()
             lost = bind.let_go(loop, sync=not job.again)
         tools.bindings.forget(job.row)
-        # Its last open file may be in the slot: the lock, if that was kept.
+        # The device's last open fd may be in the slot: the lock, where the client asked to keep it.
         records.note_released(slot)
     worker.say(Released(tuple(left), lost, diskseq))
     return False
 
 
 def nudge(worker: Worker, job: Nudge, fds: FdSet) -> bool:
-    """Once more have a device unbound that somebody has open, in case he cleared autoclear before he closed it."""
+    """Once more have the kernel unbind a device at its last close: a client that has it open may have cleared
+    autoclear.
+    """
     with contextlib.suppress(OSError, UnexpectedDevice), worker.tools.access.reopened(job.number) as loop:
         if loop.diskseq() == job.diskseq:
             bind.let_go(loop, sync=False)
@@ -102,7 +104,7 @@ def nudge(worker: Worker, job: Nudge, fds: FdSet) -> bool:
 
 
 def tidy(worker: Worker, job: Tidy, fds: FdSet) -> bool:
-    """Release what no lease has, and remove what is left of it in directories of loopd's own."""
+    """Release the bindings of these rows, which no lease has, and remove their nodes in directories of loopd's own."""
     tools, released = worker.tools, []
     for row in job.rows:
         file = backing_file(row.number)
@@ -112,7 +114,7 @@ def tidy(worker: Worker, job: Tidy, fds: FdSet) -> bool:
                 if loop is not None:
                     released.append((row.number, file, bind.let_go(loop)))
         tools.bindings.forget(row.row)
-    # Whatever these numbers are bound to by now: the nodes are those of a lease that is lost.
+    # Also where such a number is bound to something else by now: its nodes are of a lease that is lost.
     lost = {row.number for row in job.rows}
     tools.grants.sweep(job.before, lambda name: int(name[4:]) not in lost and backing_file(int(name[4:])) is not None)
     worker.say(Tidied(tuple(released)))
@@ -120,7 +122,7 @@ def tidy(worker: Worker, job: Tidy, fds: FdSet) -> bool:
 
 
 def _of_row(number: int, dev: int, inode: int, diskseq: int | None) -> Binding:
-    """What is known of a binding of which there is no record."""
+    """A binding of which the row is all that is known."""
     file = f"{os.major(dev)}:{os.minor(dev)}"
     return Binding(
         number, f"loop{number}", 0, 0, diskseq, 0, 0, 0, 512, False, False, False, "", file, inode, ""
@@ -130,7 +132,7 @@ def _of_row(number: int, dev: int, inode: int, diskseq: int | None) -> Binding:
 # Partitions -------------------------------------------------------------------------------------------------------
 
 UNREAD = -1
-"""In place of a checksum of the table: the kernel was asked to read it, and has not."""
+"""In place of a checksum of the table: the kernel was asked to read the table, and did not."""
 
 
 def revoke(worker: Worker, job: Revoke, fds: FdSet) -> bool:
@@ -170,7 +172,7 @@ def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int 
         try:
             _reread(tools, binding, directory, there)
         except Refusal as error:
-            # A partition is in use, most likely: once more when the node is closed the next time.
+            # Most likely a partition is in use. The next close of the node has the table looked at again.
             refusal, table = (error, UNREAD) if job.rescan else (None, job.table)
     if directory is None:
         return Arranged(refusal, (), None, table, tuple(devices.partitions(binding.devname)))
@@ -186,9 +188,11 @@ def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int 
 
 
 def _reread(tools: Tools, binding: Binding, directory: Directory | None, there: list[Node]) -> None:
-    """Have the kernel read the table. While it does, which may take long, the numbers of the partitions are free for
-    others' partitions: so the nodes are closed for that time. Where the number is the same afterwards, the node is
-    opened again, and was never away.
+    """Have the kernel read the table.
+
+    While the kernel reads, which may take long, the numbers of the partitions are free for other disks' partitions. So
+    their nodes have mode 0 for that time. A node whose partition has the same number afterwards gets its mode back, and
+    was never away.
     """
     with _device(tools, binding) as loop:
         if loop is None:
@@ -208,7 +212,7 @@ def _reread(tools: Tools, binding: Binding, directory: Directory | None, there: 
 
 
 def _check_claims(tools: Tools, binding: Binding) -> None:
-    """Refuse where a partition is mounted, or claimed in another way: the kernel would, and nothing is touched then."""
+    """Refuse where a partition is mounted or claimed otherwise: the kernel would refuse too, after nodes were closed."""
     try:
         with tools.access.reopened(binding.number, exclusive=True):
             pass
@@ -219,7 +223,7 @@ def _check_claims(tools: Tools, binding: Binding) -> None:
 
 
 def resize(worker: Worker, job: Resize, fds: FdSet) -> bool:
-    """Have the device take over its file's size, as far as there is room for it."""
+    """Have the device take over its file's size, if that is within the account's limit."""
     try:
         with _device(worker.tools, job.binding, write=not job.binding.read_only) as loop:
             if loop is None:
