@@ -58,7 +58,7 @@ class Foreign:
             # Of another file for the device (LOOP_CHANGE_FD) the kernel tells before it is there.
             self._look_later(devname)
             return
-        if self._books.numbers.lingers(int(devname[4:])):
+        if self._books.numbers.removals.has(int(devname[4:])):
             self._books.numbers.removals.retry()
         # An attach under way has bound its device before it is in the books.
         self._look_later(devname)
@@ -69,7 +69,7 @@ class Foreign:
         if lingering is not None:
             # Perhaps a client was faster, and its event came while the lease was there.
             self._look_later(f"loop{lingering}")
-        for devname in [name for name in self._charged if not numbers.lingers(int(name[4:]))]:
+        for devname in [name for name in self._charged if not numbers.removals.has(int(name[4:]))]:
             if devname not in self._reported:
                 self._discharge(devname)
         if numbers.remade and not self._told_remade:
@@ -147,7 +147,7 @@ class Foreign:
         if devname in self._reported:
             return
         # It may be an attach that is not in the books yet: then it is at the next look. A number that lingers has none.
-        maybe = before is None or (before != seen and not self._books.numbers.lingers(number))
+        maybe = before is None or (before != seen and not self._books.numbers.removals.has(number))
         if maybe and now - since < self._books.policy.request_timeout:
             self._suspects[devname] = (seen, since)
             self._look_later(devname)
