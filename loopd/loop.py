@@ -478,8 +478,387 @@ class Loop:
         (`supports_configure` tells).
         """
         config = _pack_config(
-            fd, offset=offset, sizelimit=sizelimit, blocksize=blocksize, autoclear=autoclear, partscan=partscan,
-            read_only=read_only, direct_io=direct_io, ref=ref,
+            fd,
+            offset=offset,
+            sizelimit=sizelimit,
+            blocksize=blocksize,
+            autoclear=autoclear,
+            partscan=partscan,
+            read_only=read_only,
+            direct_io=direct_io,
+            ref=ref,
+        )
+        _ioctl(self.fileno(), Request.LOOP_CONFIGURE, config)
+
+    def set_fd(self, fd: int) -> None:
+        """Bind the file `fd` with no properties: LOOP_SET_FD. For old callers; only `configure` is atomic.
+
+        Raises OSError as `configure` does.
+        """
+        _ioctl(self.fileno(), Request.LOOP_SET_FD, _valid_fd(fd))
+
+    def change_fd(self, fd: int) -> None:
+        """Replace the backing file of a read-only device with another of the same size: LOOP_CHANGE_FD.
+
+        The properties stay, and the device stays read-only whatever `fd` allows. Gives the device a new
+        `diskseq`.
+
+        Raises OSError: EINVAL if the device is not read-only or the sizes differ, ENXIO if it is not bound.
+        """
+        _ioctl(self.fileno(), Request.LOOP_CHANGE_FD, _valid_fd(fd))
+
+    def clear_fd(self) -> None:
+        """Unbind: LOOP_CLR_FD. Returning does not mean that the device is unbound.
+
+        Before Linux 6.11 the only opener unbinds at once. With other openers (of a partition, a mount, swap),
+        and always since 6.11, the kernel sets autoclear and unbinds at the last close, the caller's included.
+        Since 6.11 a device with no other opener admits no new one meanwhile (ENXIO). See `clear_fd_wait`.
+
+        Raises OSError: ENXIO if the device is not bound or already on its way.
+        """
+        _ioctl(self.fileno(), Request.LOOP_CLR_FD)
+
+    def clear_fd_wait(self, fd: int, timeout: float, wait: float = 0.1) -> None:
+        """Unbind, and wait until nobody can reach the file `fd` through this device any more.
+
+        On return the device is unbound, or bound to another file by somebody else, or (Linux 6.11 and later,
+        where a device is never unbound while it is open) nobody but this Loop has it open, nobody else can
+        open it, and requests that reach it fail. In that last case the kernel lets go of the file in `close`,
+        and not before: `backing_file` still names it. So close the Loop before the file's file system is
+        unmounted.
+
+        Args:
+            fd: the file to wait for; files are compared by device and inode
+            timeout: seconds to wait at most; there is always one try
+            wait: seconds between two looks at the device
+
+        Raises TimeoutError when others still have the device open after `timeout` seconds; autoclear is set
+        by then, so it is unbound when the last of them closes it. Any other failure is an OSError and ends
+        the wait.
+        """
+        file = os.fstat(_valid_fd(fd))
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                # Looking comes first: between two rounds the device may have been unbound and taken by a
+                # stranger, whose binding must not be cleared.
+                if not self.get_status().is_bound_to(file):
+                    return
+                self.clear_fd()
+                if not self.get_status().is_bound_to(file):
+                    return
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # unbound, or in rundown
+                    raise
+                return
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"{self.devname} is open elsewhere, and unbound when that is closed"
+                )
+            time.sleep(min(wait, remaining))
+
+    def is_bound_to(self, fd: int) -> bool:
+        """Whether the device is bound to the file `fd`, by device and inode; False if it is not bound at all.
+
+        Raises OSError for any failure other than not being bound.
+        """
+        file = os.fstat(_valid_fd(fd))
+        try:
+            return self.get_status().is_bound_to(file)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return False
+
+    # -- properties --
+
+    def get_status(self) -> LoopInfo:
+        """The properties of a bound device: LOOP_GET_STATUS64.
+
+        Asks the backing file's file system for its device and inode, and waits for the answer.
+
+        Raises OSError: ENXIO if the device is not bound, or on its way to be unbound (Linux 6.11).
+        """
+        return _unpack_info(_ioctl(self.fileno(), Request.LOOP_GET_STATUS64, bytes(_INFO.size)))
+
+    def set_status(
+        self,
+        offset: int | None = None,
+        sizelimit: int | None = None,
+        autoclear: bool | None = None,
+        partscan: bool | None = None,
+        read_only: bool | None = None,
+    ) -> None:
+        """Change properties of a bound device: LOOP_SET_STATUS64. None leaves one as it is; 0 is a value.
+
+        Reads the status, changes it and writes it back, which is not atomic. A change of `offset` or
+        `sizelimit` resizes the device under those that use it.
+
+        Raises ValueError, and changes nothing, for what the kernel would silently ignore: `read_only` other
+        than the device was bound with, and `partscan` off where it is on. OSError: EPERM without write access
+        to the device and CAP_SYS_ADMIN; EAGAIN if dirty pages are left (Linux before 6.1); EBUSY possible
+        where somebody holds the device with O_EXCL; ENXIO if it is not bound.
+        """
+        info = self.get_status()
+        flags = info.lo_flags
+        if read_only is not None and bool(read_only) != info.read_only:
+            raise ValueError("read_only is settled when the file is bound: use configure(read_only=...)")
+        if partscan is not None:
+            if info.partscan and not partscan:
+                raise ValueError("partscan cannot be turned off while the device is bound")
+            flags |= LO_FLAGS_PARTSCAN if partscan else 0
+        if autoclear is not None:
+            flags = flags | LO_FLAGS_AUTOCLEAR if autoclear else flags & ~LO_FLAGS_AUTOCLEAR
+        info = info._replace(
+            lo_offset=info.lo_offset if offset is None else _window("offset", offset),
+            lo_sizelimit=info.lo_sizelimit if sizelimit is None else _window("sizelimit", sizelimit),
+            lo_flags=flags,
+        )
+        _ioctl(self.fileno(), Request.LOOP_SET_STATUS64, _pack_info(info))
+
+    def set_capacity(self) -> None:
+        """Take over the size of the backing file after it changed: LOOP_SET_CAPACITY.
+
+        Raises OSError: ENXIO if the device is not bound, EPERM as `set_status`.
+        """
+        _ioctl(self.fileno(), Request.LOOP_SET_CAPACITY)
+
+    def set_direct_io(self, dio: bool = True) -> None:
+        """Turn direct I/O on or off: LOOP_SET_DIRECT_IO, Linux 4.10.
+
+        With it, data is not cached twice and the file's pages do not fill the memory.
+
+        Raises OSError: EINVAL where the file system, the offset or the block size does not allow it, ENXIO if
+        the device is not bound, EPERM as `set_status`.
+        """
+        _ioctl(self.fileno(), Request.LOOP_SET_DIRECT_IO, 1 if dio else 0)
+
+    def set_block_size(self, size: int) -> None:
+        """Change the logical block size: LOOP_SET_BLOCK_SIZE, Linux 4.14. Better given to `configure`.
+
+        Args:
+            size: bytes, a power of two from 512 to the page size; anything else is a ValueError
+
+        Raises OSError: EBUSY where somebody else holds the device with O_EXCL (it is mounted, for one),
+        EAGAIN if dirty pages are left (Linux before 6.1), ENXIO if the device is not bound, EPERM as
+        `set_status`.
+        """
+        _ioctl(self.fileno(), Request.LOOP_SET_BLOCK_SIZE, _valid_block_size(size))
+
+    def size(self) -> int:
+        """The size of the device, bytes; 0 if it is not bound: BLKGETSIZE64"""
+        return int(_U64.unpack(_ioctl(self.fileno(), Request.BLKGETSIZE64, bytes(_U64.size)))[0])
+
+    def sector_size(self) -> int:
+        """The logical block size, bytes: BLKSSZGET"""
+        return int(_INT.unpack(_ioctl(self.fileno(), Request.BLKSSZGET, bytes(_INT.size)))[0])
+
+    def read_only(self) -> bool:
+        """Whether the block layer refuses writes to the device: BLKROGET"""
+        return bool(_INT.unpack(_ioctl(self.fileno(), Request.BLKROGET, bytes(_INT.size)))[0])
+
+    def diskseq(self) -> int | None:
+        """The identity of the present binding: BLKGETDISKSEQ. None before Linux 5.15.
+
+        It changes when the device is made, bound, given another file, and unbound, and no value ever comes
+        again on any disk until the next boot. A device whose diskseq is the one that was seen before is still
+        the same.
+        """
+        try:
+            return int(_U64.unpack(_ioctl(self.fileno(), Request.BLKGETDISKSEQ, bytes(_U64.size)))[0])
+        except OSError as error:
+            # The block layer passes on what it does not know, and the loop driver calls that EINVAL.
+            if error.errno not in (errno.EINVAL, errno.ENOTTY):
+                raise
+            return None
+
+    # -- partitions --
+
+    def partitions(self) -> list[int]:
+        """The numbers of the partitions that the kernel has for this device, sorted; from sysfs"""
+        self.fileno()
+        split = [name.partition(f"{self.devname}p") for name in os.listdir(f"{sysfs}/block/{self.devname}")]
+        return sorted(int(number) for before, _, number in split if not before and number.isdigit())
+
+    def add_partition(self, number: int, start: int, length: int) -> None:
+        """Make the partition `number` of `length` bytes at `start`: BLKPG. Writes nothing to the device.
+
+        Left over at an unbind, it shows the next file that is bound (Linux 6.18; not with partscan, not since
+        7.2): delete it before.
+
+        Raises ValueError for negative numbers. OSError: EACCES without CAP_SYS_ADMIN; EBUSY if it exists or
+        overlaps another; EINVAL if it does not fit the device or its logical blocks.
+        """
+        if number <= 0 or length <= 0:
+            raise ValueError(f"not a partition: number {number} of {length} bytes")
+        start, length = _window("start", start), _window("length", length)
+        _blkpg(self.fileno(), _BLKPG_ADD_PARTITION, number, start, length)
+
+    def delete_partition(self, number: int) -> None:
+        """Take the partition `number` away: BLKPG. Writes nothing to the device.
+
+        Raises OSError: EACCES without CAP_SYS_ADMIN; EBUSY if it is in use; ENXIO if there is none.
+        """
+        if number <= 0:
+            raise ValueError(f"not a partition number: {number}")
+        _blkpg(self.fileno(), _BLKPG_DEL_PARTITION, number)
+
+    def reread_partitions(self) -> None:
+        """Have the kernel read the partition table again: BLKRRPART.
+
+        Raises OSError: EACCES without CAP_SYS_ADMIN; EBUSY if a partition is open; EINVAL if partscan is off.
+        """
+        _ioctl(self.fileno(), Request.BLKRRPART)
+
+    # -- the open device and its node --
+
+    def flock(self, op: int) -> None:
+        """Lock or unlock the device with flock(2): ``fcntl.LOCK_EX``, ``LOCK_SH``, ``LOCK_UN``, ``LOCK_NB``.
+
+        udev keeps off a device that is locked exclusively (https://systemd.io/BLOCK_DEVICE_LOCKING), but
+        tries again and again, and ``udevadm settle`` on the host waits meanwhile: lock for moments. The lock
+        belongs to the open file and goes with its last copy. It keeps nobody else from using the device.
+
+        Raises BlockingIOError with LOCK_NB if somebody else has the lock; without, waits for as long as it
+        takes.
+        """
+        fcntl.flock(self.fileno(), op)
+
+    def flush_buf(self) -> None:
+        """Write the device's dirty pages to the file and drop its page cache: BLKFLSBUF.
+
+        Before `clear_fd` on kernels that unbind at once (before 6.11), where the cache outlives the binding.
+
+        Raises OSError: EACCES without CAP_SYS_ADMIN.
+        """
+        _ioctl(self.fileno(), Request.BLKFLSBUF)
+
+    def mknod(self, dir_fd: int, mode: int = 0o600) -> None:
+        """Make a node of this device's name in the directory `dir_fd`.
+
+        The node stands for the device, not for the binding: who keeps it can open whatever is bound to this
+        number later.
+
+        Args:
+            dir_fd: the directory; an O_PATH fd will do
+            mode: permissions, less the umask
+
+        Raises OSError: FileExistsError if the name is taken (a symbolic link is not followed), EPERM without
+        CAP_MKNOD, and as mknodat(2) does. The node may exist and still not open, where the directory is on a
+        ``nodev`` mount or one made in a user namespace.
+        """
+        self.fileno()
+        os.mknod(self.devname, stat.S_IMODE(mode) | stat.S_IFBLK, self.rdev, dir_fd=_valid_fd(dir_fd))
+
+
+class LoopControl:
+    """``/dev/loop-control``: makes, removes and finds loop devices.
+
+    Attributes:
+        fd: the open control device; -1 after `close`
+    """
+
+    LOOP_CTL_ADD = Request.LOOP_CTL_ADD
+    LOOP_CTL_REMOVE = Request.LOOP_CTL_REMOVE
+    LOOP_CTL_GET_FREE = Request.LOOP_CTL_GET_FREE
+
+    def __init__(self, dir_fd: int | None = None) -> None:
+        """Open ``loop-control`` in the directory `dir_fd`, or in /dev.
+
+        Raises OSError as open(2) does: ENOENT where the loop module is not loaded and nothing loads it.
+        """
+        flags = os.O_RDWR | os.O_CLOEXEC
+        if dir_fd is None:
+            self.fd = os.open("/dev/loop-control", flags)
+        else:
+            self.fd = os.open("loop-control", flags, dir_fd=_valid_fd(dir_fd))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close; nothing but a further `close`, which does nothing, is valid afterwards"""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def fileno(self) -> int:
+        """The open control device's file descriptor; RuntimeError after `close`"""
+        if self.fd < 0:
+            raise RuntimeError("loop control is closed")
+        return self.fd
+
+    def add(self, minor: int = -1) -> int:
+        """Make a device, and give its number: LOOP_CTL_ADD.
+
+        Args:
+            minor: the number it is to have; negative for the lowest that does not exist
+
+        The new device is anybody's: `get_unbound` may name it to another process before it is bound here.
+
+        Raises OSError: EEXIST if there is such a device.
+        """
+        return _ioctl(self.fileno(), Request.LOOP_CTL_ADD, _valid_number(minor) if minor >= 0 else -1)
+
+    def remove(self, minor: int = -1) -> None:
+        """Remove the unbound, unopened device `minor`: LOOP_CTL_REMOVE. Takes some 50 ms.
+
+        Raises OSError: EBUSY if it is bound or open, perhaps by udev for a moment; ENODEV if there is none;
+        EINVAL for a negative number (Linux before 5.14 removes the first unbound device instead).
+        """
+        _ioctl(self.fileno(), Request.LOOP_CTL_REMOVE, _valid_number(minor) if minor >= 0 else -1)
+
+    def get_unbound(self) -> int:
+        """The lowest number of an unbound device, which is made if there is none: LOOP_CTL_GET_FREE.
+
+        Nothing is reserved: the next process that asks gets the same number.
+        """
+        return _ioctl(self.fileno(), Request.LOOP_CTL_GET_FREE)
+
+    def loop_for_fd(
+        self,
+        fd: int,
+        lock: bool = False,
+        setup: Callable[[Loop], object] | None = None,
+        *,
+        offset: int | None = None,
+        sizelimit: int | None = None,
+        blocksize: int = 0,
+        autoclear: bool | None = None,
+        partscan: bool | None = None,
+        read_only: bool | None = None,
+        direct_io: bool = False,
+        ref: bytes = b"",
+        dir_fd: int | None = None,
+        timeout: float = 10.0,
+    ) -> Loop:
+        """Find or make an unbound device, bind the file `fd` to it, and give the open device.
+
+        Others bind devices at the same time, so a device may be gone between being found and being bound;
+        then the next one is tried, a bounded number of times and for a bounded time. A device that stays
+        unusable though it is free (somebody keeps it locked, or open with O_EXCL) is left aside and a new one
+        is made.
+
+        Args:
+            lock: lock the device exclusively (see `Loop.flock`) before it is bound, and leave it locked
+            setup: called with each device that is tried, after it was opened and before anything else is done
+                with it. What it raises goes to the caller. A device that is given up is closed, and its
+                `on_close` called.
+            dir_fd: the directory with the device nodes; /dev if None
+            timeout: seconds for all tries. A bind that has begun is not interrupted.
+            others: as for `Loop.configure`
+
+        Raises ValueError for a bad argument, before any device is touched; TimeoutError if no device was to
+        be had; OSError as `Loop` and `Loop.configure` for anything that another try would not cure.
+        """
+        self.fileno()
+        config = _pack_config(
+            fd, offset=offset, sizelimit=sizelimit, blocksize=blocksize, autoclear=autoclear,
+            partscan=partscan, read_only=read_only, direct_io=direct_io, ref=ref,
         )  # fmt: skip
         if dir_fd is not None:
             _valid_fd(dir_fd)
