@@ -25,6 +25,11 @@ class Membership(NamedTuple):
     account: str
     unit: str
 
+    @property
+    def name(self) -> str:
+        """For a sentence: of no unit is what runs in the root of the cgroups."""
+        return self.unit or f"account {self.account}"
+
 
 LEGACY = "name=systemd:"
 """Before the path of a cgroup of the first version."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from loopd.daemon import leases
-from loopd.daemon.accounts import Account, Accounts, Owner
+from loopd.daemon.accounts import Account, Accounts, Membership, Owner
 from loopd.daemon.audit import Audit, Event
 from loopd.daemon.leases import Lease, Leases, Slots, State
 from loopd.daemon.numbers import Numbers, is_parked, ours
@@ -28,7 +28,7 @@ from loopd.kernel.transport import FdSet
 from loopd.loop import backing_file
 from loopd.protocol import wire
 from loopd.protocol.wire import Code, Refusal
-from loopd.worker import devices, messages, records
+from loopd.worker import devices, files, messages, records
 from loopd.worker.devices import Binding
 
 
@@ -771,11 +771,13 @@ class Lifecycle:
     def record(self, event: Event, lease: Lease, text: str, **details: object) -> None:
         """Write the audit's record of something that happened to a lease."""
         binding, holder = lease.binding, lease.holder
-        owner = holder.unit or f"account {holder.account}"  # of no unit is what runs in the root of the cgroups
+        owner = Membership(holder.account, holder.unit).name
+        whose = "" if binding.backing_view == files.HOST else " (a path in the client's mount namespace)"
         self._audit.record(
-            event, f"{binding.devname} of {owner} on {binding.backing_file} {text}",
+            event, f"{binding.devname} of {owner} on {binding.backing_file}{whose} {text}",
             device=binding.devname, number=binding.number, diskseq=binding.diskseq,
             backing_file=binding.backing_file, backing_dev=binding.backing_dev, backing_inode=binding.backing_inode,
+            backing_view=binding.backing_view,
             account=holder.account, owner=str(holder.owner.account), unit=holder.unit,
             pid=holder.pid, uid=holder.uid, gid=holder.gid,
             reason=lease.reason or None, lease=lease.lease, **details,

@@ -655,7 +655,8 @@ class Service:
         """The helper ended in the middle: killed, or by a bug of its own that it has printed."""
         self._release_head(exchange)
         if not exchange.finished:
-            self._record(Event.FAILED, exchange, "A helper process ended in the middle of a request", Code.INTERNAL)
+            text = f"A helper process ended in the middle of a request of {exchange.member.name}"
+            self._record(Event.FAILED, exchange, text, Code.INTERNAL)
             self.answer(exchange, Refusal(Code.INTERNAL, "the helper process of this request ended"))
 
     def on_helper_stuck(self, exchange: Exchange) -> None:
@@ -664,7 +665,7 @@ class Service:
         exchange.account.stuck += 1
         exchange.stuck = True
         self._metrics.stuck += 1
-        text = "A helper process hangs in a request and was written off; its account is charged"
+        text = f"A helper process hangs in a request of {exchange.member.name}, which is charged, and was written off"
         self._record(Event.STUCK, exchange, text, Code.TIMEOUT)
         if not exchange.finished:
             self.answer(exchange, Refusal(Code.TIMEOUT, "the request was not done in time: do its files answer?"))
@@ -814,10 +815,12 @@ class Service:
                 self._give_up(exchange)
         if isinstance(reply, Refusal):
             self._metrics.refused(reply.code)
-            self._record_singly(Event.REFUSED, exchange, f"Refused: {reply}", reply.code)
+            text = f"A request of {exchange.member.name} was refused: {reply}"
+            self._record_singly(Event.REFUSED, exchange, text, reply.code)
         if not delivered:
             self._metrics.refused(Code.UNDELIVERABLE)
-            self._record_singly(Event.REFUSED, exchange, "The reply could not be delivered", Code.UNDELIVERABLE)
+            text = f"The reply to {exchange.member.name} could not be delivered"
+            self._record_singly(Event.REFUSED, exchange, text, Code.UNDELIVERABLE)
         return delivered
 
     def _address(self, index: int, sender: Sender) -> bytes:
@@ -883,7 +886,7 @@ def _check_allowed(request: Attach, allow: Allow) -> None:
 def _info(lease: Lease, admin: bool) -> wire.LeaseInfo:
     binding, holder = lease.binding, lease.holder
     shared = binding._asdict()
-    del shared["number"]
+    del shared["number"], shared["backing_view"]
     return wire.LeaseInfo(
         **shared,
         state=lease.state.value,

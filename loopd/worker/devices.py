@@ -20,7 +20,7 @@ from loopd import loop as lo
 from loopd.kernel import rights
 from loopd.loop import LOOP_MAJOR, Loop, LoopControl, UnexpectedDevice, backing_file, supports_configure
 from loopd.protocol.wire import Attach, Code, Refusal
-from loopd.worker.files import Backing
+from loopd.worker.files import CLIENT, Backing
 
 PRIVATE_NODES = "/run/loopd-nodes"
 """A directory of the service alone, on a mount without nodev (TemporaryFileSystem= in the unit)."""
@@ -63,6 +63,7 @@ class Binding(NamedTuple):
     backing_dev: str
     backing_inode: int
     ref: str
+    backing_view: str = CLIENT
 
 
 class Access:
@@ -350,6 +351,7 @@ def _verify(loop: Loop, number: int, request: Attach, backing: Backing) -> Bindi
         backing_file=backing.path,
         backing_dev=backing.dev,
         backing_inode=backing.inode,
+        backing_view=backing.view,
         ref=request.ref,
     )
     asked = (request.offset, request.sizelimit, request.sector_size, backing.read_only, request.partscan)

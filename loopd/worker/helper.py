@@ -224,9 +224,11 @@ class Helper:
         events: int | None,
     ) -> bool:  # fmt: skip
         mounts = files.Mounts(packet.sender.pid)
-        warnings = _check_mknod(packet.sender.pid, terms)
+        warnings = _check_mknod(packet.sender.pid, terms, mounts)
         fd = borrow(packet.fds, request.fd, "fd")
         backing = files.check_backing(fd, request, mounts, terms.file_systems, block_devices=terms.block_devices)
+        if vetted.pidfd is None or _ended(vetted.pidfd):  # another process may have its pid by now
+            backing = backing._replace(view=files.CLIENT)
         if not (terms.write or backing.read_only):
             raise Refusal(
                 Code.NOT_PERMITTED, "the administrator allows this client read-only devices alone (loopd.toml)"
@@ -455,8 +457,8 @@ def _open_events(job: Take, packet: Packet) -> int | None:
     return None if events is None else packet.own.add(events)
 
 
-def _check_mknod(pid: int, terms: Terms) -> tuple[str, ...]:
-    if not rights.can_make_nodes(pid) or files.on_host(pid):
+def _check_mknod(pid: int, terms: Terms, mounts: files.Mounts) -> tuple[str, ...]:
+    if not rights.can_make_nodes(pid) or mounts.on_host:
         return ()
     if not terms.mknod:
         raise Refusal(Code.NOT_PERMITTED, "the client has CAP_MKNOD: run its container with --cap-drop MKNOD")
