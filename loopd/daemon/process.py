@@ -175,7 +175,7 @@ class Daemon:
         self._stopping = False
         self._catch_signals()
         self._options = options
-        self._policy = self._load_policy()
+        self._policy, mistake = self._policy_at_start()
         self._numbers = Numbers(
             _counter(options.state_directory, options.instance, self._control, self._audit), self._fork_numbers()
         )
@@ -194,6 +194,7 @@ class Daemon:
             self._poller, listeners, self._pool, self._lifecycle, self._numbers, slots, self._audit, self._metrics,
             self._policy, options.instance,
         )  # fmt: skip
+        self._service.mistake = mistake
         for name, fd in passed:
             if name == SLOT:
                 self._lifecycle.recover(socket.socket(fileno=fd))
@@ -203,18 +204,32 @@ class Daemon:
         self._service.start()
 
     def _load_policy(self) -> policy.Policy:
-        loaded = policy.load(self._options.config)
-        if self._options.idle_timeout is not None:
-            loaded = loaded._replace(idle_timeout=self._options.idle_timeout)
-        return loaded
+        return self._with_options(policy.load(self._options.config))
+
+    def _with_options(self, loaded: policy.Policy) -> policy.Policy:
+        given = self._options.idle_timeout
+        return loaded if given is None else loaded._replace(idle_timeout=given)
+
+    def _policy_at_start(self) -> tuple[policy.Policy, str]:
+        """The policy, and what is wrong with it. Each request would wait for a daemon that ended because of that."""
+        try:
+            return self._load_policy(), ""
+        except policy.ConfigurationError as error:
+            text = f"Nothing is attached before the configuration is corrected: {error}"
+            self._audit.record(Event.FAILED, text, path=self._options.config)
+            return self._with_options(policy.Policy()), str(error)
 
     def _reload(self) -> None:
         """New requests follow the new policy; a policy with an error changes nothing."""
         try:
             self._policy = self._service.policy = self._lifecycle.policy = self._load_policy()
+            self._service.mistake = ""
         except policy.ConfigurationError as error:
+            still = "The old policy stays in force"
+            if self._service.mistake:
+                still, self._service.mistake = "Nothing is attached, as before", str(error)
             for file, key, reason in error.problems:
-                self._audit.record(Event.WARNED, f"The old policy stays in force: {file}: {key}: {reason}", path=file)
+                self._audit.record(Event.WARNED, f"{still}: {file}: {key}: {reason}", path=file)
             return
         self._audit.record(Event.RELOADED, "The policy was read again", path=self._options.config)
 

@@ -243,6 +243,7 @@ class Service:
         self._metrics = metrics
         self._instance = instance
         self.policy = policy
+        self.mistake = ""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most_fds = limit - min(SPARE_FDS, limit // 2)
         self._warned: set[str] = set()
@@ -264,7 +265,9 @@ class Service:
     @property
     def status(self) -> str:
         """What ``systemctl status`` shows."""
-        return f"{len(self._leases)} leases, {self._exchanges} requests under way, {self._pool.lost} helpers hanging"
+        wrong = " ".join(f"Nothing is attached, the configuration is wrong: {self.mistake} - ".split("\n"))
+        work = f"{len(self._leases)} leases, {self._exchanges} requests under way, {self._pool.lost} helpers hanging"
+        return wrong + work if self.mistake else work
 
     def start(self) -> None:
         """Take requests."""
@@ -399,6 +402,9 @@ class Service:
         """The job of a request's helper, with what it is to do beside taking the datagram."""
         request = exchange.request
         try:
+            if self.mistake and isinstance(request, (Attach, Directory, Rescan, Resize)):
+                why = f"loopd gives nothing before its administrator has corrected its configuration: {self.mistake}"
+                raise Refusal(Code.NOT_PERMITTED, why[:1000])
             if isinstance(request, Attach):
                 return self._admit_attach(exchange, request, job)
             if isinstance(request, Directory):
