@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -227,7 +226,7 @@ class Helper:
         warnings = _check_mknod(packet.sender.pid, terms, mounts)
         fd = borrow(packet.fds, request.fd, "fd")
         backing = files.check_backing(fd, request, mounts, terms.file_systems, block_devices=terms.block_devices)
-        if vetted.pidfd is None or _ended(vetted.pidfd):  # another process may have its pid by now
+        if vetted.pidfd is None or peers.ended(vetted.pidfd):  # another process may have its pid by now
             backing = backing._replace(view=files.CLIENT)
         if not (terms.write or backing.read_only):
             raise Refusal(
@@ -435,7 +434,7 @@ class Helper:
 def _check_on_host(packet: Packet, vetted: _Vetted) -> None:
     assert vetted.pidfd is not None
     # In this order: what was looked at was the sender if it has not ended since.
-    if not files.on_host(packet.sender.pid) or _ended(vetted.pidfd):
+    if not files.on_host(packet.sender.pid) or peers.ended(vetted.pidfd):
         raise Refusal(Code.NOT_PERMITTED, "a directory is made from the host, and bound into the container from there")
 
 
@@ -476,7 +475,7 @@ def _living_sender(job: Take, packet: Packet) -> int:
     pidfd = packet.pidfd
     if pidfd is None:  # before Linux 6.5
         pidfd = packet.own.add(transport.pidfd_of_sender(packet.sender.pid, packet.arrived))
-    if _ended(pidfd):
+    if peers.ended(pidfd):
         raise ProcessLookupError
     return pidfd
 
@@ -516,12 +515,6 @@ def _wanted(binding: Binding, *, partitions: bool) -> dict[str, Numbers]:
     """The nodes that a binding has, by name."""
     disk = {binding.devname: (binding.major, binding.minor)}
     return disk | devices.partitions(binding.devname) if partitions else disk
-
-
-def _ended(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def borrow(fds: FdSet, index: int, name: str) -> int:
