@@ -263,9 +263,7 @@ class Attaches:
     def _record(self, exchange: Exchange, lease: Lease) -> None:
         duration = time.monotonic() - exchange.started
         self._books.metrics.attached(duration)
-        self._books.record(
-            Event.ATTACHED, lease, "was attached", operation="attach", duration_usec=int(duration * 1e6)
-        )
+        self._books.record(Event.ATTACHED, lease, "was attached", operation="attach", duration_usec=int(duration * 1e6))
 
     async def end(self, mine: Reservation, job: Job) -> None:
         """The request is answered: give up what was reserved and not used, once the worker has done with it."""

@@ -132,9 +132,7 @@ class Numbers:
     another.
     """
 
-    def __init__(
-        self, counter: Counter, children: Children, role: Role, changed: Callable[[int | None], None]
-    ) -> None:
+    def __init__(self, counter: Counter, children: Children, role: Role, changed: Callable[[int | None], None]) -> None:
         """`changed` is called when there is something to remove, and after the child's answers, with what lingers."""
         self._counter = counter
         self._changed = changed

@@ -25,7 +25,7 @@ BOOT_ID = "LOOPD_BOOT_ID"
 
 
 def _boot_id() -> str:
-    """The 32 hexadecimal digits that systemd calls %b. The service gives them: its own /proc has no sys (ProcSubset=)."""
+    """The 32 hexadecimal digits that systemd calls %b. The service gives them: its /proc has no sys (ProcSubset=)."""
     if BOOT_ID not in os.environ:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return file.read().strip().replace("-", "")
