@@ -78,8 +78,8 @@ class Books:
         return None
 
     def stuck(self, lease: Lease) -> None:
-        """A worker hangs in what belongs to a lease."""
-        text = "has a worker process that hangs in its directory or file, and was written off"
+        """Record that a worker hangs in what belongs to a lease."""
+        text = "has a worker process that hangs in its directory or file: it was killed, and is charged until it ends"
         self.record(Event.STUCK, lease, text, code=Code.TIMEOUT.value)
 
     def record(self, event: Event, lease: Lease, text: str, **details: object) -> None:

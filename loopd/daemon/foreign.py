@@ -195,7 +195,7 @@ class Foreign:
         account = self._last_account(number)
 
         def hangs() -> None:
-            text = f"A worker process hangs in {devname}, which could not be removed, and was written off"
+            text = f"A worker process hangs in {devname}: it was killed, and is charged until it ends"
             self._books.audit.record(Event.STUCK, text, device=devname, number=number, account=account.name or None)
 
         await account.turns.take()

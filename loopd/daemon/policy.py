@@ -37,7 +37,7 @@ class Limits(NamedTuple):
     requests: int = 32
     """Requests under way at once."""
     stuck: int = 2
-    """Helper processes that may hang in its requests before these are dropped unanswered."""
+    """Worker processes that may hang in its requests before these are dropped unanswered."""
     new_numbers: int = 256
     """Device numbers that it may use up at once; beyond these it gets those again that it had before."""
     new_numbers_per_minute: float = 10.0
@@ -145,7 +145,7 @@ class Policy(NamedTuple):
     reply_to_address: bool = False
     """Answer a request without reply_fd at its sender's address: only where every client shares the host's network."""
     request_timeout: float = 30.0
-    """After this long a helper process that has not finished a request is written off."""
+    """Seconds after which a worker process that is not done with a request hangs: it is killed, and charged."""
     number_wait: float = 5.0
     """How long an attach waits for one of its account's own device numbers to come free: half of `request_timeout` at
     most, for who waits is not stuck.

@@ -260,9 +260,10 @@ class Service:
         return wire.Granted(message.path)
 
     def _stuck(self, exchange: Exchange) -> None:
-        """The worker hangs, most likely on one of the client's own files."""
+        """Record that the worker hangs, most likely on one of the client's own files."""
         self._books.metrics.stuck += 1
-        text = f"A worker process hangs in a request of {exchange.member.name}, which is charged, and was written off"
+        who = exchange.member.name
+        text = f"A worker process hangs in a request of {who}: it was killed, and is charged to it until it ends"
         self._answers.record(Event.STUCK, exchange, text, Code.TIMEOUT)
 
 
