@@ -77,6 +77,18 @@ class Books:
                 message = message._replace(sure=False)
         return None
 
+    def partitioned(self, lease: Lease, count: int, excess: int) -> tuple[str, ...]:
+        """The device has so many partitions, and `excess` more than it may have; the warnings of that."""
+        self.leases.partitioned(lease, count)
+        if not excess:
+            return ()
+        why = "limits.partitions, limits.partitions_in_all"
+        if not lease.told:
+            lease.told = True
+            text = f"had {excess} partitions too many ({why}): they get no nodes, and loopd deletes what is not open"
+            self.record(Event.WARNED, lease, text)
+        return (f"{excess} partitions are too many, and have no nodes ({why} in the host's loopd.toml)",)
+
     def stuck(self, lease: Lease) -> None:
         """Record that a worker hangs in what belongs to a lease."""
         text = "has a worker process that hangs in its directory or file: it was killed, and is charged until it ends"

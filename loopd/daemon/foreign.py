@@ -23,8 +23,6 @@ from loopd.worker.messages import Nudge
 
 CHECK = 1.0
 """Seconds after which a device that was bound must be a lease's."""
-SLICE = 64
-"""Devices that are looked at before other events get their turn."""
 LOOK_AGAIN = 5.0
 """Seconds between looks at devices that others keep open, in case a uevent was missed."""
 
@@ -92,21 +90,14 @@ class Foreign:
         self._looking = False
         if self._books.numbers.renew_if_hung():
             self._books.audit.record(Event.STUCK, "The process that removes device numbers hangs, and is replaced")
-        self._look_again()
+        self.look_again()
 
-    def _look_again(self) -> None:
+    def look_again(self) -> None:
+        """Look at what is no lease's."""
         self._books.numbers.removals.retry()
         for devname in self._charged:
             self._look_later(devname)
         self.look_after()
-
-    async def look_at_all(self) -> None:
-        """Events were lost: look at every device of a lease, a few at a time."""
-        self._look_again()
-        for index, devname in enumerate([lease.binding.devname for lease in self._books.leases], 1):
-            self.on_disk(devname)
-            if index % SLICE == 0:
-                await self._books.sleep(0)
 
     def _look_at_lease(self, lease: Lease) -> None:
         """End a lease whose device does not carry its binding any more: its client has unbound it."""

@@ -112,7 +112,7 @@ class Daemon:
         for name, fd in passed:
             if name == setup.SLOT:
                 self._recovery.read(socket.socket(fileno=fd))
-        self._uevents = Uevents(self._poller, self._foreign, self._arrangements)
+        self._uevents = Uevents(self._books, self._foreign, self._arrangements)
         self._recovery.go_on()
         self._service.start()
 

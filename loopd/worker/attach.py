@@ -143,11 +143,13 @@ class Attaching:
     def _deliver(self, device: Loop, binding: Binding) -> tuple[Done, list[int]]:
         """Make the nodes, and what else the client asked for."""
         directory, grant = self._directory, self._grant
+        room = self._terms.partitions if self._request.partscan else 0
+        count, excess = limit_partitions(device, room) if self._request.partscan else (0, 0)
         made: list[Node] = []
         client = FdSet()
         try:
             if directory is not None:
-                wanted = wanted_nodes(binding, partitions=self._request.partscan)
+                wanted = wanted_nodes(binding, room)
                 made += nodes.place(directory, binding.devname, wanted, read_only=binding.read_only)
             watch, table = self._look_after(directory, binding)
             for delivery in self._request.deliver:
@@ -165,8 +167,9 @@ class Attaching:
             raise
         fds = list(client)
         client.release()
-        names = tuple(devices.partitions(binding.devname)) if directory is None and self._request.partscan else ()
-        return Done(None, binding, tuple(made), (), watch, table, grant, names), fds
+        names = tuple(devices.partitions(binding.devname, room)) if directory is None and room else ()
+        done = Done(None, binding, tuple(made), (), watch, table, grant, names, partitions=count, excess=excess)
+        return done, fds
 
     def _make_mount(self, devname: str) -> None:
         """A directory for the nodes of this device, to be handed over as a mount."""
@@ -199,10 +202,19 @@ def add_watch(watches: int, directory: Directory, binding: Binding) -> int | Non
     return None
 
 
-def wanted_nodes(binding: Binding, *, partitions: bool) -> dict[str, nodes.Numbers]:
-    """The nodes that a binding has, by name."""
+def limit_partitions(device: Loop, room: int) -> tuple[int, int]:
+    """Delete the partitions beyond so many; how many there are now, and how many were too many."""
+    count = len(devices.partitions(device.devname))
+    if count <= room:
+        return count, 0
+    bind.delete_partitions(device, room)
+    return len(devices.partitions(device.devname)), count - room
+
+
+def wanted_nodes(binding: Binding, room: int) -> dict[str, nodes.Numbers]:
+    """The nodes that a binding has, by name: the disk's, and those of so many partitions."""
     disk = {binding.devname: (binding.major, binding.minor)}
-    return disk | devices.partitions(binding.devname) if partitions else disk
+    return disk | devices.partitions(binding.devname, room) if room else disk
 
 
 def _check_mknod(pid: int, terms: Terms, mounts: files.Mounts) -> tuple[str, ...]:

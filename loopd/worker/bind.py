@@ -45,9 +45,11 @@ _CONFIGURE = {
 }
 
 
-def delete_partitions(loop: Loop) -> None:
-    """Delete what partitions there are, so that none reads the next file's data; needs CAP_SYS_ADMIN."""
-    for name in partitions(loop.devname):
+def delete_partitions(loop: Loop, keep: int = 0) -> None:
+    """Delete what partitions there are, so that none reads the next file's data, but for the first so many; needs
+    CAP_SYS_ADMIN. One that is open stays.
+    """
+    for name in list(partitions(loop.devname))[keep:]:
         with contextlib.suppress(OSError):
             loop.delete_partition(int(name.rpartition("p")[2]))
 
