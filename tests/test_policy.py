@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Daemon, ask, bound_to, eventually, exists, require
+from kept import Kept, start_kept_fixture  # noqa: F401
 from processes import CLONE_NEWNS, IN_NAMESPACE, Activated, become, mapped, unshare
 from untouched import cgroup, elsewhere, helpers, leases, maker, pair, paused, reply_of, send, stopped
 
@@ -887,10 +888,55 @@ def test_reload(configured: Callable[..., Daemon], image: int, directory: int, d
     assert daemon.hello().fields["limits"]["devices"] == Limits().devices
 
 
-def test_a_daemon_does_not_start_with_a_wrong_policy(configured: Callable[..., Daemon], tmp_path: Path) -> None:
-    """It would otherwise allow what the administrator wanted to forbid."""
-    daemon = configured("allow.attach = 'no'")
-    with contextlib.suppress(TimeoutError):
-        daemon.ask(wire.Hello(0), [], timeout=1)
-    assert daemon.wait() == 1
-    assert f"{tmp_path / 'loopd.toml'}: allow.attach: expected true or false" in daemon.log()
+def test_a_daemon_with_a_wrong_policy_gives_nothing(
+    configured: Callable[..., Daemon], image: int, directory: int, tmp_path: Path
+) -> None:
+    """It would otherwise allow what the administrator wanted to forbid. The client is told at once, and the journal."""
+    daemon = configured("allow.attach = 'no'\nlimits.surprise = 1")
+    path = tmp_path / "loopd.toml"
+    wrong = f"{path}: allow.attach: expected true or false"
+    assert daemon.hello().code is None
+    asked = wire.Attach(0, 1, 2), wire.Directory("mine", 2), wire.Rescan("loop5000", 2), wire.Resize("loop5000", 2)
+    for message in asked:
+        began = time.monotonic()
+        reply = daemon.ask(message, [image, directory])
+        assert reply.code == "not-permitted"
+        assert wrong in reply.fields["error"]["message"]
+        assert time.monotonic() - began < 5
+    assert daemon.ask(wire.Leases(0), []).fields["leases"] == []
+    (record,) = eventually(lambda: daemon.records("failed"), "it is in the journal, once")
+    assert wrong in record["MESSAGE"]
+    assert "limits.surprise" in record["MESSAGE"]
+    assert not bound_to(tmp_path)
+
+    path.write_text("allow.attach = 'yes'")
+    os.kill(daemon.pid, signal.SIGHUP)
+    (record,) = eventually(lambda: daemon.records("warned"), "it is still wrong")
+    assert record["MESSAGE"] == f"Nothing is attached, as before: {wrong}"
+    path.write_text("")
+    os.kill(daemon.pid, signal.SIGHUP)
+    eventually(lambda: daemon.records("reloaded"), "it is read again")
+    assert daemon.attach(image, directory).code is None
+
+
+def test_a_policy_that_cannot_be_read(configured: Callable[..., Daemon], image: int, tmp_path: Path) -> None:
+    """As one that root has written with a umask of 077."""
+    daemon = configured("allow.attach = true")
+    (tmp_path / "loopd.toml").unlink()
+    (tmp_path / "loopd.toml").mkdir()
+    reply = daemon.attach(image, None, deliver=("fd",))
+    assert "Is a directory" in reply.fields["error"]["message"]
+
+
+def test_what_was_attached_before_can_be_given_back(
+    start_kept: Callable[..., Kept], image: int, directory: int
+) -> None:
+    daemon = start_kept(policy="limits.devices = 5\n")
+    reply = daemon.attach(image, directory)
+    assert reply.code is None
+    (daemon.directory / "loopd.toml").write_text("limits.devices = 'none'\n")
+    daemon.kill()
+    assert daemon.attach(image, directory).code == "not-permitted"
+    assert list(daemon.leases()) == [reply.fields["devname"]]
+    assert daemon.ask(wire.Detach(reply.fields["devname"], 0, wait=5), []).fields == {"state": "released"}
+    daemon.end()

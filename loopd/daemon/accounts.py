@@ -25,6 +25,11 @@ class Membership(NamedTuple):
     account: str
     unit: str
 
+    @property
+    def name(self) -> str:
+        """For a sentence: of no unit is what runs in the root of the cgroups."""
+        return self.unit or f"account {self.account}"
+
 
 SHARED = "first-version"
 """The one account of all clients that the second version of cgroups does not tell apart."""
@@ -175,6 +180,8 @@ class Account:
         self.devices = 0
         """Devices, with those of attaches that are under way."""
         self.bytes = 0
+        self.partitions = 0
+        """Partitions of its devices."""
         self.requests: set[Any] = set()
         """Requests under way, and those that were answered and whose worker has files to close."""
         self.jobs: set[Job] = set()
@@ -183,6 +190,8 @@ class Account:
         """For jobs on its leases."""
         self.revoking = Turns(self.MOST_HANGING)
         """For closing nodes, which must not wait for a client that has made the jobs wait."""
+        self.listing = Turns()
+        """For building replies to ``list``, each until its time in the main process is earned again."""
         self.numbers = Bucket()
         self.shed = 0
         self._refusals = 0

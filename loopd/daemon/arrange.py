@@ -12,7 +12,6 @@ from loopd.daemon.books import Books
 from loopd.daemon.leases import Lease, State
 from loopd.daemon.watches import Watches
 from loopd.protocol.wire import Code, Refusal
-from loopd.worker import devices
 from loopd.worker.messages import Arrange, Arranged, Resize, Resized, Revoke
 
 LOOK_PAUSE = 0.05
@@ -40,7 +39,7 @@ class Arrangements:
             refusal = await self._arrange(lease, rescan=True)
         if refusal is not None:
             raise refusal
-        return tuple(devices.partitions(lease.binding.devname))
+        return lease.partitions
 
     async def resize(self, lease: Lease, limit: int) -> int:
         """Have the device take over the size of its file, as far as its account's `limit` of bytes goes (0: none); the
@@ -63,8 +62,7 @@ class Arrangements:
             await self._arrange(lease, look=True)
 
     async def _look(self, lease: Lease, pause: float, *, table: bool) -> None:
-        """Look at the nodes, and at the table too if that may have changed; one look answers all that comes before it.
-        """
+        """Look at the nodes, and at the table if that may have changed; one look answers all that comes before it."""
         if table in lease.wanted_looks:
             return
         lease.wanted_looks.add(table)
@@ -77,7 +75,10 @@ class Arrangements:
         """Have a worker do it; the lease's turn is the caller's."""
         if lease.state is not State.BOUND:
             return None
-        job = Arrange(lease.binding, lease.holder.client, lease.nodes, lease.sure, lease.table, look, rescan)
+        holder, others = lease.holder, lease.account.partitions - lease.charged
+        limits = self._books.policy.terms(self._books.instance, holder.account, holder.uid, holder.gid).limits
+        room = limits.room(others)
+        job = Arrange(lease.binding, holder.client, lease.nodes, lease.sure, lease.table, room, look, rescan)
         answer = await self._books.work(lease, job)
         if not isinstance(answer, Arranged):
             lease.sure = False  # the worker may have made some before it ended or hung
@@ -85,6 +86,9 @@ class Arrangements:
         if answer.nodes is not None:
             lease.nodes, lease.names, lease.sure, lease.table = answer.nodes, answer.names, True, answer.table
             self.watches.watch_node(lease, answer.watch)
+            self._books.partitioned(lease, answer.partitions, answer.excess)
+            if not (answer.excess or limits.room(lease.account.partitions - lease.charged) >= lease.charged):
+                start(self._look(lease, 0, table=False))  # its account's other devices have got more meanwhile
         return answer.refusal
 
     async def _revoke(self, lease: Lease) -> None:
@@ -125,7 +129,7 @@ class Arrangements:
     def on_partitions(self, devname: str) -> None:
         """The kernel made or removed a partition."""
         lease = self._books.leases.get(devname)
-        if lease is None or not lease.binding.partscan:
+        if lease is None:
             return
         # Without a pause: the number of a partition that is gone is another's after some milliseconds (RCU). In a
         # client's own directory the client can open them again, and have a name looked up for ever.
@@ -134,12 +138,6 @@ class Arrangements:
             start(self._revoke(lease))
         if lease.state is State.BOUND:
             start(self._look(lease, 0, table=False))
-
-    def look_at_all(self) -> None:
-        """Events were lost: look at every lease with partitions."""
-        for lease in list(self._books.leases):
-            if lease.binding.partscan:
-                self.on_partitions(lease.binding.devname)
 
 
 def _check_bound(lease: Lease) -> None:

@@ -101,10 +101,13 @@ class Attaches:
         job = job._replace(
             lease=request.lease_fd,
             attach=request if allow.direct_io else request._replace(direct_io="off"),
-            terms=Terms(allow.file_systems, allow.write, allow.block_devices, allow.mknod, number),
+            terms=Terms(
+                allow.file_systems, allow.write, allow.block_devices, allow.mknod, number,
+                limits.room(account.partitions),
+            ),
             holder=mine.holder._asdict(),
             row=mine.slot.row,
-        )
+        )  # fmt: skip
         return job, mine
 
     def _check_room(self) -> None:
@@ -205,7 +208,8 @@ class Attaches:
                 return
             # Between the two notes the answer may have been given: a next daemon gives it again.
             records.note_answer(lease.slot.fd, "sending")
-            if self._answers.send(exchange, attached(lease, done.warnings), tuple(fds)):
+            warnings = done.warnings + self._books.partitioned(lease, done.partitions, done.excess)
+            if self._answers.send(exchange, attached(lease, warnings), tuple(fds)):
                 records.note_answer(lease.slot.fd, "sent")
                 self._record(exchange, lease)
             else:
@@ -263,9 +267,7 @@ class Attaches:
     def _record(self, exchange: Exchange, lease: Lease) -> None:
         duration = time.monotonic() - exchange.started
         self._books.metrics.attached(duration)
-        self._books.record(
-            Event.ATTACHED, lease, "was attached", operation="attach", duration_usec=int(duration * 1e6)
-        )
+        self._books.record(Event.ATTACHED, lease, "was attached", operation="attach", duration_usec=int(duration * 1e6))
 
     async def end(self, mine: Reservation, job: Job) -> None:
         """The request is answered: give up what was reserved and not used, once the worker has done with it."""

@@ -23,8 +23,6 @@ from loopd.worker.messages import Nudge
 
 CHECK = 1.0
 """Seconds after which a device that was bound must be a lease's."""
-SLICE = 64
-"""Devices that are looked at before other events get their turn."""
 LOOK_AGAIN = 5.0
 """Seconds between looks at devices that others keep open, in case a uevent was missed."""
 
@@ -58,7 +56,7 @@ class Foreign:
             # Of another file for the device (LOOP_CHANGE_FD) the kernel tells before it is there.
             self._look_later(devname)
             return
-        if self._books.numbers.lingers(int(devname[4:])):
+        if self._books.numbers.removals.has(int(devname[4:])):
             self._books.numbers.removals.retry()
         # An attach under way has bound its device before it is in the books.
         self._look_later(devname)
@@ -69,7 +67,7 @@ class Foreign:
         if lingering is not None:
             # Perhaps a client was faster, and its event came while the lease was there.
             self._look_later(f"loop{lingering}")
-        for devname in [name for name in self._charged if not numbers.lingers(int(name[4:]))]:
+        for devname in [name for name in self._charged if not numbers.removals.has(int(name[4:]))]:
             if devname not in self._reported:
                 self._discharge(devname)
         if numbers.remade and not self._told_remade:
@@ -92,21 +90,14 @@ class Foreign:
         self._looking = False
         if self._books.numbers.renew_if_hung():
             self._books.audit.record(Event.STUCK, "The process that removes device numbers hangs, and is replaced")
-        self._look_again()
+        self.look_again()
 
-    def _look_again(self) -> None:
+    def look_again(self) -> None:
+        """Look at what is no lease's."""
         self._books.numbers.removals.retry()
         for devname in self._charged:
             self._look_later(devname)
         self.look_after()
-
-    async def look_at_all(self) -> None:
-        """Events were lost: look at every device of a lease, a few at a time."""
-        self._look_again()
-        for index, devname in enumerate([lease.binding.devname for lease in self._books.leases], 1):
-            self.on_disk(devname)
-            if index % SLICE == 0:
-                await self._books.sleep(0)
 
     def _look_at_lease(self, lease: Lease) -> None:
         """End a lease whose device does not carry its binding any more: its client has unbound it."""
@@ -147,7 +138,7 @@ class Foreign:
         if devname in self._reported:
             return
         # It may be an attach that is not in the books yet: then it is at the next look. A number that lingers has none.
-        maybe = before is None or (before != seen and not self._books.numbers.lingers(number))
+        maybe = before is None or (before != seen and not self._books.numbers.removals.has(number))
         if maybe and now - since < self._books.policy.request_timeout:
             self._suspects[devname] = (seen, since)
             self._look_later(devname)

@@ -85,8 +85,8 @@ class Lease:
     """
 
     __slots__ = (
-        "_changed", "account", "binding", "holder", "keeper", "kept_by", "lost", "names", "nodes", "reason", "revoking",
-        "slot", "state", "sure", "table", "turn", "wanted_looks", "watch",
+        "_changed", "account", "binding", "charged", "holder", "keeper", "kept_by", "lost", "names", "nodes", "reason",
+        "revoking", "slot", "state", "sure", "table", "told", "turn", "wanted_looks", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -109,6 +109,10 @@ class Lease:
         self.turn = Turns()
         self.revoking: bool | None = None
         """Whether nodes are being closed (None: they are not), and then once more."""
+        self.charged = 0
+        """Partitions that its account is charged with."""
+        self.told = False
+        """Whether the administrator was told that it had too many partitions."""
         self.wanted_looks: set[bool] = set()
         """Looks at its nodes that are due: with a look at the table (True), and without."""
         self._changed: Promise[None] = Promise()
@@ -184,11 +188,17 @@ class Leases:
                 del self._numbers[owner]
         lease.account.devices -= 1
         lease.account.bytes -= lease.binding.size
+        self.partitioned(lease, 0)
 
     def resized(self, lease: Lease, binding: Binding) -> None:
         """The device has another size."""
         lease.account.bytes += binding.size - lease.binding.size
         lease.binding = binding
+
+    def partitioned(self, lease: Lease, count: int) -> None:
+        """The device has so many partitions."""
+        lease.account.partitions += count - lease.charged
+        lease.charged = count
 
     def of(self, owner: Owner | None, after: int, most: int) -> tuple[list[Lease], bool]:
         """The leases of an owner, or all of them for None, in the order of their numbers: `most` of those behind

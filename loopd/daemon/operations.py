@@ -20,6 +20,10 @@ from loopd.protocol.wire import Code, Detach, Hello, Leases, Refusal, Reply, Res
 
 MOST_ROWS = 64
 """Leases in one reply to ``list``: who has more asks again."""
+LISTED_PER_SECOND = 8 << 20
+"""Bytes of replies to ``list`` that one account gets in a second. A full reply takes the main process a millisecond; so
+one account's lists take an eighth of its time at most.
+"""
 
 
 class Operations:
@@ -54,17 +58,22 @@ class Operations:
         # In the order of their numbers: the one that the last reply ended with may be gone by now.
         after = int(request.after.removeprefix("loop")) if re.fullmatch("loop[0-9]{1,7}", request.after) else -1
         owner = None if exchange.admin else exchange.owner
-        found, more = self._books.leases.of(owner, after, MOST_ROWS)
-        rows: list[wire.LeaseInfo] = []
         size = 0
-        for lease in found:
-            row = _row(lease, exchange.admin)
-            size += _most_bytes(row)
-            if rows and size > wire.MAX_REPLY:
-                more = True
-                break
-            rows.append(row)
-        return wire.LeaseList(tuple(rows), more=more)
+        await exchange.account.listing.take()
+        try:
+            found, more = self._books.leases.of(owner, after, MOST_ROWS)
+            rows: list[wire.LeaseInfo] = []
+            for lease in found:
+                row = _row(lease, exchange.admin)
+                size += _most_bytes(row)
+                if rows and size > wire.MAX_REPLY:
+                    more = True
+                    break
+                rows.append(row)
+            return wire.LeaseList(tuple(rows), more=more)
+        finally:
+            # Given back only when what this reply takes is earned again.
+            self._books.poller.later(size / LISTED_PER_SECOND, exchange.account.listing.give)
 
     async def _detach(self, exchange: Exchange, request: Detach) -> Reply:
         if request.force and not exchange.admin:
@@ -138,7 +147,7 @@ def _most_bytes(row: wire.LeaseInfo) -> int:
 def _row(lease: Lease, admin: bool) -> wire.LeaseInfo:
     binding, holder = lease.binding, lease.holder
     shared = binding._asdict()
-    del shared["number"]
+    del shared["number"], shared["backing_view"]
     return wire.LeaseInfo(
         **shared,
         state=lease.state.value,

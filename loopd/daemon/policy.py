@@ -44,6 +44,14 @@ class Limits(NamedTuple):
     """How fast it may use up more: there are a million, and each then rests for 30 days."""
     bytes: int = 0
     """Sum of the sizes of its devices; 0 is no limit."""
+    partitions: int = 64
+    """Partitions of one device. Each takes 7 KiB of the kernel's memory, and one of 2^20 minors that NVMe disks use."""
+    partitions_in_all: int = 512
+    """Partitions of all its devices."""
+
+    def room(self, others: int) -> int:
+        """Partitions that one device may have while the account's others have so many."""
+        return max(0, min(self.partitions, self.partitions_in_all - others))
 
 
 class Allow(NamedTuple):
@@ -254,6 +262,8 @@ LIMIT_KEYS: dict[str, Callable[[Any], Any]] = {
     "new_numbers": _whole(0),
     "new_numbers_per_minute": _number(0),
     "bytes": _size,
+    "partitions": _whole(0),
+    "partitions_in_all": _whole(0),
 }
 ALLOW_KEYS: dict[str, Callable[[Any], Any]] = {
     "attach": _boolean,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from loopd.children.flow import start
 from loopd.daemon.arrange import Arrangements
+from loopd.daemon.books import Books
 from loopd.daemon.foreign import Foreign
 from loopd.kernel import uevents
-from loopd.kernel.poller import ONCE, Poller
+from loopd.kernel.poller import ONCE
+from loopd.kernel.uevents import Changes
 
 PAUSE = 0.02
 """Seconds in which uevents are gathered: every attach makes some, and hardly one has to be acted on."""
@@ -16,30 +19,43 @@ SHARE = 9
 """Whoever has a device can have the kernel tell of it without end: so much longer than it takes to look, nothing is
 looked at.
 """
+SLICE = 16
+"""Devices that are looked at before other events get their turn: a client may have hundreds."""
 
 
 class Uevents:
     """Receives them."""
 
-    def __init__(self, poller: Poller, foreign: Foreign, arrangements: Arrangements) -> None:
-        self._poller = poller
+    def __init__(self, books: Books, foreign: Foreign, arrangements: Arrangements) -> None:
+        self._books = books
         self._foreign = foreign
         self._arrangements = arrangements
         self._netlink = uevents.listen()
-        poller.add(self._netlink.fileno(), self._receive, ONCE)
+        books.poller.add(self._netlink.fileno(), lambda: start(self._receive()), ONCE)
 
-    def _receive(self) -> None:
+    async def _receive(self) -> None:
+        """Look at what events have come for, a slice at a time. No others are received before all is looked at."""
         began = time.monotonic()
         try:
             changes = uevents.receive(self._netlink)
             if changes is None:
-                start(self._foreign.look_at_all())
-                self._arrangements.look_at_all()
-                return
-            for devname in changes.disks:
-                self._foreign.on_disk(devname)
-            for devname in changes.partitioned:
-                self._arrangements.on_partitions(devname)
+                self._foreign.look_again()
+                changes = self._everything()
+            looks: list[tuple[Callable[[str], None], str]] = []
+            # These first: the number of a partition that is gone may soon be another's.
+            looks += [(self._arrangements.on_partitions, devname) for devname in changes.partitioned]
+            looks += [(self._foreign.on_disk, devname) for devname in changes.disks]
+            for count, (look, devname) in enumerate(looks, 1):
+                look(devname)
+                if count % SLICE == 0:
+                    await self._books.sleep(SHARE * (time.monotonic() - began))
+                    began = time.monotonic()
         finally:
             pause = max(PAUSE, SHARE * (time.monotonic() - began))
-            self._poller.later(pause, lambda: self._poller.rearm(self._netlink.fileno()))
+            self._books.poller.later(pause, lambda: self._books.poller.rearm(self._netlink.fileno()))
+
+    def _everything(self) -> Changes:
+        """Events were lost: something may have happened to every device of a lease."""
+        leases = list(self._books.leases)
+        partitioned = {lease.binding.devname for lease in leases if lease.binding.partscan or lease.charged}
+        return Changes({lease.binding.devname for lease in leases}, partitioned)

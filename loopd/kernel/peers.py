@@ -8,12 +8,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
+import select
 import socket
 import struct
 import sys
 
-from loopd.kernel import proc
 from loopd.kernel.transport import FdSet, Sender, borrowed
 from loopd.protocol import wire
 
@@ -75,6 +74,7 @@ def check_maker(fd: int, sender: Sender) -> None:
 def _maker(fd: int) -> int | None:
     """The process that has made a socketpair; None when it has ended, for its pid may be another's by now."""
     with borrowed(fd) as peer:
+        pid = int(_UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
         try:
             pidfd = int.from_bytes(peer.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4), sys.byteorder)
         except OSError as error:
@@ -82,11 +82,16 @@ def _maker(fd: int) -> int | None:
                 return None
             if error.errno != errno.ENOPROTOOPT:  # EMFILE, ENFILE, ENOMEM
                 raise
-            # Before Linux 6.5: the pid that the maker had, which may be another's by now.
-            return int(_UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
+            return pid  # before Linux 6.5 nothing tells whether it has ended
     with FdSet((pidfd,)):
-        found = re.search(rb"(?m)^Pid:\t(\d+)$", proc.read(f"/proc/self/fdinfo/{pidfd}"))  # -1 when it has ended
-        return None if found is None else int(found[1])
+        return None if ended(pidfd) else pid
+
+
+def ended(pidfd: int) -> bool:
+    """Whether the process has ended."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _peer_name(peer: socket.socket) -> object:

@@ -27,10 +27,14 @@ def listen() -> socket.socket:
     return netlink
 
 
+MOST = 256
+"""Events of one look. A client can have the kernel tell of its device faster than they are read."""
+
+
 def receive(netlink: socket.socket) -> Changes | None:
     """The devices that events have come for; None when events were lost, and all devices have to be looked at."""
     changes = Changes(set(), set())
-    while True:
+    for _ in range(MOST):
         try:
             message, address = netlink.recvfrom(8192)
         except BlockingIOError:
@@ -40,3 +44,4 @@ def receive(netlink: socket.socket) -> Changes | None:
         match = _DISK.match(message.partition(b"\0")[0])
         if address[0] == 0 and match:  # port 0 is the kernel: any process of the namespace may send
             (changes.partitioned if match[2] else changes.disks).add(match[1].decode())
+    return changes

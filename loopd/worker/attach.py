@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 
-from loopd.kernel import inotify, rights
+from loopd.kernel import inotify, peers, rights
 from loopd.kernel.transport import FdSet, Packet
 from loopd.loop import Loop
 from loopd.protocol.wire import Attach, Code, Refusal
@@ -29,7 +29,7 @@ MKNOD_WARNING = (
 class Attaching:
     """One attach. `harmless` are the client's fds that can be closed without waiting."""
 
-    def __init__(self, worker: Worker, job: Take, packet: Packet, slot: int) -> None:
+    def __init__(self, worker: Worker, job: Take, packet: Packet, pidfd: int | None, slot: int) -> None:
         assert job.attach is not None and job.terms is not None  # noqa: PT018
         self.harmless: set[int] = set()
         self._worker = worker
@@ -39,6 +39,7 @@ class Attaching:
         self._holder = job.holder or {}
         self._row = job.row
         self._packet = packet
+        self._pidfd = pidfd
         self._slot = slot
         self._client = Client(packet.sender.uid, packet.sender.gid, False)
         self._grant = ""
@@ -47,8 +48,10 @@ class Attaching:
     def run(self, grant: str, kept_by: str, fds: dict[str, int | None]) -> tuple[Done, list[int]]:
         """Attach. Returns the answer, and the fds for the client, which are the caller's. `fds` go into the record."""
         mounts = files.Mounts(self._packet.sender.pid)
-        warnings = _check_mknod(self._packet.sender.pid, self._terms)
+        warnings = _check_mknod(self._packet.sender.pid, self._terms, mounts)
         backing, fd = self._vet_file(mounts)
+        if self._pidfd is None or peers.ended(self._pidfd):  # another process may have its pid by now
+            backing = backing._replace(view=files.CLIENT)
         self._grant = grant
         self._directory = self._vet_directory(mounts, grant)
         if self._directory is not None:
@@ -140,11 +143,13 @@ class Attaching:
     def _deliver(self, device: Loop, binding: Binding) -> tuple[Done, list[int]]:
         """Make the nodes, and what else the client asked for."""
         directory, grant = self._directory, self._grant
+        room = self._terms.partitions if self._request.partscan else 0
+        count, excess = limit_partitions(device, room) if self._request.partscan else (0, 0)
         made: list[Node] = []
         client = FdSet()
         try:
             if directory is not None:
-                wanted = wanted_nodes(binding, partitions=self._request.partscan)
+                wanted = wanted_nodes(binding, room)
                 made += nodes.place(directory, binding.devname, wanted, read_only=binding.read_only)
             watch, table = self._look_after(directory, binding)
             for delivery in self._request.deliver:
@@ -162,8 +167,9 @@ class Attaching:
             raise
         fds = list(client)
         client.release()
-        names = tuple(devices.partitions(binding.devname)) if directory is None and self._request.partscan else ()
-        return Done(None, binding, tuple(made), (), watch, table, grant, names), fds
+        names = tuple(devices.partitions(binding.devname, room)) if directory is None and room else ()
+        done = Done(None, binding, tuple(made), (), watch, table, grant, names, partitions=count, excess=excess)
+        return done, fds
 
     def _make_mount(self, devname: str) -> None:
         """A directory for the nodes of this device, to be handed over as a mount."""
@@ -196,14 +202,23 @@ def add_watch(watches: int, directory: Directory, binding: Binding) -> int | Non
     return None
 
 
-def wanted_nodes(binding: Binding, *, partitions: bool) -> dict[str, nodes.Numbers]:
-    """The nodes that a binding has, by name."""
+def limit_partitions(device: Loop, room: int) -> tuple[int, int]:
+    """Delete the partitions beyond so many; how many there are now, and how many were too many."""
+    count = len(devices.partitions(device.devname))
+    if count <= room:
+        return count, 0
+    bind.delete_partitions(device, room)
+    return len(devices.partitions(device.devname)), count - room
+
+
+def wanted_nodes(binding: Binding, room: int) -> dict[str, nodes.Numbers]:
+    """The nodes that a binding has, by name: the disk's, and those of so many partitions."""
     disk = {binding.devname: (binding.major, binding.minor)}
-    return disk | devices.partitions(binding.devname) if partitions else disk
+    return disk | devices.partitions(binding.devname, room) if room else disk
 
 
-def _check_mknod(pid: int, terms: Terms) -> tuple[str, ...]:
-    if not rights.can_make_nodes(pid) or files.on_host(pid):
+def _check_mknod(pid: int, terms: Terms, mounts: files.Mounts) -> tuple[str, ...]:
+    if not rights.can_make_nodes(pid) or mounts.on_host:
         return ()
     if not terms.mknod:
         raise Refusal(Code.NOT_PERMITTED, "the client has CAP_MKNOD: run its container with --cap-drop MKNOD")

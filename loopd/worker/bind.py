@@ -45,9 +45,11 @@ _CONFIGURE = {
 }
 
 
-def delete_partitions(loop: Loop) -> None:
-    """Delete the partitions of a device, so that none reads the next file's data; needs CAP_SYS_ADMIN."""
-    for name in partitions(loop.devname):
+def delete_partitions(loop: Loop, keep: int = 0) -> None:
+    """Delete the partitions of a device but the first `keep`, so that none reads the next file's data. A partition that
+    is open stays. Needs CAP_SYS_ADMIN.
+    """
+    for name in list(partitions(loop.devname))[keep:]:
         with contextlib.suppress(OSError):
             loop.delete_partition(int(name.rpartition("p")[2]))
 
@@ -86,6 +88,7 @@ class Request(NamedTuple):
             backing_file=backing.path,
             backing_dev=backing.dev,
             backing_inode=backing.inode,
+            backing_view=backing.view,
             ref=attach.ref,
         )
 

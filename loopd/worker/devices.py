@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from loopd import loop as lo
 from loopd.loop import backing_file
+from loopd.worker.files import CLIENT
 
 
 class Number(NamedTuple):
@@ -43,6 +44,7 @@ class Binding(NamedTuple):
     backing_dev: str
     backing_inode: int
     ref: str
+    backing_view: str = CLIENT
 
 
 def device_number(name: str, disk: str | None = None) -> tuple[int, int]:
@@ -74,15 +76,19 @@ def _gone() -> Iterator[None]:
             raise
 
 
-def partitions(devname: str) -> dict[str, tuple[int, int]]:
-    """Names and device numbers of the partitions that the kernel has for `devname` now."""
+MOST_PARTITIONS = 256
+"""The kernel makes no more on one disk (DISK_MAX_PARTS)."""
+
+
+def partitions(devname: str, most: int = MOST_PARTITIONS) -> dict[str, tuple[int, int]]:
+    """Names and device numbers of the partitions that the kernel has for `devname` now, the first so many."""
     found = {}
     with _gone():
         for name in os.listdir(f"{lo.sysfs}/block/{devname}"):
             if name.startswith(f"{devname}p"):
                 with _gone():
                     found[name] = device_number(name, devname)
-    return dict(sorted(found.items(), key=lambda item: int(item[0].rpartition("p")[2])))
+    return dict(sorted(found.items(), key=lambda item: int(item[0].rpartition("p")[2]))[:most])
 
 
 def sequence(devname: str) -> int | None:

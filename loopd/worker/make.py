@@ -26,6 +26,7 @@ THREADS = 32
 LOW_FREE = 4
 """Devices below the range that are kept free, for the host's ``losetup -f`` to find before it finds one of loopd's."""
 
+
 def make(channel: Channel, control: LoopControl, access: Access) -> None:
     """Be the child that makes numbers: answer each (operation, number) with (operation, number, errno), in any order."""
     import queue  # noqa: PLC0415  # nothing waits for this child, and the main process starts faster without
@@ -103,7 +104,6 @@ PARKED_SIZE = 4096
 def is_parked(devname: str, file: str) -> bool:
     """Whether a device of this file was parked. A client can bind a file of that name and size itself, and gains nothing."""
     return file.startswith(PARKED) and devices.size(devname) == PARKED_SIZE
-
 
 
 _parked: dict[int, Loop] = {}

@@ -21,13 +21,16 @@ SEARCH = -1
 
 
 class Terms(NamedTuple):
-    """What policy lets this request do, and the first number to try; without one the worker asks when it gets there."""
+    """What policy lets this request do, and the first number to try; without one the worker asks when it gets there.
+    `partitions`: how many the device may have.
+    """
 
     file_systems: frozenset[str]
     write: bool
     block_devices: bool
     mknod: bool
     number: Number | None
+    partitions: int
 
 
 class Change(NamedTuple):
@@ -94,7 +97,7 @@ class Arrange(NamedTuple):
     """Bring a lease's nodes in line with the partitions that the kernel has. Fds: the slot.
 
     Unless `sure`, there may be others than the `nodes`. `rescan`: have the kernel read the table first; `look`: only if
-    that is not what it was at the last look, `table`.
+    that is not what it was at the last look, `table`. `room`: how many partitions the device may have.
     """
 
     binding: Binding
@@ -102,6 +105,7 @@ class Arrange(NamedTuple):
     nodes: tuple[Node, ...]
     sure: bool
     table: int | None
+    room: int
     look: bool = False
     rescan: bool = False
 
@@ -168,8 +172,8 @@ class Changed(NamedTuple):
 
 class Done(NamedTuple):
     """The attach is done, or what was asked for is refused. `names` are the partitions, where there is no directory for
-    their nodes. Fds: what tells of the account's cgroup if so flagged, then
-    those for the client.
+    their nodes; `partitions` is how many the kernel has, `excess` how many were too many. Fds: what tells of the
+    account's cgroup if so flagged, then those for the client.
     """
 
     refusal: Refusal | None
@@ -181,6 +185,8 @@ class Done(NamedTuple):
     grant: str = ""
     names: tuple[str, ...] = ()
     cgroup: bool = False
+    partitions: int = 0
+    excess: int = 0
 
 
 class Released(NamedTuple):
@@ -195,7 +201,7 @@ class Released(NamedTuple):
 
 class Arranged(NamedTuple):
     """The nodes that are there now (None: not known), or the names of the partitions where there is no directory, and
-    the state of the watch and of the table.
+    the state of the watch and of the table. `partitions` is how many the kernel has, `excess` how many were too many.
     """
 
     refusal: Refusal | None
@@ -203,6 +209,8 @@ class Arranged(NamedTuple):
     watch: int | None = None
     table: int | None = None
     names: tuple[str, ...] = ()
+    partitions: int = 0
+    excess: int = 0
 
 
 class Resized(NamedTuple):

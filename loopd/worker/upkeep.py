@@ -15,7 +15,7 @@ from loopd.kernel.transport import FdSet
 from loopd.loop import Loop, UnexpectedDevice, backing_file
 from loopd.protocol.wire import Code, Refusal
 from loopd.worker import bind, devices, nodes, partitions, records
-from loopd.worker.attach import add_watch, wanted_nodes
+from loopd.worker.attach import add_watch, limit_partitions, wanted_nodes
 from loopd.worker.devices import Binding
 from loopd.worker.messages import (
     Arrange,
@@ -50,7 +50,7 @@ def _there(directory: Directory, job: Arrange | Release, wanted: dict[str, nodes
         return list(job.nodes)
     # Nodes are closed first: a look into the directory may take as long as the client likes.
     nodes.revoke(directory, (node for node in job.nodes if wanted.get(node.name) != (node.major, node.minor)))
-    return nodes.find(directory, job.binding.devname, wanted_nodes(job.binding, partitions=True))
+    return nodes.find(directory, job.binding.devname, wanted_nodes(job.binding, devices.MOST_PARTITIONS))
 
 
 @contextlib.contextmanager
@@ -124,9 +124,7 @@ def tidy(worker: Worker, job: Tidy, fds: FdSet) -> bool:
 def _of_row(number: int, dev: int, inode: int, diskseq: int | None) -> Binding:
     """A binding of which the row is all that is known."""
     file = f"{os.major(dev)}:{os.minor(dev)}"
-    return Binding(
-        number, f"loop{number}", 0, 0, diskseq, 0, 0, 0, 512, False, False, False, "", file, inode, ""
-    )
+    return Binding(number, f"loop{number}", 0, 0, diskseq, 0, 0, 0, 512, False, False, False, "", file, inode, "")
 
 
 # Partitions -------------------------------------------------------------------------------------------------------
@@ -161,13 +159,14 @@ def arrange(worker: Worker, job: Arrange, fds: FdSet) -> bool:
 
 def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int | None) -> Arranged:
     binding, refusal = job.binding, None
+    room = job.room if binding.partscan else 0
     table = job.table
     if file is not None and (job.look or job.rescan):
         with contextlib.suppress(OSError):  # its disk fails: the table of the last look stays
             table = partitions.look(file, binding)
     there: list[Node] = []
     if directory is not None:
-        there = _there(directory, job, wanted_nodes(binding, partitions=binding.partscan))
+        there = _there(directory, job, wanted_nodes(binding, room))
     if job.rescan or job.table not in (None, table):
         try:
             _reread(tools, binding, directory, there)
@@ -175,16 +174,31 @@ def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int 
             # Most likely a partition is in use. The next close of the node has the table looked at again.
             refusal, table = (error, UNREAD) if job.rescan else (None, job.table)
     if directory is None:
-        return Arranged(refusal, (), None, table, tuple(devices.partitions(binding.devname)))
-    wanted = wanted_nodes(binding, partitions=binding.partscan)
+        found = tuple(devices.partitions(binding.devname, room))
+        return Arranged(refusal, (), None, table, found, *_limit(tools, binding, job.room))
+    wanted = wanted_nodes(binding, room)
     there = nodes.prune(directory, there, wanted)
+    count, excess = _limit(tools, binding, job.room)  # what is too much has no node by now
     if not job.sure:
         nodes.finish(directory, there, read_only=binding.read_only)
     names = {node.name for node in there}
     missing = {name: device for name, device in wanted.items() if name not in names}
     there += nodes.add(directory, missing, read_only=binding.read_only)
     watch = add_watch(tools.watches, directory, binding) if binding.partscan else None
-    return Arranged(refusal, tuple(there), watch, table)
+    return Arranged(refusal, tuple(there), watch, table, (), count, excess)
+
+
+def _limit(tools: Tools, binding: Binding, room: int) -> tuple[int, int]:
+    """Delete the partitions beyond those that the device may have, its client's own too, who can look for partitions
+    without partscan; how many there are now, and how many were too many.
+    """
+    count = len(devices.partitions(binding.devname))
+    # Opened only then: an open of loopd's may keep a client's close from being the last.
+    if count > room:
+        with _device(tools, binding) as loop:
+            if loop is not None:
+                return limit_partitions(loop, room)
+    return count, 0
 
 
 def _reread(tools: Tools, binding: Binding, directory: Directory | None, there: list[Node]) -> None:
