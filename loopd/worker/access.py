@@ -27,8 +27,8 @@ LOCK_TIMEOUT = 2.0
 class Access:
     """How loopd itself opens a device: through a node of its own in a private directory, else through /dev.
 
-    `/dev/loopN` is root's until udev changes it, and loopd runs as a user of its own. Given the root of a sysfs of loopd's
-    own, the process looks up there from now on what the kernel says of devices.
+    `/dev/loopN` is root's until udev changes it, and loopd runs as a user of its own. Given the root of a sysfs of
+    loopd's own, the process looks up there from now on what the kernel says of devices.
     """
 
     def __init__(self, own_sysfs: int | None = None) -> None:
@@ -140,8 +140,8 @@ class Access:
 def _open_for_lock(loop: Loop) -> int:
     """Open the node that udev opens: a lock by flock(2) is on a node, not on the device that it leads to.
 
-    As root, whose node it is until udev has changed that; this takes no capability beyond what a client's directory needs.
-    Where there is no such node there is no udev to keep off either, and any other open file description will do.
+    As root, whose node it is until udev has changed that; this takes no capability beyond what a client's directory
+    needs. Where there is no such node there is no udev to keep off either, and any other open file description will do.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:

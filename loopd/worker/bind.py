@@ -162,7 +162,8 @@ def _configure(loop: Loop, request: Request) -> None:
 
 
 def _verify(loop: Loop, expected: Binding, attach: Attach) -> Binding:
-    """Read back what is in force: the kernel drops direct I/O silently, and early 5.8 ignored sizelimit and partscan."""
+    """Read back what is in force: the kernel drops direct I/O silently, and early 5.8 ignored sizelimit and partscan.
+    """
     info = loop.get_status()
     if info.direct_io and attach.direct_io == "off":  # the fd was opened with O_DIRECT, which turns it on
         loop.set_direct_io(False)

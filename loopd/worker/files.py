@@ -43,8 +43,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Identity(NamedTuple):
-    """What the kernel tells of an fd without asking its file system. `mount` is an id that no other mount ever gets; None
-    before Linux 6.8.
+    """What the kernel tells of an fd without asking its file system. `mount` is an id that no other mount ever gets;
+    None before Linux 6.8.
     """
 
     mode: int
@@ -54,9 +54,9 @@ class Identity(NamedTuple):
 
 
 class FileSystem(NamedTuple):
-    """The type of a mount's file system, and whether it is of the host's making. An overlay is where the host has mounted
-    it too: a user could have made it in a namespace of its own. `on_host`: the mount itself is the host's, so that the
-    host has every path on it.
+    """The type of a mount's file system, and whether it is of the host's making. An overlay is where the host has
+    mounted it too: a user could have made it in a namespace of its own. `on_host`: the mount itself is the host's, so
+    that the host has every path on it.
     """
 
     type: str
@@ -120,8 +120,8 @@ _MOST_SEEN = 1024
 class Mounts:
     """The mount tables that matter for one client: its own, the service's, and the host's.
 
-    The service has a namespace of its own, which later mounts need not reach: podman has its containers' overlays below a
-    private mount. So PID 1's table is read too.
+    The service has a namespace of its own, which later mounts need not reach: podman has its containers' overlays below
+    a private mount. So PID 1's table is read too.
     """
 
     def __init__(self, pid: int) -> None:
@@ -170,9 +170,9 @@ def _is_hosts(dev: bytes) -> bool:
 def on_host(pid: int | str) -> bool:
     """Whether process `pid` sees the host's file systems as the host does: the same as PID 1, and at the same places.
 
-    A mount id belongs to one mount in one namespace, so that no container has the same, and the place is as seen from the
-    process's root, outside of which nothing is listed. So the first line of the table tells. The process is in no user
-    namespace either, where it might choose among uids.
+    A mount id belongs to one mount in one namespace, so that no container has the same, and the place is as seen from
+    the process's root, outside of which nothing is listed. So the first line of the table tells. The process is in no
+    user namespace either, where it might choose among uids.
     """
     theirs, first = (_read(f"/proc/{process}/mountinfo", 256).partition(b"\n")[0] for process in (pid, 1))
     return bool(theirs) and theirs == first and _read(f"/proc/{pid}/uid_map") == _read("/proc/1/uid_map")

@@ -1,8 +1,8 @@
 """Grants: directories of loopd's own that an administrator or user has bound into a container.
 
-They lie on a tmpfs without nodev (run-loopd\\x2ddev.mount). An fd of such a directory is the grant: it says whose leases
-are meant. The client can open the nodes in it, and nothing else. Only directories are made and removed here; nodes are
-made in `nodes`.
+They lie on a tmpfs without nodev (run-loopd\\x2ddev.mount). An fd of such a directory is the grant: it says whose
+leases are meant. The client can open the nodes in it, and nothing else. Only directories are made and removed here;
+nodes are made in `nodes`.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Grants:
     def unmake(self, key: str) -> None:
         """Remove a directory of `make_for`; one with a node in it stays.
 
-        A directory of an earlier loopd that lies beside all grants stays too: its client can keep it locked, and rmdir(2)
-        would wait with the directory of all grants locked.
+        A directory of an earlier loopd that lies beside all grants stays too: its client can keep it locked, and
+        rmdir(2) would wait with the directory of all grants locked.
         """
         outer = os.path.dirname(key)
         with contextlib.suppress(OSError):

@@ -28,7 +28,8 @@ LOW_FREE = 4
 
 
 def make(channel: Channel, control: LoopControl, access: Access) -> None:
-    """Be the child that makes numbers: answer each (operation, number) with (operation, number, errno), in any order."""
+    """Be the child that makes numbers: answer each (operation, number) with (operation, number, errno), in any order.
+    """
     import queue  # noqa: PLC0415  # nothing waits for this child, and the main process starts faster without
     import threading  # noqa: PLC0415
 
@@ -102,7 +103,9 @@ PARKED_SIZE = 4096
 
 
 def is_parked(devname: str, file: str) -> bool:
-    """Whether a device of this file was parked. A client can bind a file of that name and size itself, and gains nothing."""
+    """Whether a device of this file was parked. A client can bind a file of that name and size itself, and gains
+    nothing.
+    """
     return file.startswith(PARKED) and devices.size(devname) == PARKED_SIZE
 
 

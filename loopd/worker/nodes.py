@@ -167,9 +167,9 @@ def displace(directory: Directory, nodes: Iterable[Node]) -> list[Node]:
 
 
 def revoke(directory: Directory, nodes: Iterable[Node]) -> None:
-    """Close nodes to everybody (mode 0). A process that kept another way to a node (a mount, a hard link) cannot open it
-    any more, unless it owns the node, as the client does in its own directory. Unlike all else here this does not wait
-    while somebody keeps the directory locked.
+    """Close nodes to everybody (mode 0). A process that kept another way to a node (a mount, a hard link) cannot open
+    it any more, unless it owns the node, as the client does in its own directory. Unlike all else here this does not
+    wait while somebody keeps the directory locked.
     """
     with directory.rights():
         _revoke_all(directory, nodes)
@@ -284,8 +284,8 @@ def _is(status: os.stat_result, node: Node) -> bool:
 def _prove(directory: Directory, node: Node) -> None:
     """Open the node the way the client will.
 
-    O_PATH pins the inode, so that the inode which was looked at is opened. The client may swap the name for a FIFO, whose
-    open blocks, or for a device whose open has effects.
+    O_PATH pins the inode, so that the inode which was looked at is opened. The client may swap the name for a FIFO,
+    whose open blocks, or for a device whose open has effects.
     """
     try:
         pinned = os.open(node.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.view)

@@ -226,7 +226,8 @@ def _reread(tools: Tools, binding: Binding, directory: Directory | None, there: 
 
 
 def _check_claims(tools: Tools, binding: Binding) -> None:
-    """Refuse where a partition is mounted or claimed otherwise: the kernel would refuse too, after nodes were closed."""
+    """Refuse where a partition is mounted or claimed otherwise: the kernel would refuse too, after nodes were closed.
+    """
     try:
         with tools.access.reopened(binding.number, exclusive=True):
             pass
