@@ -2,7 +2,7 @@
 
 BOUND -> RELEASING: nothing is watched any more; a worker removes the nodes, writes back, unbinds
 RELEASING -> RELEASED: the kernel has let go of the file
-RELEASING -> HELD -> RELEASED: somebody else still has the device open; it goes at his last close
+RELEASING -> HELD -> RELEASED: somebody else still has the device open; the kernel unbinds it at the last close
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loopd.worker import devices
 from loopd.worker.messages import Release, Released
 
 HELD_PAUSE = 0.05
-"""Seconds before a device that somebody else has open is said to be held: it may be udev."""
+"""Seconds after which a device that is still open counts as held: before that it may be udev."""
 HELD_CHECK = 5.0
 """Seconds between looks at devices that others keep open, in case a uevent was missed."""
 
@@ -33,10 +33,10 @@ class Releases:
     def __init__(self, books: Books) -> None:
         self._books = books
         self.watches: Watches
-        """Given later: the watches end leases, too."""
+        """Set later: the watches need the releases, too."""
 
     async def release(self, lease: Lease, reason: str) -> None:
-        """End a lease. It is charged until the kernel has let go of the file."""
+        """End a lease: RELEASING to RELEASED. It is charged until the kernel has let go of the file."""
         if not lease.become(State.RELEASING):
             return
         lease.reason = reason
@@ -50,7 +50,7 @@ class Releases:
         self._finish(lease)
 
     async def resume(self, lease: Lease) -> None:
-        """Go on with a release of which an earlier daemon had done the first part."""
+        """Go on with a release of an earlier daemon, which had let go of the device."""
         lease.become(State.RELEASING)
         if devices.still_bound(lease.binding):
             lease.become(State.HELD)
@@ -80,7 +80,7 @@ class Releases:
             if lease.become(State.HELD):
                 self._books.record(Event.HELD, lease, "is still open elsewhere and goes at its last close")
             else:
-                # A client can take away the kernel's note to unbind at the last close.
+                # A client that has the device open may have cleared autoclear: then its last close would not unbind.
                 await self._let_go(lease, again=True)
             looked = time.monotonic()
 
