@@ -75,7 +75,7 @@ class Arguments:
     disk = ""
 
 
-def parse_kpartx(words: list[str]) -> Arguments:  # noqa: C901  # one branch for each option
+def parse_kpartx(words: list[str]) -> Arguments:
     """The command line as getopt(3) reads it; the usage and exit code 1 where it does not fit."""
     found = Arguments()
     operands: list[str] = []

@@ -857,16 +857,9 @@ class LoopControl:
         """
         self.fileno()
         config = _pack_config(
-            fd,
-            offset=offset,
-            sizelimit=sizelimit,
-            blocksize=blocksize,
-            autoclear=autoclear,
-            partscan=partscan,
-            read_only=read_only,
-            direct_io=direct_io,
-            ref=ref,
-        )
+            fd, offset=offset, sizelimit=sizelimit, blocksize=blocksize, autoclear=autoclear,
+            partscan=partscan, read_only=read_only, direct_io=direct_io, ref=ref,
+        )  # fmt: skip
         if dir_fd is not None:
             _valid_fd(dir_fd)
         deadline = time.monotonic() + timeout

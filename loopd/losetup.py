@@ -1357,7 +1357,7 @@ def main() -> int:
     """Do what the command line says; the exit code."""
     fallback = variable("LOOPD_LOSETUP_FALLBACK")
     try:
-        if fallback and not mode(SOCKET) and not depth():  # it may be this one, or lead to it
+        if fallback and not mode(SOCKET) and depth() < MOST_IN_A_ROW:  # it may be this one, or lead to it
             fall_back(fallback)
         options = parse(sys.argv[1:])
         return int(PERFORM[options.action](options) or 0)

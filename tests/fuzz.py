@@ -586,7 +586,6 @@ POLICY = """
 [limits]
 requests = 1000000
 new_numbers = 1000000
-requests_per_second = 1000000
 [allow]
 lock = true
 """

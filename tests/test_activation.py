@@ -265,6 +265,28 @@ def test_notify(activated: Callable[..., Activated], manager: tuple[Manager, str
     assert "runs by hand" not in daemon.log()
 
 
+def test_status_says_what_is_wrong_with_the_configuration(
+    activated: Callable[..., Activated], manager: tuple[Manager, str], tmp_path: Path
+) -> None:
+    """The start succeeds, else nobody could be told; what is right again is said, too."""
+    told, path = manager
+    config = tmp_path / "loopd.toml"
+    config.write_text("limits.devices = 'many'\nlimits.surprise = 1\n")
+    daemon = activated(f"--config={config}", NOTIFY_SOCKET=path)
+    daemon.start()
+    ready = told.until("READY=1")[-1]
+    wrong = f"STATUS=Nothing is attached, the configuration is wrong: {config}: limits.devices: expected a whole number"
+    assert wrong in ready
+    assert "limits.surprise: there is no such key" in ready
+    config.write_text("limits.devices = 5\n")
+    os.kill(daemon.pid, signal.SIGHUP)
+    told.until("STATUS=0 leases")
+    config.write_text("limits.devices = 'many'\n")
+    daemon.kill()
+    daemon.start()
+    told.until("STATUS=Nothing is attached")
+
+
 def test_status_says_what_is_held(
     activated: Callable[..., Activated], manager: tuple[Manager, str], image: int, directory: int, devices: Path
 ) -> None:

@@ -112,3 +112,22 @@ def test_what_pages_name_is_there(page: Path) -> None:
     for module, name in re.findall(r"`([\w/]+)\.py: ([\w.]+)`", page.read_text()):
         known = names(MODULES[PACKAGE / f"{module}.py"])
         assert name in known | {member.rpartition(".")[2] for member in known}, f"{module}.py: {name}"
+
+
+# Sizes: what can be read in one go -------------------------------------------------------------------------------
+
+MOST_LINES, MOST_METHODS, MOST_LINES_OF_A_FUNCTION = 400, 20, 50
+LONG = {PACKAGE / f"{name}.py" for name in ("loop", "losetup")}
+"""The kernel's loop ABI, and a stand-in that has to be one file."""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_can_be_read_in_one_go(path: Path) -> None:
+    assert path in LONG or len(path.read_text().splitlines()) <= MOST_LINES
+    for node in ast.walk(MODULES[path]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            told = len((ast.get_docstring(node) or "").splitlines())
+            assert (node.end_lineno or 0) - node.lineno - told < MOST_LINES_OF_A_FUNCTION, node.name
+        if isinstance(node, ast.ClassDef) and path not in LONG:
+            methods = [child for child in node.body if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)]
+            assert len(methods) <= MOST_METHODS, node.name

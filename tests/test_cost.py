@@ -62,8 +62,8 @@ def test_files_and_poller(start_kept: Callable[..., Kept], image: int, directory
     polled, files = eventually(settled, "it is at rest")
     for _ in range(LEASES):
         attach()
-    # Device, directory and keeper; slots are stored 64 at a time.
-    eventually(lambda: cost() in [(polled + LEASES, files + 3 * LEASES + slots) for slots in (0, 64)], "one and three")
+    # The keeper; slots are stored 64 at a time.
+    eventually(lambda: cost() in [(polled + LEASES, files + LEASES + slots) for slots in (0, 64)], "one each")
 
 
 def test_helpers_that_are_not_needed_end(start_kept: Callable[..., Kept], image: int, directory: int) -> None:

@@ -601,6 +601,13 @@ def test_each_promise_names_a_test_that_holds_it() -> None:
         assert f"\ndef {function}(" in (ROOT / f"tests/{module}.py").read_text(), f"there is no {test}"
 
 
+def test_each_promise_has_a_row_with_a_test() -> None:
+    promises = re.findall(r"(?m)^\| \*\*(.+?)\.\*\* .* \| (.+) \|$", SECURITY)
+    assert len(promises) > 35
+    for promise, tests in promises:
+        assert _named(tests), promise
+
+
 def test_each_function_that_it_names_exists() -> None:
     named = re.findall(r"`([\w/]+)\.py: (\w+)`", SECURITY)
     assert len(named) > 12

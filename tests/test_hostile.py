@@ -842,4 +842,4 @@ def test_many_at_once(served: Daemon, image: int, directory: int, tmp_path: Path
 
 def test_a_file_system_whose_name_is_no_text() -> None:
     """Who mounts FUSE in a user namespace of its own chooses what follows "fuse.": any byte but a few."""
-    assert files._parsed(b"7 1 0:99 / /mnt rw - fuse.\xff source rw").type == "fuse.\\xff"
+    assert files._parsed(b"7 1 0:99 / /mnt rw - fuse.\xff source rw", False).type == "fuse.\\xff"

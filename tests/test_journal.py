@@ -274,13 +274,15 @@ def test_the_writer_holds_nothing_of_a_client(
     journal.of("attached")
     links = [os.readlink(f"/proc/{writer(journalled)}/fd/{fd}") for fd in os.listdir(f"/proc/{writer(journalled)}/fd")]
     assert len([link for link in links if not link.startswith("socket:")]) == 3, "the standard ones"
-    assert len(links) == 5, "and its channel, and libsystemd's socket"
+    assert len(links) == 6, "and its channel, that of the records, and libsystemd's socket"
 
 
 FLOOD = """
 import sys, time
+from loopd.children.child import Children
 from loopd.daemon.audit import Audit, Event
-audit = Audit()
+from loopd.kernel.poller import Poller
+audit = Audit(Children(Poller()))
 started = time.monotonic()
 for number in range(int(sys.argv[1])):
     audit.record(Event.REFUSED, f"loop1{number:06}")

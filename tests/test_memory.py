@@ -74,7 +74,7 @@ def test_where_memory_runs_out_a_worker_is_killed(memory: Memory, daemon: Daemon
     memory.limit(memory.used + 32 * MIB)
     pid = daemon.pid
     assert {client.hear().get("error", {}).get("code"), client.hear()["error"]["code"]} & {"internal"}
-    assert "A helper process ended in the middle" in daemon.log()
+    assert "the worker process of this request ended" in daemon.log()
     assert daemon.hello().code is None
     assert daemon.pid == pid
 

@@ -215,7 +215,7 @@ def test_a_helper_that_hangs(start_served: Callable[..., Served], tmp_path: Path
         found = counts(served)
         assert found["loopd_stuck_requests_total"] == len(served.records("stuck")) >= 1
         assert found['loopd_refusals_total{code="timeout"}'] == found["loopd_stuck_requests_total"]
-        assert "loopd_stuck_helpers" not in found  # SIGKILL ends one that is only stopped
+        assert "loopd_stuck_workers" not in found  # SIGKILL ends one that is only stopped
     finally:
         for pid in stopped:
             with contextlib.suppress(ProcessLookupError):

@@ -56,6 +56,15 @@ def test_docker() -> None:
     assert run("Podman, rootful") == DOCKER
 
 
+def test_stand_ins() -> None:
+    """A container of builders is the same, with the stand-ins in the place of loopctl."""
+    found = options(recipe("losetup and mount -o loop in a container", page="losetup.md"))
+    builder = container(found["cap-drop"], found["device-cgroup-rule"], found["volume"])
+    assert (builder.dropped, builder.rules) == (DOCKER.dropped, DOCKER.rules)
+    loopctl = {volume for volume in DOCKER.volumes if volume.startswith("/usr/local/")}
+    assert builder.volumes == DOCKER.volumes - loopctl | {"/usr/local/lib/loopd/bin:/usr/local/sbin:ro"}
+
+
 def test_the_socket_is_nobodys_to_replace() -> None:
     """Its directory is read-only wherever it is bound into a container: root there may be its owner."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.*"), *(ROOT / "loopd").glob("*.py")]

@@ -327,6 +327,8 @@ def test_rights_of_the_service_are_enough(
     name = node.fields["devname"]
     status = (devices / name).stat()
     assert (stat.S_ISBLK(status.st_mode), status.st_uid) == (True, os.geteuid())
+    record = eventually(lambda: service.records("attached"), "the record is written")[0]
+    assert record["LOOPD_BACKING_VIEW"] == "host", "the service's own mount namespace is neither's"
     rescan = service.ask(wire.Rescan(name, 0), [])
     assert (rescan.code, rescan.fields.get("partitions")) == ((None, []) if sys_admin else ("unsupported", None))
     assert service.ask(wire.Resize(name, 0), []).fields == {"size": 1 << 20}

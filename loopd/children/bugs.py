@@ -1,4 +1,4 @@
-"""Bugs: what is told of an exception that nobody expected, to the journal of the host alone."""
+"""Bugs: how an exception that nobody expected reads in the journal of the host. A client is never told."""
 
 from __future__ import annotations
 

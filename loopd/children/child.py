@@ -1,7 +1,7 @@
 """One child process: fork, channel, kill, reap, in one way for every role.
 
-Both ends are forks of one image on a private socketpair, so a message is a pickled value and has no versions. Knows
-nothing of what is said.
+Parent and child are forks of one image on a private socketpair, so a message is a pickled value and has no version.
+Nothing here knows what is said.
 """
 
 from __future__ import annotations
@@ -102,20 +102,19 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether the channel is open: it is not after `close` and `kill`, nor when the child has ended."""
+        """Whether the channel is open: `close`, `kill` and the end of the child close it."""
         return self._channel is not None
 
     def send(self, message: Any, fds: Iterable[int] = ()) -> None:
-        """Send a message; that the child has ended is noticed where its channel is read.
+        """Send a message. That the child has ended is noticed where its channel is read.
 
-        A child that cannot be told what to do (ENOBUFS, ETOOMANYREFS, EMSGSIZE) would be waited for in vain. It is
-        killed.
+        Where the kernel cannot send (ENOBUFS, ETOOMANYREFS, EMSGSIZE) the child is killed: its answer would never come.
         """
         try:
             if self._channel is not None:
                 self._channel.send(message, fds, transport.MSG_DONTWAIT)
         except OSError as error:
-            # For no other errno: a child that has ended may have been waited for, and its pid be another's.
+            # For no other errno: the child may have been reaped, and its pid be another process's.
             if error.errno in _UNTOLD:
                 os.kill(self.pid, signal.SIGKILL)
 
@@ -131,21 +130,21 @@ class Child:
             self._heard(message, fds)
 
     def close(self) -> None:
-        """Have no more to do with it: it ends when it has done what it was told."""
+        """Close the channel: the child ends when it has done what it was told."""
         if self._channel is not None:
             self._children.poller.remove(self._channel.socket.fileno())
             self._channel.close()
             self._channel = None
 
     def kill(self) -> None:
-        """End it now. In an uninterruptible wait it stays until the file system answers; `reaped` tells."""
+        """Kill the child. In an uninterruptible wait it stays until the file system answers; `reaped` tells."""
         self.close()
         if not self.reaped.kept:
             os.kill(self.pid, signal.SIGKILL)
 
 
 class Children:
-    """All child processes of this one, until they are waited for."""
+    """All children of this process, each until it is reaped."""
 
     def __init__(self, poller: Poller) -> None:
         self.poller = poller
@@ -155,7 +154,7 @@ class Children:
         self._children[child.pid] = child
 
     def reap(self) -> None:
-        """Wait for those that have ended."""
+        """Reap the children that have ended."""
         with contextlib.suppress(ChildProcessError):
             while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
                 child = self._children.pop(pid, None)

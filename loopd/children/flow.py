@@ -24,7 +24,7 @@ class Promise(Generic[T]):
         self._waiting: list[Callable[[], None]] = []
 
     def keep(self, value: T) -> None:
-        """Give the value, and carry on whoever waits. A second value is ignored: the first of several events counts."""
+        """Give the value, and carry on the flows that wait. A second value is ignored: the first event counts."""
         if self.kept:
             return
         self.kept = True
@@ -34,7 +34,7 @@ class Promise(Generic[T]):
             try:
                 carry_on()
             except BaseException:
-                # A bug in one flow is reported by the caller, once; the others go on all the same.
+                # The caller reports the bug in this flow; the other flows go on.
                 _carry_on_all(waiting[index + 1 :])
                 raise
 
@@ -59,7 +59,7 @@ def _carry_on_all(waiting: list[Callable[[], None]]) -> None:
 def start(flow: Flow) -> None:
     """Run a flow up to the first promise that is not kept, and from there whenever that is kept.
 
-    What the flow raises goes to whoever kept the promise that it waited for.
+    What the flow raises is raised where the promise was kept.
     """
 
     def carry_on() -> None:
@@ -73,7 +73,7 @@ def start(flow: Flow) -> None:
 
 
 class Turns:
-    """So many at once, and the others in the order in which they came: ``async with turns: ...``."""
+    """At most `most` at once, the others in the order in which they came: ``async with turns: ...``."""
 
     __slots__ = ("_most", "_waiting", "taken")
 
@@ -88,7 +88,7 @@ class Turns:
         return self.taken >= self._most
 
     async def take(self) -> None:
-        """Wait for a turn; whoever has one gives it back by `give`."""
+        """Wait for a turn, which `give` gives back."""
         if self.waited_for:
             turn: Promise[None] = Promise()
             self._waiting.append(turn)

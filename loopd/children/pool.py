@@ -1,7 +1,7 @@
 """The pool: children of one role that do one job at a time each.
 
-A job is charged before a child gets it, and no more once the child has finished it or has been reaped. A child that
-does not come back in time is killed and another takes its place; its job stays charged until it is reaped.
+A job is charged before a child gets it, until the child has finished the job or has been reaped. A child that does not
+come back in time hangs: the pool kills it and forks another, and the job stays charged until the child is reaped.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ HUNG: Final = Hung()
 
 
 class Answer(NamedTuple):
-    """What a child says of its job. With `last` the child takes the next job: what it still has open are fds that
-    cannot hang when they are closed. An answer without a message is for the pool alone.
+    """What a child says of its job. With `last` the child can take the next job: closing the fds that it still has open
+    cannot hang. An answer without a message is for the pool alone.
     """
 
     message: Any
@@ -42,9 +42,9 @@ class Sizes(NamedTuple):
     """How many children a pool has."""
 
     base: int
-    """Children that respond, at least: as many jobs can be under way without waiting for one another."""
+    """Children that respond, at least: so many jobs do not wait for one another."""
     most: int
-    """Children at once, without those that may hang: the accounts that hang these are charged for them."""
+    """Children at once, not counting those that may hang: the accounts are charged for these."""
     rest: int
     """Children that are kept when there is nothing to do."""
 
@@ -66,7 +66,7 @@ class Job:
         self.fds = fds
         self.patience = patience
         self.slow_at = math.inf
-        """From then on (monotonic clock) its child counts as one that may hang. Whoever knows better sets it sooner."""
+        """Time (monotonic) from which the child may hang in the job. The pool sets it; a flow may set it sooner."""
         self.hangs = hangs
         self.hung = False
         """Whether its child was killed because it hung, and has not been reaped yet."""
@@ -80,8 +80,13 @@ class Job:
 
     @property
     def slow(self) -> bool:
-        """Whether its child may hang in it."""
+        """Whether the child may hang in the job."""
         return self.slow_at < time.monotonic()
+
+    @property
+    def answered(self) -> bool:
+        """Whether the child has said something, or has ended or hangs, that `answer` has not given yet."""
+        return bool(self._heard)
 
     def send(self, message: Any, fds: Iterable[int] = ()) -> None:
         """Say more to the child."""
@@ -130,7 +135,7 @@ class Pool:
     """Seconds after which a busy child no longer counts as one that responds."""
 
     def __init__(self, children: Children, role: Role, sizes: Sizes, available: Callable[[], None]) -> None:
-        """`available` is called when a child may be free: whoever dispatches only then does so now."""
+        """`available` is called when a child may be free, for a caller that dispatches only then."""
         self._children = children
         self._role = role
         self._sizes = sizes
@@ -188,7 +193,7 @@ class Pool:
         job.begin(child)
 
     def try_again(self) -> None:
-        """See in a moment: the children that are busy now may turn out to be slow, and then there can be more."""
+        """Try in a moment: children that are busy then as well do not respond, and there can be more."""
         if not self._trying:
             self._trying = True
             self._children.poller.later(self.SLOW, self._try)
@@ -198,7 +203,7 @@ class Pool:
         self._proceed()
 
     def _proceed(self) -> None:
-        # By turns: neither do requests wait for the end of a thousand leases, nor these for a flood of requests.
+        # By turns: requests do not wait for the end of a thousand leases, nor these ends for a flood of requests.
         self._jobs_first = not self._jobs_first
         if self._jobs_first:
             self._dispatch_pending()
@@ -232,7 +237,7 @@ class Pool:
             if job is not None:
                 job.hear(ENDED)
         finally:
-            # What it held is still being closed, and may hang in that: not until it is reaped is its account rid of it.
+            # The kernel still closes the child's fds, and may hang in one: charged until the child is reaped.
             if job is not None:
                 child.reaped.then(job.finish)
             self._proceed()
@@ -257,6 +262,6 @@ class Pool:
         job.finish()
 
     def shrink(self, rest: int | None = None) -> None:
-        """End idle children beyond those that are kept."""
+        """End idle children beyond `rest`, by default as many as the pool keeps."""
         while len(self._idle) > (self._sizes.rest if rest is None else rest):
             self._idle.pop(0).close()

@@ -25,6 +25,11 @@ class Membership(NamedTuple):
     account: str
     unit: str
 
+    @property
+    def name(self) -> str:
+        """For a sentence: of no unit is what runs in the root of the cgroups."""
+        return self.unit or f"account {self.account}"
+
 
 SHARED = "first-version"
 """The one account of all clients that the second version of cgroups does not tell apart."""

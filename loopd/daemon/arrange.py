@@ -62,8 +62,7 @@ class Arrangements:
             await self._arrange(lease, look=True)
 
     async def _look(self, lease: Lease, pause: float, *, table: bool) -> None:
-        """Look at the nodes, and at the table too if that may have changed; one look answers all that comes before it.
-        """
+        """Look at the nodes, and at the table if that may have changed; one look answers all that comes before it."""
         if table in lease.wanted_looks:
             return
         lease.wanted_looks.add(table)

@@ -163,7 +163,7 @@ class Attaches:
             raise none or Refusal(Code.QUOTA, f"this account has used up its new device numbers ({limit}); detach some")
         return number
 
-    async def _another_number(self, mine: Reservation) -> Number:
+    async def _another_number(self, mine: Reservation, job: Job) -> Number:
         """A number in place of one that was lost to somebody else, or that was not there yet. Raises Refusal."""
         books, exchange = self._books, mine.exchange
         if mine.number is not None:
@@ -178,7 +178,7 @@ class Attaches:
             number = self._number(mine)
             if number is not None:
                 return number
-            if time.monotonic() >= deadline:
+            if job.answered or time.monotonic() >= deadline:  # its worker has ended, or nobody waits any more
                 raise Refusal(Code.TIMEOUT, "no device number came free in time")
             await books.sleep(0.01)
 
@@ -231,7 +231,7 @@ class Attaches:
             fds.close()
             assert isinstance(message, NumberPlease)
             try:
-                job.send(UseNumber(await self._another_number(mine)))
+                job.send(UseNumber(await self._another_number(mine, job)))
             except Refusal as refusal:
                 job.send(UseNumber(None, refusal))
 
@@ -267,9 +267,7 @@ class Attaches:
     def _record(self, exchange: Exchange, lease: Lease) -> None:
         duration = time.monotonic() - exchange.started
         self._books.metrics.attached(duration)
-        self._books.record(
-            Event.ATTACHED, lease, "was attached", operation="attach", duration_usec=int(duration * 1e6)
-        )
+        self._books.record(Event.ATTACHED, lease, "was attached", operation="attach", duration_usec=int(duration * 1e6))
 
     async def end(self, mine: Reservation, job: Job) -> None:
         """The request is answered: give up what was reserved and not used, once the worker has done with it."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from loopd.children.flow import Promise
 from loopd.children.pool import ENDED, HUNG, Job, Pool
-from loopd.daemon.accounts import Accounts
+from loopd.daemon.accounts import Accounts, Membership
 from loopd.daemon.audit import Audit, Event
 from loopd.daemon.leases import Lease, Leases
 from loopd.daemon.metrics import Metrics
@@ -18,6 +18,7 @@ from loopd.daemon.policy import Policy
 from loopd.daemon.slots import Slots
 from loopd.kernel.poller import Poller
 from loopd.protocol.wire import Code
+from loopd.worker.files import HOST
 
 
 class Books:
@@ -37,6 +38,8 @@ class Books:
         self.audit = audit
         self.metrics = metrics
         self.policy = policy
+        self.mistake = ""
+        """What is wrong with the configuration, if the daemon started with it so: then it gives nothing."""
         self.instance = instance
         self.accounts = Accounts()
         self.leases = Leases()
@@ -87,18 +90,24 @@ class Books:
         return (f"{excess} partitions are too many, and have no nodes ({why} in the host's loopd.toml)",)
 
     def stuck(self, lease: Lease) -> None:
-        """A worker hangs in what belongs to a lease."""
-        text = "has a worker process that hangs in its directory or file, and was written off"
+        """Record that a worker hangs in what belongs to a lease."""
+        text = "has a worker process that hangs in its directory or file: it was killed, and is charged until it ends"
         self.record(Event.STUCK, lease, text, code=Code.TIMEOUT.value)
 
     def record(self, event: Event, lease: Lease, text: str, **details: object) -> None:
         """Write the audit's record of something that happened to a lease."""
         binding, holder = lease.binding, lease.holder
-        owner = holder.unit or f"account {holder.account}"  # of no unit is what runs in the root of the cgroups
+        owner = Membership(holder.account, holder.unit).name
+        whose = (
+            ""
+            if binding.backing_view == HOST or not binding.backing_file
+            else " (a path in the client's mount namespace)"
+        )
         self.audit.record(
-            event, f"{binding.devname} of {owner} on {binding.backing_file} {text}",
+            event, f"{binding.devname} of {owner} on {binding.backing_file}{whose} {text}",
             device=binding.devname, number=binding.number, diskseq=binding.diskseq,
             backing_file=binding.backing_file, backing_dev=binding.backing_dev, backing_inode=binding.backing_inode,
+            backing_view=binding.backing_view,
             account=holder.account, owner=str(holder.owner.account), unit=holder.unit,
             pid=holder.pid, uid=holder.uid, gid=holder.gid,
             reason=lease.reason or None, lease=lease.kept_by, **details,

@@ -95,10 +95,12 @@ class Answers:
             exchange.fds.close()
         if isinstance(reply, Refusal):
             self._books.metrics.refused(reply.code)
-            self.record_singly(Event.REFUSED, exchange, f"Refused: {reply}", reply.code)
+            self.record_singly(
+                Event.REFUSED, exchange, f"A request of {exchange.member.name} was refused: {reply}", reply.code
+            )
         if not delivered:
             self._books.metrics.refused(Code.UNDELIVERABLE)
-            text = "The reply could not be delivered"
+            text = f"The reply to {exchange.member.name} could not be delivered"
             self.record_singly(Event.REFUSED, exchange, text, Code.UNDELIVERABLE)
         return delivered
 

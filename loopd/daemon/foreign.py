@@ -56,7 +56,7 @@ class Foreign:
             # Of another file for the device (LOOP_CHANGE_FD) the kernel tells before it is there.
             self._look_later(devname)
             return
-        if self._books.numbers.lingers(int(devname[4:])):
+        if self._books.numbers.removals.has(int(devname[4:])):
             self._books.numbers.removals.retry()
         # An attach under way has bound its device before it is in the books.
         self._look_later(devname)
@@ -67,7 +67,7 @@ class Foreign:
         if lingering is not None:
             # Perhaps a client was faster, and its event came while the lease was there.
             self._look_later(f"loop{lingering}")
-        for devname in [name for name in self._charged if not numbers.lingers(int(name[4:]))]:
+        for devname in [name for name in self._charged if not numbers.removals.has(int(name[4:]))]:
             if devname not in self._reported:
                 self._discharge(devname)
         if numbers.remade and not self._told_remade:
@@ -138,7 +138,7 @@ class Foreign:
         if devname in self._reported:
             return
         # It may be an attach that is not in the books yet: then it is at the next look. A number that lingers has none.
-        maybe = before is None or (before != seen and not self._books.numbers.lingers(number))
+        maybe = before is None or (before != seen and not self._books.numbers.removals.has(number))
         if maybe and now - since < self._books.policy.request_timeout:
             self._suspects[devname] = (seen, since)
             self._look_later(devname)
@@ -186,7 +186,7 @@ class Foreign:
         account = self._last_account(number)
 
         def hangs() -> None:
-            text = f"A worker process hangs in {devname}, which could not be removed, and was written off"
+            text = f"A worker process hangs in {devname}: it was killed, and is charged until it ends"
             self._books.audit.record(Event.STUCK, text, device=devname, number=number, account=account.name or None)
 
         await account.turns.take()

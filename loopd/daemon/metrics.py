@@ -28,7 +28,7 @@ class Gauges(NamedTuple):
     leases: dict[str, int]
     """By state."""
     stuck: int
-    """Helper processes that were written off and have not ended yet."""
+    """Children that hang and have not been reaped."""
 
 
 class Metrics:
@@ -109,7 +109,7 @@ class Metrics:
             [("", {"state": state}, count) for state, count in gauges.leases.items()],
         )  # fmt: skip
         yield self._family(
-            "loopd_stuck_helpers", "gauge", "Helper processes that hang now, most likely on a client's file.",
+            "loopd_stuck_workers", "gauge", "Worker processes that hang now, most likely on a client's file.",
             [("", {}, gauges.stuck)],
         )  # fmt: skip
 
@@ -123,7 +123,7 @@ class Metrics:
             ),
             ("loopd_dropped_requests", "Requests dropped unanswered.", [({}, self.dropped)]),
             ("loopd_number_retries", "Device numbers that were lost to somebody else.", [({}, self.retries)]),
-            ("loopd_stuck_requests", "Requests whose helper process was written off.", [({}, self.stuck)]),
+            ("loopd_stuck_requests", "Requests whose worker process was killed because it hung.", [({}, self.stuck)]),
         ):
             samples = [
                 (suffix, labels, value)

@@ -54,6 +54,10 @@ class Removals:
         """Whether there are others to remove than those that the child was hung in before."""
         return len(self.under_way) > len(self._stubborn & self.under_way.keys())
 
+    def has(self, number: int) -> bool:
+        """Whether the number is being removed, or cannot be because somebody has it open."""
+        return number in self.under_way or number in self.lingering
+
     def owner(self, number: int) -> Owner | None:
         """Who had the number."""
         return self.under_way.get(number) or self.lingering.get(number)
@@ -128,9 +132,7 @@ class Numbers:
     another.
     """
 
-    def __init__(
-        self, counter: Counter, children: Children, role: Role, changed: Callable[[int | None], None]
-    ) -> None:
+    def __init__(self, counter: Counter, children: Children, role: Role, changed: Callable[[int | None], None]) -> None:
         """`changed` is called when there is something to remove, and after the child's answers, with what lingers."""
         self._counter = counter
         self._changed = changed
@@ -258,10 +260,6 @@ class Numbers:
         """Who had a number last, as far as it is remembered."""
         leaving = self.removals.owner(number)
         return leaving or next((owner for owner, used in self._used.items() if number in used), None)
-
-    def lingers(self, number: int) -> bool:
-        """Whether the number is being removed, or cannot be because somebody has it open."""
-        return number in self.removals.under_way or number in self.removals.lingering
 
     def used(self, number: int) -> bool:
         """Whether this instance has handed out the number."""

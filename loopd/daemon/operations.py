@@ -147,7 +147,7 @@ def _most_bytes(row: wire.LeaseInfo) -> int:
 def _row(lease: Lease, admin: bool) -> wire.LeaseInfo:
     binding, holder = lease.binding, lease.holder
     shared = binding._asdict()
-    del shared["number"]
+    del shared["number"], shared["backing_view"]
     return wire.LeaseInfo(
         **shared,
         state=lease.state.value,

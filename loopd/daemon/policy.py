@@ -36,10 +36,8 @@ class Limits(NamedTuple):
     """Devices at once."""
     requests: int = 32
     """Requests under way at once."""
-    requests_per_second: float = 1000.0
-    """Requests in a second, of one process that does not wait for the answers; `Service.AT_ONCE` at once."""
     stuck: int = 2
-    """Helper processes that may hang in its requests before these are dropped unanswered."""
+    """Worker processes that may hang in its requests before these are dropped unanswered."""
     new_numbers: int = 256
     """Device numbers that it may use up at once; beyond these it gets those again that it had before."""
     new_numbers_per_minute: float = 10.0
@@ -155,7 +153,7 @@ class Policy(NamedTuple):
     reply_to_address: bool = False
     """Answer a request without reply_fd at its sender's address: only where every client shares the host's network."""
     request_timeout: float = 30.0
-    """After this long a helper process that has not finished a request is written off."""
+    """Seconds after which a worker process that is not done with a request hangs: it is killed, and charged."""
     number_wait: float = 5.0
     """How long an attach waits for one of its account's own device numbers to come free: half of `request_timeout` at
     most, for who waits is not stuck.
@@ -260,7 +258,6 @@ KEYS: dict[str, Callable[[Any], Any]] = {
 LIMIT_KEYS: dict[str, Callable[[Any], Any]] = {
     "devices": _whole(0),
     "requests": _whole(1),
-    "requests_per_second": _number(1),
     "stuck": _whole(1),
     "new_numbers": _whole(0),
     "new_numbers_per_minute": _number(0),

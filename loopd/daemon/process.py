@@ -122,7 +122,7 @@ class Daemon:
         sockets = [listener.socket for listener in listeners]
         access = Access(sysfs.mount())
         control = setup.control(access)
-        policy = self._load_policy()
+        policy, mistake = self._policy_at_start()
         # Instances share the state directory. One that is started by hand may have any name.
         service = (f"loopd@{options.instance}" if options.instance else "loopd").replace("/", "-")
         counter = setup.counter(options.state_directory, options.instance, control, self._audit)
@@ -139,6 +139,7 @@ class Daemon:
             Slots(notifier, manager.fd_store_size()), self._audit,
             Metrics(service, os.path.join(options.state_directory, f"metrics.{service}")), policy, options.instance,
         )  # fmt: skip
+        books.mistake = mistake
         releases = Releases(books)
         self._arrangements = Arrangements(books)
         self._watches = Watches(books, watches, releases.release, self._arrangements.on_closed)
@@ -155,18 +156,32 @@ class Daemon:
     # Policy and signals -----------------------------------------------------------------------------------------------
 
     def _load_policy(self) -> policy.Policy:
-        loaded = policy.load(self._options.config)
-        if self._options.idle_timeout is not None:
-            loaded = loaded._replace(idle_timeout=self._options.idle_timeout)
-        return loaded
+        return self._with_options(policy.load(self._options.config))
+
+    def _with_options(self, loaded: policy.Policy) -> policy.Policy:
+        given = self._options.idle_timeout
+        return loaded if given is None else loaded._replace(idle_timeout=given)
+
+    def _policy_at_start(self) -> tuple[policy.Policy, str]:
+        """The policy, and what is wrong with it. Each request would wait for a daemon that ended because of that."""
+        try:
+            return self._load_policy(), ""
+        except policy.ConfigurationError as error:
+            text = f"Nothing is attached before the configuration is corrected: {error}"
+            self._audit.record(Event.FAILED, text, path=self._options.config)
+            return self._with_options(policy.Policy()), str(error)
 
     def _reload(self) -> None:
         """New requests follow the new policy; a policy with an error changes nothing."""
         try:
             self._books.policy = self._load_policy()
+            self._books.mistake = ""
         except policy.ConfigurationError as error:
+            still = "The old policy stays in force"
+            if self._books.mistake:
+                still, self._books.mistake = "Nothing is attached, as before", str(error)
             for file, key, reason in error.problems:
-                self._audit.record(Event.WARNED, f"The old policy stays in force: {file}: {key}: {reason}", path=file)
+                self._audit.record(Event.WARNED, f"{still}: {file}: {key}: {reason}", path=file)
             return
         self._audit.record(Event.RELOADED, "The policy was read again", path=self._options.config)
 
@@ -231,7 +246,11 @@ class Daemon:
     def _status(self) -> str:
         """What ``systemctl status`` shows."""
         leases, requests = len(self._books.leases), self._service.under_way
-        return f"{leases} leases, {requests} requests under way, {self._hanging} worker processes hanging"
+        work = f"{leases} leases, {requests} requests under way, {self._hanging} worker processes hanging"
+        if self._books.mistake:
+            wrong = " ".join(self._books.mistake.split("\n"))
+            return f"Nothing is attached, the configuration is wrong: {wrong} - {work}"
+        return work
 
     @property
     def _busy(self) -> bool:

@@ -196,4 +196,3 @@ def attached(lease: Lease, warnings: tuple[str, ...] = ()) -> wire.Attached:
         lease.partitions,
         warnings,
     )
-

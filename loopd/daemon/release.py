@@ -1,8 +1,8 @@
 """The end of a lease, for whatever reason: one flow from the first step to the last.
 
-    BOUND -> RELEASING: nothing is watched any more; a worker removes the nodes, writes back, unbinds
-    RELEASING -> RELEASED: the kernel has let go of the file
-    RELEASING -> HELD -> RELEASED: somebody else still has the device open; it goes at his last close
+BOUND -> RELEASING: nothing is watched any more; a worker removes the nodes, writes back, unbinds
+RELEASING -> RELEASED: the kernel has let go of the file
+RELEASING -> HELD -> RELEASED: somebody else still has the device open; it goes at his last close
 """
 
 from __future__ import annotations
@@ -94,7 +94,6 @@ class Releases:
         lease.become(State.RELEASED)
 
     def retire(self, lease: Lease) -> None:
-        """The lease's number goes, for a client may have kept a node of it; if ever, only the same owner gets it again.
-        """
+        """The lease's number goes, for a client may have kept a node of it. Only the same owner may get it again."""
         heir = self.watches.heir(lease.account, lease.holder.person)
         self._books.numbers.retire(lease.binding.number, heir)

@@ -29,7 +29,7 @@ from loopd.kernel.poller import ONCE
 from loopd.kernel.transport import FdSet, Sender
 from loopd.protocol import wire
 from loopd.protocol.decode import decode
-from loopd.protocol.wire import Attach, Code, Directory, Refusal
+from loopd.protocol.wire import Attach, Code, Directory, Refusal, Rescan, Resize
 from loopd.worker import messages
 from loopd.worker.messages import Change, Changed, Recognised, Take, Taken
 
@@ -136,9 +136,7 @@ class Service:
             self._taking.discard(exchange.listener)
             self._serve(exchange.listener)
 
-    def _drop(
-        self, index: int, sender: Sender, member: Membership, account: Account, why: str, *, run: bool
-    ) -> None:
+    def _drop(self, index: int, sender: Sender, member: Membership, account: Account, why: str, *, run: bool) -> None:
         """Have the head of a queue taken away unanswered; if a `run`, with what follows it of the same process."""
 
         async def drop() -> None:
@@ -183,6 +181,9 @@ class Service:
         job = Take(index, payload, sender, reply, envelope.dir_fd)
         mine = None
         try:
+            if self._books.mistake and isinstance(request, (Attach, Directory, Rescan, Resize)):
+                why = f"the administrator has to correct the configuration first: {self._books.mistake}"
+                raise Refusal(Code.NOT_PERMITTED, why[:1000])
             if isinstance(request, Attach):
                 job, mine = self._attaches.admit(exchange, request, job)
             elif isinstance(request, Directory):
@@ -259,9 +260,10 @@ class Service:
         return wire.Granted(message.path)
 
     def _stuck(self, exchange: Exchange) -> None:
-        """The worker hangs, most likely on one of the client's own files."""
+        """Record that the worker hangs, most likely on one of the client's own files."""
         self._books.metrics.stuck += 1
-        text = "A worker process hangs in a request and was written off; its account is charged"
+        who = exchange.member.name
+        text = f"A worker process hangs in a request of {who}: it was killed, and is charged to it until it ends"
         self._answers.record(Event.STUCK, exchange, text, Code.TIMEOUT)
 
 

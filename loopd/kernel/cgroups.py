@@ -1,10 +1,10 @@
 """Cgroups: when an account's cgroup has no process left, every lease of it is over.
 
-This is what ends a lease whose own keeper never does: a pidfd of the host's PID 1 from a container with the host's pid
-namespace, a socket end that was hidden somewhere. Looks at the host's cgroup file system only.
+This ends a lease whose keeper never does: a pidfd of the host's PID 1 from a container with the host's pid namespace,
+or a socket end that was hidden somewhere. Looks at the host's cgroup file system only.
 
-Whoever may read a directory of a file system can keep it locked, and then a name in it is looked up in vain. So a
-worker opens what tells of an account, and the main process reads what is open and looks up none.
+A process that may read a directory can keep it locked, and the look-up of a name in it then waits. So a worker opens
+the file that tells of an account, and the main process reads that file and looks up no name.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def watchable(account: str) -> bool:
 
 def open_events(account: str) -> int | None:
     """The file that tells the account's end, the caller's to close; None where there is none, as on a host without the
-    second version. `Gone` when it has ended, OSError where there is no room for a file.
+    second version. `Gone` when the account has ended, OSError where there is no room for a file.
 
-    For a helper: to look it up may take long.
+    For a worker: the look-up may take long.
     """
     if not watchable(account):
         return None
@@ -74,7 +74,7 @@ class Watcher:
 
     @property
     def files(self) -> int:
-        """How many are open: one for each account."""
+        """Files that are open: one for each account."""
         return len(self._watches)
 
     def watches(self, account: str) -> bool:
@@ -82,8 +82,7 @@ class Watcher:
         return account in self._watches
 
     def watch(self, account: str, events: int) -> None:
-        """Watch an account until it ends; one that has ended already is told at once. Takes over what `open_events`
-        gave.
+        """Watch an account until it ends; `ended` is called at once where it has. Takes over what `open_events` gave.
 
         OSError where there can be no more watches: ENOSPC (fs.inotify.max_user_watches) and ENOMEM.
         """

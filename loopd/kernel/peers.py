@@ -1,6 +1,6 @@
 """The sockets and pidfds that a client sends along: tell what they are and who has made them, and have nothing come in.
 
-Nothing here waits for a client or asks a file system. Runs in helper processes, on fds that stay their owner's.
+Nothing here waits for a client or asks a file system. Runs in workers, on fds that stay their owner's.
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
+import select
 import socket
 import struct
 import sys
 
-from loopd.kernel import proc
 from loopd.kernel.transport import FdSet, Sender, borrowed
 from loopd.protocol import wire
 
@@ -42,8 +41,8 @@ def check_reply_socket(fd: int, sender: Sender) -> None:
     """Refuse what is not the sender's own end of an unnamed SEQPACKET socketpair.
 
     Both names must be empty: a connection to somebody's server would pass the check of the uid, and carry a reply with
-    loopd's credentials there. SO_PEERCRED of a socketpair is who made it. Which process that was says `check_maker`: to
-    one of the same uid a refusal may be told.
+    loopd's credentials there. SO_PEERCRED of a socketpair names its maker. `check_maker` asks which process that was;
+    a refusal may go to any process of the same uid.
     """
     no_pair = wire.Refusal(wire.Code.BAD_FD, "reply_fd is no AF_UNIX SOCK_SEQPACKET socket")
     if not _is_socket(fd):
@@ -59,10 +58,11 @@ def check_reply_socket(fd: int, sender: Sender) -> None:
 
 
 def check_maker(fd: int, sender: Sender) -> None:
-    """Refuse a reply socket that another process has made than the one that the datagram's credentials name.
+    """Refuse a reply socket that was not made by the process that the datagram's credentials name.
 
-    These are a claim: with CAP_SYS_ADMIN over a pid namespace a process may put in the pid of any other one there
-    (net/core/scm.c: scm_check_creds), and SCM_PIDFD follows it. Who has made a socketpair is the kernel's own word.
+    The credentials are a claim: with CAP_SYS_ADMIN over a pid namespace a process may put in the pid of any process
+    there (net/core/scm.c: scm_check_creds), and SCM_PIDFD follows the claim. The maker of a socketpair is the kernel's
+    own word.
     """
     if _maker(fd) != sender.pid:
         raise wire.Refusal(
@@ -72,8 +72,9 @@ def check_maker(fd: int, sender: Sender) -> None:
 
 
 def _maker(fd: int) -> int | None:
-    """The process that has made a socketpair, None when it has ended: its pid may be another's by now."""
+    """The process that has made a socketpair; None when it has ended, for its pid may be another's by now."""
     with borrowed(fd) as peer:
+        pid = int(_UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
         try:
             pidfd = int.from_bytes(peer.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4), sys.byteorder)
         except OSError as error:
@@ -81,11 +82,16 @@ def _maker(fd: int) -> int | None:
                 return None
             if error.errno != errno.ENOPROTOOPT:  # EMFILE, ENFILE, ENOMEM
                 raise
-            # Before Linux 6.5: the number that it had, which may be another's since it has ended.
-            return int(_UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0])
+            return pid  # before Linux 6.5 nothing tells whether it has ended
     with FdSet((pidfd,)):
-        found = re.search(rb"(?m)^Pid:\t(\d+)$", proc.read(f"/proc/self/fdinfo/{pidfd}"))  # -1 when it has ended
-        return None if found is None else int(found[1])
+        return None if ended(pidfd) else pid
+
+
+def ended(pidfd: int) -> bool:
+    """Whether the process has ended."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _peer_name(peer: socket.socket) -> object:
@@ -117,16 +123,16 @@ FIONREAD = 0x541B  # <asm-generic/ioctls.h>
 def seal(fd: int, name: str) -> None:
     """Have nothing come in through a client's socket any more; a refusal if something has.
 
-    What is in its queue is released by whoever closes the socket last, and may be a device whose last close waits for
-    a file that never answers: not even SIGKILL ends that. So the main process gets no socket but sealed ones. The
-    other end is told EPIPE, and its close is a hang-up as before; of both ends of one pair each hangs up at once, for
-    the other is sealed.
+    The process that closes the socket last releases what is in its queue. That may be a device whose last close waits
+    for a file that never answers, and not even SIGKILL ends that wait. So the main process gets sealed sockets alone.
+    The other end is told EPIPE, and its close is a hang-up as before. Where both ends of one pair are sealed, both hang
+    up at once.
     """
     with borrowed(fd) as peer:
         peer.shutdown(socket.SHUT_RD)
         unread = int.from_bytes(fcntl.ioctl(peer, FIONREAD, bytes(4)), sys.byteorder)
-    # Nothing is added from here on, and this the client cannot bend: it counts the fds of every message that waits
-    # (net/unix/af_unix.c: unix_show_fdinfo, Linux 5.6). A message with neither bytes nor fds holds nothing.
+    # Nothing is added from here on. FIONREAD does not see a message without bytes, so the kernel's count of the fds in
+    # the queue is read as well (net/unix/af_unix.c: unix_show_fdinfo, Linux 5.6); a client cannot bend that.
     info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         waiting = b"\nscm_fds: 0\n" not in os.read(info, 4096)

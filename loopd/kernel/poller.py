@@ -67,7 +67,7 @@ class Poller:
         return timer
 
     def _tidy(self) -> None:
-        """Drop the cancelled timers when they are the most: a deadline of half a minute outlives its request by far."""
+        """Drop cancelled timers once they are the majority: a deadline of half a minute outlives its request by far."""
         self._cancelled += 1
         if self._cancelled > 64 and self._cancelled * 2 > len(self._timers):
             self._timers = [entry for entry in self._timers if entry[2].callback is not None]

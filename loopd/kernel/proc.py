@@ -41,17 +41,17 @@ def read(path: str, most: int = MOST) -> bytes:
 def lines(path: str) -> Iterator[bytes]:
     """The lines of a mount table, without the newline. OSError as open(2) and read(2); `TooLong`.
 
-    Whoever may mount in a namespace of his own can have 100,000 mounts there (fs.mount-max), with lines of 50 KB. One
-    on top of the other they take the kernel 15 s although they are only 4 MB: for each path it climbs all those below.
-    So the bound is one of time, and of CPU time, for a busy machine is no reason to refuse anybody. A line that is too
-    long is left out: a path has no more than 4096 bytes for who opens a file by it.
+    A process that may mount in a namespace of its own can have 100,000 mounts there (fs.mount-max), with lines of
+    50 KB. Mounted one on top of the other they take the kernel 15 s, although the table has only 4 MB: for each path
+    the kernel climbs all mounts below. So the bound is one of time, and of CPU time, because a busy machine is no
+    reason to refuse a client. A line that is too long is left out: no file is opened by a path of more than 4096 bytes.
     """
     until = time.thread_time() + PATIENCE
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         rest = b""
-        # By pages, so that the time is looked at often. The kernel makes up one at once in any case, but more once it
-        # had a line that is longer.
+        # By pages, so that the clock is looked at often. The kernel makes up at least a page at once, and more once a
+        # line was longer.
         while part := os.read(fd, max(_PAGE, len(rest))):
             *whole, rest = (rest + part).split(b"\n")
             yield from (line for line in whole if len(line) <= LONGEST)

@@ -1,7 +1,7 @@
 """Rights: act on a client's directory as that client, and drop what a process does not need.
 
 The one place that changes credentials. Works on the calling thread alone (fsuid, fsgid and capabilities are a
-thread's), so it is for single-threaded helper processes. Nothing here knows what is done under the rights it lends.
+thread's), so it is for workers, which have one thread. Nothing here knows what is done under the rights it lends.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _packed(effective: int, permitted: int, inheritable: int) -> bytes:
 
 
 def drop_groups() -> None:
-    """Leave all supplementary groups: a helper acts with a client's rights, and the client is not in loopd's groups."""
+    """Leave all supplementary groups: a worker acts with a client's rights, and the client is not in loopd's groups."""
     os.setgroups([])
 
 
@@ -62,13 +62,13 @@ def die_with_parent(parent: int) -> None:
 
 
 def die_first() -> None:
-    """Be the one that the kernel kills where memory runs out (MemoryMax=), before a process that did not ask for it."""
+    """Have the kernel kill this process first where memory runs out (MemoryMax=)."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
         file.write(b"500")
 
 
 def can_make_nodes(pid: int) -> bool:
-    """Whether process `pid` has a CAP_MKNOD at its disposal that counts: in the host's own user namespace."""
+    """Whether process `pid` may take CAP_MKNOD into force, and is in the host's user namespace, where it counts."""
     try:
         if not _sets(pid)[0] & 1 << CAP_MKNOD:
             return False
@@ -78,7 +78,7 @@ def can_make_nodes(pid: int) -> bool:
 
 
 class Rights:
-    """loopd's own rights, to which a helper returns, and the way to a client's. Made once in each helper process."""
+    """loopd's own rights, to which a worker returns, and the way to a client's. Made once in each worker."""
 
     def __init__(self) -> None:
         permitted, inheritable = _sets()

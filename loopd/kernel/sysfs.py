@@ -1,7 +1,7 @@
 """sysfs: one of the daemon's own.
 
-Whoever may read a directory of a file system can keep it locked, and a name in it is then looked up in vain, by whoever
-it is. There is one sysfs for each network namespace, so where the daemon has one of its own (PrivateNetwork=) nobody
+A process that may read a directory can keep it locked, and then every look-up of a name in it waits, also root's.
+There is one sysfs for each network namespace. So where the daemon has a namespace of its own (PrivateNetwork=) nobody
 else reads what is mounted here. Looks into nothing itself.
 """
 

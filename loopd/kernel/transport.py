@@ -1,7 +1,7 @@
 """Datagrams and file descriptors: look at the head of the queue, take it with its fds, drop it; own what was received.
 
 A received fd may belong to a file system that never answers, and even `close` on it can block. So `peek` and `drop`
-never install an fd, and `take` is for helper processes only. Nothing here interprets a payload.
+install no fd, and only workers call `take`. Nothing here interprets a payload.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ PIDFDS = _knows_pidfds()
 _NO_FDS = socket.CMSG_SPACE(_UCRED.size) + (0 if PIDFDS else socket.CMSG_SPACE(_TIMESPEC.size))
 SCM_MAX_FD = 253
 """The most that the kernel lets one datagram have."""
-# What found no room the kernel would release before recvmsg(2) returns, and a release may wait (SO_LINGER): the whole
-# queue would wait with it.
+# The kernel releases fds that find no room before recvmsg(2) returns. A release may wait (SO_LINGER), and the whole
+# queue with it.
 _EVERYTHING = _NO_FDS + socket.CMSG_SPACE(4 * SCM_MAX_FD) + socket.CMSG_SPACE(4)
 
 
@@ -154,9 +154,9 @@ def _sender(control: list[tuple[int, int, bytes]], address: object) -> Sender:
 def peek(listener: socket.socket) -> Peeked | None:
     """The head of the queue without taking it, None when the queue is empty. Installs no fd, does not block.
 
-    Every recvmsg(2) wakes the next sender that waits for room, also one that only looks and makes none. Of two senders
-    one would be woken by each look and the other by each take, for as long as the other floods: so now and then there
-    is one look more.
+    Even MSG_PEEK wakes the next sender that waits for room, although it makes none. With two senders the turns could
+    starve one of them while the other floods: each peek would wake the one, and each take the other. So every other
+    time, at random, there is one peek more.
     """
     try:
         if os.urandom(1)[0] & 1:
@@ -170,11 +170,11 @@ def peek(listener: socket.socket) -> Peeked | None:
 def drop(
     listener: socket.socket, pids: Collection[int], most: int, kept: list[int] | None = None, room: int = 0
 ) -> dict[int, int]:
-    """Discard what is at the head of the queue from any of these processes, at most so many datagrams; how many there
-    were of which. For the dropper only: releasing what is in them may take for ever.
+    """Discard at most `most` datagrams of these processes from the head of the queue; how many there were of which
+    process. For the children that drop and park alone: the kernel may take for ever to release what is in a datagram.
 
-    No fd of theirs is ever opened, so that at least no FUSE server is asked to flush it. With `kept` the fds are not
-    released but added to it, until there is no `room` for those of one datagram more.
+    No fd of a datagram is opened, so that at least no FUSE server is asked to flush it. With `kept` the fds are opened
+    and added to it instead, until there is no `room` for those of one datagram more.
     """
     dropped, payload = dict.fromkeys(pids, 0), bytearray(1)
     look = MSG_PEEK | MSG_DONTWAIT
@@ -231,8 +231,8 @@ def _arrived(control: list[tuple[int, int, bytes]]) -> float:
 def pidfd_of_sender(pid: int, arrived: float) -> int:
     """A pidfd of the process that sent a datagram at `arrived`, on a kernel that passes none along.
 
-    A process that is younger than the datagram has only the sender's pid. Raises ProcessLookupError for one such, and
-    when there is none.
+    A process that is younger than the datagram is not the sender, and has only its pid. ProcessLookupError for such a
+    process, and where there is none.
     """
     pidfd = os.pidfd_open(pid)
     try:

@@ -32,7 +32,7 @@ MOST = 256
 
 
 def receive(netlink: socket.socket) -> Changes | None:
-    """What events have come for; None when some were lost and everything is to be looked at again."""
+    """The devices that events have come for; None when events were lost, and all devices have to be looked at."""
     changes = Changes(set(), set())
     for _ in range(MOST):
         try:

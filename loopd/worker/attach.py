@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 
-from loopd.kernel import inotify, rights
+from loopd.kernel import inotify, peers, rights
 from loopd.kernel.transport import FdSet, Packet
 from loopd.loop import Loop
 from loopd.protocol.wire import Attach, Code, Refusal
@@ -29,7 +29,7 @@ MKNOD_WARNING = (
 class Attaching:
     """One attach. `harmless` are the client's fds of which it is known that closing them cannot wait."""
 
-    def __init__(self, worker: Worker, job: Take, packet: Packet, slot: int) -> None:
+    def __init__(self, worker: Worker, job: Take, packet: Packet, pidfd: int | None, slot: int) -> None:
         assert job.attach is not None and job.terms is not None  # noqa: PT018
         self.harmless: set[int] = set()
         self._worker = worker
@@ -39,6 +39,7 @@ class Attaching:
         self._holder = job.holder or {}
         self._row = job.row
         self._packet = packet
+        self._pidfd = pidfd
         self._slot = slot
         self._client = Client(packet.sender.uid, packet.sender.gid, False)
         self._grant = ""
@@ -47,8 +48,10 @@ class Attaching:
     def run(self, grant: str, kept_by: str, fds: dict[str, int | None]) -> tuple[Done, list[int]]:
         """Attach; the answer, and the fds for the client, which are the caller's. `fds` are those of the record."""
         mounts = files.Mounts(self._packet.sender.pid)
-        warnings = _check_mknod(self._packet.sender.pid, self._terms)
+        warnings = _check_mknod(self._packet.sender.pid, self._terms, mounts)
         backing, fd = self._vet_file(mounts)
+        if self._pidfd is None or peers.ended(self._pidfd):  # another process may have its pid by now
+            backing = backing._replace(view=files.CLIENT)
         self._grant = grant
         self._directory = self._vet_directory(mounts, grant)
         if self._directory is not None:
@@ -214,8 +217,8 @@ def wanted_nodes(binding: Binding, room: int) -> dict[str, nodes.Numbers]:
     return disk | devices.partitions(binding.devname, room) if room else disk
 
 
-def _check_mknod(pid: int, terms: Terms) -> tuple[str, ...]:
-    if not rights.can_make_nodes(pid) or files.on_host(pid):
+def _check_mknod(pid: int, terms: Terms, mounts: files.Mounts) -> tuple[str, ...]:
+    if not rights.can_make_nodes(pid) or mounts.on_host:
         return ()
     if not terms.mknod:
         raise Refusal(Code.NOT_PERMITTED, "the client has CAP_MKNOD: run its container with --cap-drop MKNOD")

@@ -88,6 +88,7 @@ class Request(NamedTuple):
             backing_file=backing.path,
             backing_dev=backing.dev,
             backing_inode=backing.inode,
+            backing_view=backing.view,
             ref=attach.ref,
         )
 

@@ -17,10 +17,19 @@ from loopd.worker.devices import Binding
 
 ROWS = 12288
 """As many as there are slots at most."""
-_HEADER = struct.Struct("<8s24x36s12x")  # magic, boot id
+_HEADER = struct.Struct("<8s24x32s16x")  # magic, boot id
 _ROW = struct.Struct("<QQQQ")  # number + 1, device and inode of the file, diskseq + 1; 0 where there is none
 _MAGIC = b"loopd\x00b1"
-BOOT_ID = "/proc/sys/kernel/random/boot_id"
+BOOT_ID = "LOOPD_BOOT_ID"
+"""Name of the environment variable with the boot id."""
+
+
+def _boot_id() -> str:
+    """The 32 hexadecimal digits that systemd calls %b. The service gives them: its /proc has no sys (ProcSubset=)."""
+    if BOOT_ID not in os.environ:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip().replace("-", "")
+    return os.environ[BOOT_ID]
 
 
 class Row(NamedTuple):
@@ -39,8 +48,7 @@ class Bindings:
     def __init__(self, path: str) -> None:
         """Open the table, and empty it when it is of another boot; OSError where that cannot be done."""
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with open(BOOT_ID, "rb") as file:
-            header = _HEADER.pack(_MAGIC, file.read().strip())
+        header = _HEADER.pack(_MAGIC, _boot_id().encode())
         if os.pread(self.fd, _HEADER.size, 0) != header:
             os.ftruncate(self.fd, 0)
             os.pwrite(self.fd, header, 0)

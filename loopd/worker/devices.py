@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from loopd import loop as lo
 from loopd.loop import backing_file
+from loopd.worker.files import CLIENT
 
 
 class Number(NamedTuple):
@@ -43,6 +44,7 @@ class Binding(NamedTuple):
     backing_dev: str
     backing_inode: int
     ref: str
+    backing_view: str = CLIENT
 
 
 def device_number(name: str, disk: str | None = None) -> tuple[int, int]:

@@ -8,6 +8,7 @@ Nothing here changes anything.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -54,11 +55,13 @@ class Identity(NamedTuple):
 
 class FileSystem(NamedTuple):
     """The type of a mount's file system, and whether it is of the host's making: an overlay is if the host has mounted
-    it too, for a user could have made it in a namespace of his own.
+    it too, for a user could have made it in a namespace of his own. `on_host`: the mount itself is the host's, so that
+    a path on it is one that the host has.
     """
 
     type: str
     hosts: bool
+    on_host: bool
 
 
 def _statx(fd: int, mask: int) -> tuple[int, ...]:
@@ -134,9 +137,10 @@ class Mounts:
         where its table is too long to tell.
         """
         found = None if identity.mount is None else _seen.get(identity.mount)
-        if found is None:
+        # From a chroot even a mount of the host's looks like a container's.
+        if found is None or (self.on_host and not found.on_host):
             mount = b"%d " % _mount_id(fd)
-            found = _look(mount, self._pid) or _look(mount, "self")
+            found = _look(mount, self._pid, self.on_host) or _look(mount, "self", on_host("self"))
             # What the host has not mounted yet, it may mount later.
             if found is not None and found.hosts and identity.mount is not None:
                 if len(_seen) >= _MOST_SEEN:
@@ -145,15 +149,17 @@ class Mounts:
         return found
 
 
-def _look(mount: bytes, process: int | str) -> FileSystem | None:
+def _look(mount: bytes, process: int | str, is_on_host: bool) -> FileSystem | None:
     """What the mount table of a process says of the mount whose line begins so."""
-    return next((_parsed(line) for line in _table(process) if line.startswith(mount)), None)
+    found = (_parsed(line, is_on_host) for line in _table(process) if line.startswith(mount))
+    return next(found, None)
 
 
-def _parsed(line: bytes) -> FileSystem:
+def _parsed(line: bytes, is_on_host: bool) -> FileSystem:
     kind, _, _ = line.partition(b" - ")[2].split(b" ", 2)
     # A user who mounts FUSE chooses what follows "fuse.", down to the byte.
-    return FileSystem(kind.decode(errors="backslashreplace"), kind != b"overlay" or _is_hosts(line.split(b" ", 3)[2]))
+    name = kind.decode(errors="backslashreplace")
+    return FileSystem(name, kind != b"overlay" or _is_hosts(line.split(b" ", 3)[2]), is_on_host)
 
 
 def _is_hosts(dev: bytes) -> bool:
@@ -161,7 +167,7 @@ def _is_hosts(dev: bytes) -> bool:
     return any(line.split(b" ", 3)[2:3] == [dev] for process in (1, "self") for line in _table(process))
 
 
-def on_host(pid: int) -> bool:
+def on_host(pid: int | str) -> bool:
     """Whether process `pid` sees the host's file systems as the host does: the same as PID 1, and at the same places.
 
     A mount id belongs to one mount in one namespace, so that no container has the same, whatever its uids are called;
@@ -181,7 +187,7 @@ def _is_shmem(fd: int) -> bool:
     return True
 
 
-def _check_file_system(fd: int, identity: Identity, what: str, mounts: Mounts, allowed: frozenset[str]) -> str:
+def _check_file_system(fd: int, identity: Identity, what: str, mounts: Mounts, allowed: frozenset[str]) -> FileSystem:
     found = mounts.find(fd, identity)
     if found is None:
         raise Refusal(
@@ -196,7 +202,7 @@ def _check_file_system(fd: int, identity: Identity, what: str, mounts: Mounts, a
             Code.NOT_PERMITTED,
             f"{what}: an overlay that the host itself has not mounted; use a bind-mounted directory of the host",
         )
-    return found.type
+    return found
 
 
 _TYPES = {stat.S_IFDIR: "a directory", stat.S_IFBLK: "a block device", stat.S_IFCHR: "a character device"}
@@ -204,8 +210,9 @@ _TYPES |= {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a s
 
 
 class Backing(NamedTuple):
-    """A backing file that passed; `dev` and `inode` identify it, `path` is where the client had it. `quiet`: closing it
-    while it is open elsewhere asks nobody who may not answer, as FUSE asks its server.
+    """A backing file that passed; `dev` and `inode` identify it, `path` is where it is in the mount namespace that
+    `view` says: the host's or the client's. `quiet`: closing it while it is open elsewhere asks nobody who may not
+    answer, as FUSE asks its server.
     """
 
     read_only: bool
@@ -213,7 +220,22 @@ class Backing(NamedTuple):
     dev: str
     inode: int
     path: str
+    view: str
     quiet: bool
+
+
+HOST, CLIENT = "host", "client"
+"""Whose view of the file system a path is."""
+
+
+def _view(fd: int, path: str, identity: Identity, mounts: Mounts) -> str:
+    """Whose the path is of a file whose file system was not looked for."""
+    if path.startswith("/memfd:"):  # on no mount that is in a table
+        return CLIENT
+    found = None
+    with contextlib.suppress(Refusal):  # there are too many mounts: that it is the host's cannot be told
+        found = mounts.find(fd, identity)
+    return HOST if found is not None and found.on_host else CLIENT
 
 
 def _path(fd: int) -> str:
@@ -236,7 +258,7 @@ def check_backing(
     if flags & os.O_APPEND:
         raise Refusal(Code.BAD_FD, "fd: opened with O_APPEND, which a loop device would ignore")
     identity = identify(fd)
-    quiet = True
+    quiet, path, view = True, _path(fd), ""
     if stat.S_ISBLK(identity.mode) and block_devices:
         size = os.lseek(fd, 0, os.SEEK_END)  # the driver is asked, not the file system that the node is on
     elif not stat.S_ISREG(identity.mode):
@@ -245,7 +267,8 @@ def check_backing(
     else:
         # A memfd is on no mount that anybody has in his table, and always allowed.
         if not _is_shmem(fd) or ("tmpfs" not in allowed and mounts.find(fd, identity) is not None):
-            quiet = _check_file_system(fd, identity, "fd", mounts, allowed) in ANSWERING
+            found = _check_file_system(fd, identity, "fd", mounts, allowed)
+            quiet, view = found.type in ANSWERING, HOST if found.on_host else CLIENT
         size = os.fstat(fd).st_size
     if size == 0:
         raise Refusal(Code.INVALID, "fd: the file is empty: give it a size first, as truncate(1) does")
@@ -254,9 +277,9 @@ def check_backing(
     window = min(size - request.offset, request.sizelimit or size)
     if window < request.sector_size:
         raise Refusal(Code.INVALID, f"fd: {window} bytes are less than one sector of {request.sector_size}")
-    path = _path(fd)
     read_only = request.read_only or flags & os.O_ACCMODE == os.O_RDONLY
-    return Backing(read_only, size, f"{identity.dev[0]}:{identity.dev[1]}", identity.inode, path, quiet)
+    view = view or _view(fd, path, identity, mounts)
+    return Backing(read_only, size, f"{identity.dev[0]}:{identity.dev[1]}", identity.inode, path, view, quiet)
 
 
 def check_directory(fd: int, mounts: Mounts, allowed: frozenset[str]) -> None:

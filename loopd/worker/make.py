@@ -24,6 +24,7 @@ THREADS = 32
 LOW_FREE = 4
 """Devices below the range that are kept free, for the host's ``losetup -f`` to find before it finds one of loopd's."""
 
+
 def make(channel: Channel, control: LoopControl, access: Access) -> None:
     """Be that child: answers each (operation, number) with (operation, number, errno), in any order."""
     import queue  # noqa: PLC0415  # nobody waits for this child; the main process starts the faster
@@ -101,7 +102,6 @@ PARKED_SIZE = 4096
 def is_parked(devname: str, file: str) -> bool:
     """Whether a device of this file was parked; or by a client that went so far, whose it is harms nobody."""
     return file.startswith(PARKED) and devices.size(devname) == PARKED_SIZE
-
 
 
 _parked: dict[int, Loop] = {}

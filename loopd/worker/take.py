@@ -6,8 +6,6 @@ for the client.
 
 from __future__ import annotations
 
-import select
-
 from loopd.children.bugs import described
 from loopd.kernel import cgroups, peers, transport
 from loopd.kernel.transport import FdSet, Packet
@@ -148,7 +146,7 @@ class _Taking:
         if not change.admin:
             assert self._pidfd is not None
             # In this order: what was looked at was the sender if it has not ended since.
-            if not files.on_host(self._packet.sender.pid) or _ended(self._pidfd):
+            if not files.on_host(self._packet.sender.pid) or peers.ended(self._pidfd):
                 raise Refusal(
                     Code.NOT_PERMITTED, "a directory is made from the host, and bound into the container from there"
                 )
@@ -160,7 +158,7 @@ class _Taking:
     def _attach(self, events: int | None) -> bool:
         keeper = {"reply": self._reply, "sender": self._pidfd}.get(self._kept_by, self._lease)
         fds = {"keeper": keeper, "reply": None if keeper == self._reply else self._reply, "cgroup": events}
-        attaching = Attaching(self._worker, self._job, self._packet, self._own.borrow(0))
+        attaching = Attaching(self._worker, self._job, self._packet, self._pidfd, self._own.borrow(0))
         done, client = attaching.run(self._grant, self._kept_by, fds)
         with FdSet(client):
             self._harmless |= attaching.harmless
@@ -190,15 +188,9 @@ def _living_sender(job: Take, packet: Packet) -> int:
     pidfd = packet.pidfd
     if pidfd is None:  # before Linux 6.5
         pidfd = packet.own.add(transport.pidfd_of_sender(packet.sender.pid, packet.arrived))
-    if _ended(pidfd):
+    if peers.ended(pidfd):
         raise ProcessLookupError
     return pidfd
-
-
-def _ended(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def _unseen(error: OSError) -> Refusal:
@@ -213,4 +205,3 @@ def _no_room(error: OSError) -> Refusal:
     if error.errno in nodes.NO_ROOM:
         return Refusal(Code.NO_DEVICE, f"loopd has no room for another device: {error.strerror}")
     return messages.bug(described(error))
-

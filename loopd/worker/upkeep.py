@@ -122,9 +122,7 @@ def tidy(worker: Worker, job: Tidy, fds: FdSet) -> bool:
 def _of_row(number: int, dev: int, inode: int, diskseq: int | None) -> Binding:
     """What is known of a binding of which there is no record."""
     file = f"{os.major(dev)}:{os.minor(dev)}"
-    return Binding(
-        number, f"loop{number}", 0, 0, diskseq, 0, 0, 0, 512, False, False, False, "", file, inode, ""
-    )
+    return Binding(number, f"loop{number}", 0, 0, diskseq, 0, 0, 0, 512, False, False, False, "", file, inode, "")
 
 
 # Partitions -------------------------------------------------------------------------------------------------------

@@ -51,7 +51,6 @@ idle_timeout = {idle_timeout}
 devices = 10000
 requests = {requests}
 new_numbers = {new_numbers}
-requests_per_second = {requests_per_second}
 """
 """The one account of the measurements has what in real operation a hundred have."""
 MIB = 1 << 20
@@ -87,7 +86,7 @@ class Bench:
         home = self.directory / f"daemon{self._count}"
         home.mkdir()
         configuration = home / "loopd.toml"
-        usual = {"idle_timeout": 30, "new_numbers": 100_000, "requests": 1000, "requests_per_second": 1_000_000}
+        usual = {"idle_timeout": 30, "new_numbers": 100_000, "requests": 1000}
         configuration.write_text(CONFIGURATION.format_map(usual | options))
         daemon = kind(home, [f"--config={configuration}"], [], {})
         daemon.launcher = list(launcher)
@@ -593,7 +592,7 @@ def flood(bench: Bench) -> list[Row]:
     count = bench.size(100, 3)
     found: dict[str, list[list[float]]] = {"quiet": [], "same": [], "long": [], "own": []}
     # As many requests as an account has by default.
-    usual: dict[str, Any] = {"idle_timeout": 600, "requests": 32, "requests_per_second": 1000}
+    usual: dict[str, Any] = {"idle_timeout": 600, "requests": 32}
     with (
         bench.daemon(Daemon, **usual) as flooded,
         bench.daemon(Daemon, LONG_QUEUE, **usual) as long,

@@ -6,9 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from loopd.image import ImageError, image
-from loopd.machines import MACHINES
-from loopd.qemu import shell
+from .image import ImageError, image
+from .machines import MACHINES
+from .qemu import shell
 
 
 def main(arguments: list[str]) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loopd.machines import IMAGES, Image, Kernel
+from .machines import IMAGES, Image, Kernel
 
 OVERLAY = Path(__file__).parent.parent / "overlay"
 BUILD = Path(__file__).parent / "build-root.sh"

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loopd.image import Built, image
-from loopd.machines import MACHINES
+from .image import Built, image
+from .machines import MACHINES
 
 PROJECT = Path(__file__).resolve().parents[3]
 INSIDE = "tests/vm/inside"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from loopd.machines import MACHINES
-from loopd.qemu import Together
+from .machines import MACHINES
+from .qemu import Together
 
 HEAD = """\
 # Kernels that loopd was tested on

@@ -28,6 +28,7 @@ def test_what_was_done_is_recorded(disk: Path, journal: Journal) -> None:
         assert record["LOOPD_NUMBER"] == devname.removeprefix("loop")
         assert record["LOOPD_BACKING_FILE"] == str(disk)
         assert record["LOOPD_BACKING_INODE"] == str(disk.stat().st_ino)
+        assert record["LOOPD_BACKING_VIEW"] == "host"
         assert record["LOOPD_UID"] == "0"
         assert record["_SYSTEMD_UNIT"] == SERVICE
         assert devname in record["MESSAGE"]

@@ -351,7 +351,7 @@ def test_stuck_workers_do_not_trip_it(disk: Path, folder: Path, journal: Journal
             os.close(directory)
             wait_for("both are written off", lambda: len(journal.records(f"MESSAGE_ID={STUCK}")) == 2, 90)
             time.sleep(18)
-            wait_for("its status says so", lambda: "2 helpers hanging" in prop(SERVICE, "StatusText"))
+            wait_for("its status says so", lambda: "2 worker processes hanging" in prop(SERVICE, "StatusText"))
             assert loopctl("hello").startswith("loopd ")
             assert main_pid() == before
             assert prop(SERVICE, "NRestarts") == "0"
