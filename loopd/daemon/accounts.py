@@ -170,7 +170,7 @@ class Account:
     """
 
     MOST_USERS = 64
-    """Users of one account who are counted by themselves; the others are counted together."""
+    """Users of one account that are counted one by one; the others are counted together."""
 
     def __init__(self, name: str, uid: int | None = None) -> None:
         self.name = name
@@ -245,7 +245,7 @@ class Accounts:
     """All accounts, by name: small, and there for as long as the cgroup is, since what an account spent counts on."""
 
     MOST = 16384
-    """Accounts remembered that have nothing in use; whoever can make cgroups could make as many as he likes."""
+    """Accounts with nothing in use that are remembered: a user that can make cgroups can make any number of them."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
@@ -260,7 +260,8 @@ class Accounts:
         return account if uid is None else account.of(uid)
 
     def last(self, owner: Owner | None) -> Account:
-        """Who is charged with what an owner has left behind: the user where users are counted, else the account."""
+        """What is charged with the devices of an owner that left: the user where users are counted, else the account.
+        """
         account = self.get(owner.account if owner else "")
         return account.users.get(owner.uid, account) if owner else account
 
@@ -270,7 +271,7 @@ class Accounts:
         return any(account.burning for account in self._accounts.values())
 
     def end(self, name: str) -> None:
-        """The account's cgroup has ended: whoever comes by that name is another."""
+        """The account's cgroup has ended: a later account of that name is another one."""
         account = self._accounts.pop(name, None)
         if account is not None:
             account.end()

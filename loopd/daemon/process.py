@@ -123,7 +123,7 @@ class Daemon:
         access = Access(sysfs.mount())
         control = setup.control(access)
         policy, mistake = self._policy_at_start()
-        # Instances share the state directory. One that is started by hand may have any name.
+        # Instances share the state directory. An instance that is started by hand may have any name.
         service = (f"loopd@{options.instance}" if options.instance else "loopd").replace("/", "-")
         counter = setup.counter(options.state_directory, options.instance, control, self._audit)
         bindings = setup.bindings(os.path.join(options.state_directory, f"bindings.{service}"))

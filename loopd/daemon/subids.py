@@ -16,7 +16,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 @functools.cache
 def user(name: str) -> tuple[int, int | None] | None:
-    """The uid and the primary gid of a user, who may be named by the uid; None where there is no such user."""
+    """The uid and the primary gid of a user, given by name or uid; None where there is no such user."""
     try:
         found = pwd.getpwnam(name)
     except KeyError:

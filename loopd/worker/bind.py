@@ -2,7 +2,7 @@
 
 Every call may wait for a disk. Owns the order of the steps on the device (lock, left-over partitions, configure,
 verify; and back) and the meaning of each errno. Nothing here keeps a device open for longer than the job that opened
-it: the kernel writes a device's cache back and drops it at the last close, whoever else has it open.
+it: the kernel writes a device's cache back, and drops it, at the last close, and that has to be the client's.
 """
 
 from __future__ import annotations

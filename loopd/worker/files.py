@@ -2,7 +2,7 @@
 system.
 
 A file of a FUSE file system whose server never answers blocks fstat, statfs and most else; `statx` with
-AT_STATX_DONT_SYNC and the mount table do not. Only when the file system is one that answers is the file itself asked.
+AT_STATX_DONT_SYNC and the mount table do not. The file itself is asked only when its file system answers.
 Nothing here changes anything.
 """
 

@@ -71,7 +71,7 @@ class Grants:
         if self._fd is None:
             raise Refusal(Code.UNSUPPORTED, f"deliver: there is nothing to mount without {self.root}: {START}")
         key = self._key_for(devname)
-        with contextlib.suppress(FileExistsError):  # whoever removed it was killed between the two
+        with contextlib.suppress(FileExistsError):  # a worker that removed both was killed between the two
             os.mkdir(os.path.dirname(key), 0o700, dir_fd=self._fd)
         try:
             os.mkdir(key, 0o700, dir_fd=self._fd)
@@ -96,7 +96,7 @@ class Grants:
         outer = os.path.dirname(key)
         with contextlib.suppress(OSError):
             if outer:
-                with contextlib.suppress(FileNotFoundError):  # whoever removed it was killed between the two
+                with contextlib.suppress(FileNotFoundError):  # a worker that removed both was killed between the two
                     os.rmdir(key, dir_fd=self._fd)
                 if not os.stat(outer, dir_fd=self._fd).st_mode & 0o077:
                     os.rmdir(outer, dir_fd=self._fd)
@@ -112,7 +112,7 @@ class Grants:
                     devname = outer.removeprefix(prefix)
                     left = devname[4:].isdecimal() and os.stat(outer, dir_fd=self._fd).st_ctime < before
                     if left and not bound(devname):
-                        with contextlib.suppress(FileNotFoundError):  # whoever removed it was killed between the two
+                        with contextlib.suppress(FileNotFoundError):  # a worker was killed between the two removals
                             self._empty(self._key_for(devname), before, bound)
                         self.unmake(self._key_for(devname))
                 elif not outer.startswith("."):
@@ -182,9 +182,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def detached_mount(directory: int) -> int:
-    """A mount of the directory that is attached nowhere yet: whoever has CAP_SYS_ADMIN in its own user namespace can
-    attach it there (move_mount(2)). Needs CAP_SYS_ADMIN, and a tmpfs that is attached in this mount namespace. It is
-    read-only, for root of a container may be the host's (mount_setattr(2), Linux 5.12; before that it is not).
+    """A mount of the directory that is attached nowhere yet: a client with CAP_SYS_ADMIN in its own user namespace can
+    attach it there (move_mount(2)). Needs CAP_SYS_ADMIN, and a tmpfs that is attached in this mount namespace. The
+    mount is read-only, because root of a container may be the host's (mount_setattr(2), Linux 5.12; before that it is
+    not).
     """
     fd = int(_libc.syscall(SYS_OPEN_TREE, directory, b"", OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH))
     if fd < 0:
