@@ -63,10 +63,10 @@ class Channel:
         """Send a value with fds, which stay the caller's; OSError as sendmsg(2)."""
         transport.send(self.socket, packed(message), fds, flags)
 
-    def receive(self) -> tuple[Any, FdSet]:
-        """The next value with its fds; EOFError when the other end is closed."""
+    def receive(self, *, wait: bool = True) -> tuple[Any, FdSet]:
+        """The next value with its fds; EOFError when the other end is closed, BlockingIOError where there is none."""
         try:
-            payload, fds = transport.receive(self.socket, MAX_MESSAGE, MAX_FDS)
+            payload, fds = transport.receive(self.socket, MAX_MESSAGE, MAX_FDS, 0 if wait else transport.MSG_DONTWAIT)
         except ConnectionResetError:  # the other process ended with a message unread
             raise EOFError from None
         if not payload:
@@ -121,7 +121,9 @@ class Child:
     def _readable(self) -> None:
         assert self._channel is not None
         try:
-            message, fds = self._channel.receive()
+            message, fds = self._channel.receive(wait=False)
+        except BlockingIOError:
+            return
         except EOFError:
             self.close()
             self._ended()

@@ -72,6 +72,25 @@ def start(flow: Flow) -> None:
     carry_on()
 
 
+_handed_on: deque[Promise[None]] = deque()
+
+
+def _hand_on(turn: Promise[None]) -> None:
+    """Give a turn to the flow that waits for it. A flow that gives it back at once does not stack up on this one."""
+    _handed_on.append(turn)
+    if len(_handed_on) > 1:  # a call below goes on with it
+        return
+    bug = None
+    while _handed_on:
+        try:
+            _handed_on[0].keep(None)
+        except Exception as error:  # noqa: BLE001  # raised below, once the others have gone on
+            bug = error
+        _handed_on.popleft()
+    if bug is not None:
+        raise bug
+
+
 class Turns:
     """At most `most` at once, the others in the order in which they came: ``async with turns: ...``."""
 
@@ -98,7 +117,7 @@ class Turns:
 
     def give(self) -> None:
         if self._waiting:
-            self._waiting.popleft().keep(None)
+            _hand_on(self._waiting.popleft())
         else:
             self.taken -= 1
 

@@ -251,8 +251,10 @@ class Pool:
         child.kill()
         child.reaped.then(lambda: self._reaped(job))
         try:
-            job.hangs()
-            job.hear(HUNG)
+            try:
+                job.hangs()
+            finally:
+                job.hear(HUNG)
         finally:
             self._proceed()
 

@@ -90,9 +90,7 @@ def _group(asked: client.Client, place: _Place | None) -> Finding:
         status = os.stat(asked.socket)
     except OSError as error:
         return Finding("WARN", "group", f"not known: {asked.socket}: {error.strerror}")
-    text = (
-        f"{asked.socket} is of uid {status.st_uid} and gid {status.st_gid}, {stat.filemode(status.st_mode)}"
-    )
+    text = f"{asked.socket} is of uid {status.st_uid} and gid {status.st_gid}, {stat.filemode(status.st_mode)}"
     if os.access(asked.socket, os.W_OK, effective_ids=True):
         folder = os.path.dirname(asked.socket) or "."
         if os.access(folder, os.W_OK, effective_ids=True) and not (place and place.host):
@@ -125,9 +123,7 @@ def _directory(place: _Place) -> Finding:
 def _nodev(place: _Place) -> Finding:
     if os.fstatvfs(place.fd).f_flag & os.ST_NODEV:
         found = layers.obstacle(place.fd, own=False)
-        return Finding(
-            "FAIL", "nodev", f"{place.path}: its mount has the option nodev", found.hint if found else ""
-        )
+        return Finding("FAIL", "nodev", f"{place.path}: its mount has the option nodev", found.hint if found else "")
     return Finding("OK", "nodev", f"the mount of {place.path} lets devices be opened")
 
 
@@ -140,9 +136,7 @@ def _user_namespace(place: _Place) -> Finding:
     if found is None:
         text = f"no device opens in {place.path}, which is of its making; loopctl attaches a mount instead"
         return Finding("OK", "user namespace", text)
-    return Finding(
-        "FAIL", "user namespace", f"no device opens in {place.path}, which is of its making", found.hint
-    )
+    return Finding("FAIL", "user namespace", f"no device opens in {place.path}, which is of its making", found.hint)
 
 
 def _device(asked: client.Client) -> Iterator[Finding]:

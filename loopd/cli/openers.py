@@ -121,9 +121,7 @@ def find(devnames: Collection[str], daemon: int) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {devname: list(_of_devices(devname)) for devname in devnames}
     namespaces = set()
     for pid in filter(str.isdecimal, os.listdir("/proc")):
-        status = dict(
-            line.split(":\t", 1) for line in _read(f"/proc/{pid}/status").split("\n") if ":\t" in line
-        )
+        status = dict(line.split(":\t", 1) for line in _read(f"/proc/{pid}/status").split("\n") if ":\t" in line)
         process = f"{status.get('Name', '?')}[{pid}]"
         if daemon == 0 or str(daemon) not in (pid, status.get("PPid")):
             for devname in _of_process(pid, numbers):

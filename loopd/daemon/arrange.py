@@ -100,8 +100,10 @@ class Arrangements:
         while lease.revoking:
             await lease.account.revoking.take()
             lease.revoking = False
-            nodes = tuple(node for node in lease.nodes if node.name != lease.binding.devname)
-            message = Revoke(lease.binding.devname, lease.holder.client, nodes)
+            if lease.state not in (State.BOUND, State.RELEASING):  # the slot is another's, or about to be
+                lease.account.revoking.give()
+                break
+            message = Revoke(lease.binding.devname, lease.holder.client)
             patience = self._books.policy.request_timeout
             job = Job(message, [lease.slot.fd], patience, lease.account.jobs, lambda: self._books.stuck(lease))
             self._books.pool.submit(job)
@@ -134,7 +136,7 @@ class Arrangements:
         # Without a pause: the number of a partition that is gone is another's after some milliseconds (RCU). In a
         # client's own directory the client can open them again, and have a name looked up for ever.
         busy = lease.turn.waited_for or lease.account.turns.waited_for
-        if busy and lease.holder.grant and len(lease.nodes) > 1:
+        if busy and lease.holder.grant:
             start(self._revoke(lease))
         if lease.state is State.BOUND:
             start(self._look(lease, 0, table=False))

@@ -198,7 +198,7 @@ class Attaches:
                 events = fds.steal(0)
                 self._watches.watch_account_if_possible(exchange.account, events)
             if done.refusal is not None:
-                if done.refusal.code is Code.EXISTS:
+                if done.refusal.code in (Code.EXISTS, Code.BUSY):  # its name is taken
                     mine.again = False
                 raise done.refusal
             lease = self._book(exchange, mine, taken, done)
@@ -283,8 +283,8 @@ class Attaches:
         mine.uncount()
         if mine.slot is not None:
             slot, mine.slot = mine.slot, None
-            if self._recovery.abandon(slot):
-                mine.number = None
+            if self._recovery.abandon(slot, mine.exchange.account) == mine.number:
+                mine.number = None  # the lease that ends gives it back
         if mine.number is not None:
             self._books.numbers.retire(mine.number, self._heir(mine.exchange) if mine.again else None)
             mine.number = None

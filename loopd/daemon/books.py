@@ -58,8 +58,9 @@ class Books:
         await over
         timer.cancel()
 
-    async def work(self, lease: Lease, message: Any) -> Any:
+    async def work(self, lease: Lease, message: Any, patience: float | None = None) -> Any:
         """Have a worker do a job on a lease. Its answer; None when it hangs, or when `TRIES` workers ended in the job.
+        `patience` is in seconds; by default it is the policy's for a request.
 
         A worker that ended, most likely killed because memory ran out, may have done part of the job.
         """
@@ -67,7 +68,7 @@ class Books:
         for _ in range(self.TRIES):
             await account.turns.take()
             hangs = lambda: self.stuck(lease)  # noqa: E731
-            job = Job(message, [lease.slot.fd], self.policy.request_timeout, account.jobs, hangs)
+            job = Job(message, [lease.slot.fd], patience or self.policy.request_timeout, account.jobs, hangs)
             self.pool.submit(job)
             job.over.then(account.turns.give)
             answer = await job.done()

@@ -81,12 +81,13 @@ class Lease:
 
     `nodes` are the nodes of the lease; unless `sure`, others may have been made, or some removed. `names` are the
     partitions, where the lease has no directory. `turn` is for jobs on the lease: two workers at once in one directory
-    would undo each other's work. `lost` says why the image lacks what was written.
+    would undo each other's work. `lost` says why the image lacks what was written. `cleared`: loopd has let go of the
+    device once, and the slot has no fds any more.
     """
 
     __slots__ = (
-        "_changed", "account", "binding", "charged", "holder", "keeper", "kept_by", "lost", "names", "nodes", "reason",
-        "revoking", "slot", "state", "sure", "table", "told", "turn", "wanted_looks", "watch",
+        "_changed", "account", "binding", "charged", "cleared", "holder", "keeper", "kept_by", "lost", "names", "nodes",
+        "reason", "revoking", "slot", "state", "sure", "table", "told", "turn", "wanted_looks", "watch",
     )  # fmt: skip
 
     def __init__(
@@ -101,6 +102,7 @@ class Lease:
         self.nodes: tuple[Node, ...] = ()
         self.names: tuple[str, ...] = ()
         self.sure = False
+        self.cleared = False
         self.watch: int | None = None
         self.table: int | None = None
         self.state = State.BOUND

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from typing import Any
 
 from loopd.children.flow import start
 from loopd.children.pool import Job
+from loopd.daemon.accounts import Account
 from loopd.daemon.arrange import Arrangements
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
@@ -24,7 +26,7 @@ from loopd.kernel.transport import FdSet
 from loopd.protocol import wire
 from loopd.worker import devices, records
 from loopd.worker.bindings import Bindings, Row
-from loopd.worker.messages import Tidied, Tidy
+from loopd.worker.messages import Sweep, Tidied, Tidy
 from loopd.worker.records import Stored
 
 PAUSE = 0.05
@@ -67,35 +69,37 @@ class Recovery:
         lease, fds = self._lease(stored, holder, slots.came_back_with(slot, stored.row))
         self._found.append((lease, stored, fds))
 
-    def _lease(self, stored: Stored, holder: Holder, slot: Slot) -> tuple[Lease, dict[str, int]]:
+    def _lease(
+        self, stored: Stored, holder: Holder, slot: Slot, account: Account | None = None
+    ) -> tuple[Lease, dict[str, int]]:
         """Put the lease into the books. The lease, and the other fds of its record, which are the caller's."""
         binding = stored.binding
         size = devices.size(binding.devname)
         if size is not None:  # it may have been resized
             binding = binding._replace(size=size)
         fds = dict(stored.fds)
-        account = self._books.accounts.get(holder.account, holder.uid if holder.by_uid else None)
+        account = account or self._books.accounts.get(holder.account, holder.uid if holder.by_uid else None)
         lease = Lease(binding, holder, account, slot, stored.kept_by, fds.pop("keeper", None))
         self._books.leases.add(lease)
         return lease, fds
 
-    def abandon(self, slot: Slot) -> bool:
-        """Free a slot whose attach failed. False where the slot was empty.
+    def abandon(self, slot: Slot, account: Account) -> int | None:
+        """Free a slot whose attach failed. None where the slot was empty.
 
         A worker may have written the record and made nodes before it was killed, or could not remove the nodes. Then
-        the slot has a lease, which is released, and its number with it.
+        the slot has a lease, which is released, and its number with it: that number.
         """
         stored = records.read(slot.fd)
         if stored is None:
             self._books.slots.give_back(slot)
-            return False
-        lease, fds = self._lease(stored, _holder(stored), slot)
+            return None
+        lease, fds = self._lease(stored, _holder(stored), slot, account)
         events = fds.pop("cgroup", None)
         if events is not None:
             self._watches.watch_account_if_possible(lease.account, events)
         FdSet(fds.values()).close()
         start(self._releases.release(lease, "failed"))
-        return True
+        return lease.binding.number
 
     # Going on ---------------------------------------------------------------------------------------------------------
 
@@ -121,7 +125,9 @@ class Recovery:
         numbers.sweep({lease.binding.number for lease in self._books.leases})
         numbers.keep_low_free()
         known = {lease.slot.row for lease in self._books.leases}
-        rows = tuple(row for row in self._bindings.rows() if row.row not in known)
+        carried_on = {lease.binding.number for lease in self._books.leases}
+        found_rows = [row for row in self._bindings.rows() if row.row not in known]
+        rows = tuple(row for row in found_rows if row.number not in carried_on)
         self._books.slots.keep_rows(row.row for row in rows)
         # A binding may belong to a lease that cannot be read.
         left = () if self._unread else rows
@@ -159,24 +165,32 @@ class Recovery:
         worker does it: clients may keep these locked.
         """
 
+        for row in rows:
+            await self._tidy_row(row)
+        await self._by_worker(Sweep(tuple(row.number for row in rows), self._started))
+        # A number that lingered because its device was bound can go now.
+        self._books.numbers.removals.retry()
+
+    async def _tidy_row(self, row: Row) -> None:
+        answer = await self._by_worker(Tidy(row))
+        if not isinstance(answer, Tidied):
+            return
+        self._books.slots.free_rows([row.row])
+        if answer.file is not None:
+            devname = f"loop{row.number}"
+            text = f"{devname} on {answer.file} was released: loopd had bound it, and its lease is lost"
+            self._books.audit.record(
+                Event.EXPIRED, text, device=devname, number=row.number, backing_file=answer.file, reason="lost",
+                error=answer.lost,
+            )  # fmt: skip
+
+    async def _by_worker(self, message: Tidy | Sweep) -> Any:
         def stuck() -> None:
             self._books.audit.record(Event.STUCK, "What an earlier daemon left cannot be removed: it is locked")
 
         nobody = self._books.accounts.get("")
-        message = Tidy(rows, self._started)
         job = Job(message, [], self._books.policy.request_timeout, nobody.jobs, stuck)
-        answer = await self._books.pool.submit(job).done()
-        if not isinstance(answer, Tidied):
-            return
-        for number, file, lost in answer.released:
-            devname = f"loop{number}"
-            text = f"{devname} on {file} was released: loopd had bound it, and its lease is lost"
-            self._books.audit.record(
-                Event.EXPIRED, text, device=devname, number=number, backing_file=file, reason="lost", error=lost
-            )
-        self._books.slots.free_rows(row.row for row in rows)
-        # A number that lingered because its device was bound can go now.
-        self._books.numbers.removals.retry()
+        return await self._books.pool.submit(job).done()
 
 
 def _holder(stored: Stored) -> Holder:

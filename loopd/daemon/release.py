@@ -1,6 +1,6 @@
 """The end of a lease, for whatever reason: one flow from the first step to the last.
 
-BOUND -> RELEASING: nothing is watched any more; a worker removes the nodes, writes back, unbinds
+BOUND -> RELEASING: nothing is watched any more; a worker removes the nodes, then writes back and unbinds
 RELEASING -> RELEASED: the kernel has let go of the file
 RELEASING -> HELD -> RELEASED: somebody else still has the device open; the kernel unbinds it at the last close
 """
@@ -14,10 +14,12 @@ from loopd.daemon.books import Books
 from loopd.daemon.leases import Lease, State
 from loopd.daemon.watches import Watches
 from loopd.worker import devices
-from loopd.worker.messages import Release, Released
+from loopd.worker.messages import Clear, Displace, Displaced, Unbind, Unbound
 
 HELD_PAUSE = 0.05
 """Seconds after which a device that is still open counts as held: before that it may be udev."""
+WRITE_BACK = 10
+"""Times `request_timeout` that a write-back may take: some GiB on a slow disk."""
 HELD_CHECK = 5.0
 """Seconds between looks at devices that others keep open, in case a uevent was missed."""
 
@@ -42,37 +44,46 @@ class Releases:
         lease.reason = reason
         self.watches.forget(lease)
         async with lease.turn:
-            await self._let_go(lease, again=False)
+            bound = await self._let_go(lease)
         if lease.lost is not None:
             text = f"has lost data: the image lacks what was written to it: {lease.lost}"
             self._books.record(Event.LOST, lease, text, error=lease.lost)
-        await self._wait_until_unbound(lease)
-        self._finish(lease)
+        await self._wait_until_unbound(lease, bound=bound)
+        await self._finish(lease)
 
     async def resume(self, lease: Lease) -> None:
         """Go on with a release of an earlier daemon, which had let go of the device."""
         lease.become(State.RELEASING)
+        lease.cleared = lease.sure = True
         if devices.still_bound(lease.binding):
             lease.become(State.HELD)
-        await self._wait_until_unbound(lease)
-        self._finish(lease)
+        await self._wait_until_unbound(lease, bound=True)
+        await self._finish(lease)
 
-    async def _let_go(self, lease: Lease, *, again: bool) -> None:
-        binding, holder = lease.binding, lease.holder
-        job = Release(binding, holder.client, lease.nodes, lease.sure, holder.grant, lease.slot.row, again)
-        answer = await self._books.work(lease, job)
-        if isinstance(answer, Released):
-            if answer.diskseq is not None:
-                lease.binding = binding._replace(diskseq=answer.diskseq)
-            lease.nodes = answer.nodes
-            lease.lost = answer.lost or lease.lost
-        else:
+    async def _let_go(self, lease: Lease) -> bool:
+        """Have the nodes removed, and then the device unbound. Whether it may still be bound."""
+        books, holder = self._books, lease.holder
+        job = Displace(lease.binding, holder.client, lease.nodes, lease.sure, holder.grant)
+        displaced = await books.work(lease, job)
+        if not isinstance(displaced, Displaced):
             lease.sure = False
+            return True
+        lease.nodes = displaced.nodes
+        patience = WRITE_BACK * books.policy.request_timeout
+        unbound = await books.work(lease, Unbind(lease.binding, lease.slot.row, lease.cleared), patience)
+        if not isinstance(unbound, Unbound):
+            lease.lost = lease.lost or f"the write-back had not ended after {patience:g} seconds"
+            return True
+        lease.cleared = True
+        if unbound.diskseq is not None:
+            lease.binding = lease.binding._replace(diskseq=unbound.diskseq)
+        lease.lost = unbound.lost or lease.lost
+        return unbound.there
 
-    async def _wait_until_unbound(self, lease: Lease) -> None:
+    async def _wait_until_unbound(self, lease: Lease, *, bound: bool) -> None:
         """A mounted file system is never pulled away: the kernel unbinds at the last close, and a uevent tells."""
         looked = time.monotonic()
-        while devices.still_bound(lease.binding):
+        while bound and devices.still_bound(lease.binding):
             pause = HELD_PAUSE if lease.state is State.RELEASING else HELD_CHECK
             await self._books.change(lease, pause)
             if time.monotonic() - looked < pause or not devices.still_bound(lease.binding):
@@ -81,13 +92,16 @@ class Releases:
                 self._books.record(Event.HELD, lease, "is still open elsewhere and goes at its last close")
             else:
                 # A client that has the device open may have cleared autoclear: then its last close would not unbind.
-                await self._let_go(lease, again=True)
+                bound = await self._let_go(lease)
             looked = time.monotonic()
 
-    def _finish(self, lease: Lease) -> None:
+    async def _finish(self, lease: Lease) -> None:
         books = self._books
+        if not lease.cleared:  # the client unbound the device itself meanwhile
+            lease.cleared = await books.work(lease, Clear(lease.slot.row)) is not None
         books.leases.drop(lease)
-        books.slots.give_back(lease.slot)
+        if lease.cleared:  # else its fds may hang when they are closed, and stay in it
+            books.slots.give_back(lease.slot)
         self.retire(lease)
         event, text = _ENDS.get(lease.reason, (Event.DETACHED, "was detached"))
         books.record(event, lease, text)

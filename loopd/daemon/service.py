@@ -228,10 +228,12 @@ class Service:
         self.last_activity = time.monotonic()
         self.under_way -= 1
         job.slow_at = min(job.slow_at, time.monotonic() + self.CLOSING)
-        if mine is not None:
-            await self._attaches.end(mine, job)
-        await job.over
-        account.requests.discard(exchange)
+        try:
+            if mine is not None:
+                await self._attaches.end(mine, job)
+            await job.over
+        finally:
+            account.requests.discard(exchange)
 
     async def _take(self, exchange: Exchange, job: Job) -> Taken:
         """The datagram is off the queue: keep the fds that were vetted, and let the next datagram come."""

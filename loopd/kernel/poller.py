@@ -5,6 +5,7 @@ Single-threaded; a callback that raises is the caller's boundary to catch. Nothi
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import select
@@ -59,6 +60,9 @@ class Poller:
         """Watch `fd` no longer; call before it is closed: a description open elsewhere would keep reporting."""
         if self._callbacks.pop(fd, None) is not None:
             self._epoll.unregister(fd)
+            # An event of this round may be of the fd: the number can be another file's before its turn comes.
+            with contextlib.suppress(ValueError):
+                self._ready.remove(fd)
 
     def later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call `callback` once in `seconds`."""

@@ -126,6 +126,8 @@ class Attaching:
         self._tools.bindings.bound(self._row, binding)
 
     def _ask_for_number(self) -> Number:
+        # The last number is lost: without a record of it, for the main process gives it away.
+        self._forget()
         self._worker.say(NumberPlease())
         answer = self._worker.hear()
         assert isinstance(answer, UseNumber)

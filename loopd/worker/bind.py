@@ -13,9 +13,10 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+from loopd.kernel.transport import FdSet
 from loopd.loop import Loop, LoopControl, UnexpectedDevice
 from loopd.protocol.wire import Attach, Code, Refusal
-from loopd.worker.access import Access, lock
+from loopd.worker.access import Access, lock, reopen
 from loopd.worker.devices import Binding, Number, partitions
 from loopd.worker.files import Backing
 
@@ -136,7 +137,7 @@ def _bind(
             note(binding)
             return Bound(binding, loop, lock_fd)
         except BaseException as error:
-            _unbind(loop)
+            let_go(loop, sync=False)
             if isinstance(error, OSError):  # the number is not lost: it was bound, and the file was asked
                 raise Refusal(Code.IO, f"the device could not be read back: {error}") from error
             raise
@@ -192,27 +193,37 @@ def _verify(loop: Loop, expected: Binding, attach: Attach) -> Binding:
 
 
 def let_go(loop: Loop, *, sync: bool = True) -> str | None:
-    """Write back what was written, and have the kernel unbind: when `loop` is closed, or at others' last close.
+    """Have the kernel unbind at the last close, of `loop` or of others, and write back what was written.
 
     Returns why the image lacks what was written; None when it lacks nothing. fsync(2) on an fd that was opened anew
     reports an error of an earlier write-back that was not reported to anybody yet.
     """
-    lost = None
-    if sync and not loop.read_only():
-        try:
-            os.fsync(loop.fd)
-        except OSError as error:  # ENOSPC below a sparse file, EDQUOT, EIO
-            lost = os.strerror(error.errno or errno.EIO)
-    _unbind(loop)
+    delete_partitions(loop)
+    # For the only opener LOOP_CLR_FD unbinds at once, and Linux 6.11 and later lose what is in the cache by then, which
+    # others may have written after an fsync. With a second opener the kernel notes that the last close unbinds, and
+    # that writes back first.
+    with FdSet() as second:
+        with contextlib.suppress(OSError):  # EMFILE, ENFILE, ENOMEM
+            second.add(reopen(loop.fd, read_only=True))
+        if len(second):
+            _clear(loop)
+        lost = _sync(loop) if sync else None
+        if not len(second):
+            _clear(loop)
     return lost
 
 
-def _unbind(loop: Loop) -> None:
-    """LOOP_CLR_FD. Where others have the device open the kernel unbinds at their last close.
+def _sync(loop: Loop) -> str | None:
+    if loop.read_only():
+        return None
+    try:
+        os.fsync(loop.fd)
+    except OSError as error:  # ENOSPC below a sparse file, EDQUOT, EIO
+        return os.strerror(error.errno or errno.EIO)
+    return None
 
-    Linux 6.11 and later lose what is still in the cache when the only opener does this, so the caller syncs before.
-    """
-    delete_partitions(loop)
+
+def _clear(loop: Loop) -> None:
     with contextlib.suppress(OSError):  # ENXIO: unbound already, or on its way
         loop.clear_fd()
 

@@ -102,7 +102,8 @@ def sequence(devname: str) -> int | None:
 
 def still_bound(binding: Binding) -> bool:
     """Whether the number still carries this binding, or is being torn down from it."""
-    return backing_file(binding.number) is not None and sequence(binding.devname) == binding.diskseq
+    same = binding.diskseq is None or sequence(binding.devname) == binding.diskseq
+    return same and backing_file(binding.number) is not None
 
 
 def autoclear(devname: str) -> bool | None:

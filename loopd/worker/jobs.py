@@ -7,15 +7,18 @@ from typing import Any
 
 from loopd.kernel.transport import FdSet
 from loopd.worker import take, upkeep
-from loopd.worker.messages import Arrange, Nudge, Release, Resize, Revoke, Take, Tidy
+from loopd.worker.messages import Arrange, Clear, Displace, Nudge, Resize, Revoke, Sweep, Take, Tidy, Unbind
 from loopd.worker.process import Worker
 
 JOBS: dict[type[Any], Callable[[Worker, Any, FdSet], bool]] = {
     Take: take.take,
-    Release: upkeep.release,
+    Displace: upkeep.displace,
+    Unbind: upkeep.unbind,
+    Clear: upkeep.clear,
     Arrange: upkeep.arrange,
     Revoke: upkeep.revoke,
     Resize: upkeep.resize,
     Nudge: upkeep.nudge,
     Tidy: upkeep.tidy,
+    Sweep: upkeep.sweep,
 }

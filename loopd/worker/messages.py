@@ -69,20 +69,31 @@ class UseNumber(NamedTuple):
     refusal: Refusal | None = None
 
 
-class Release(NamedTuple):
-    """Take a lease's nodes, partitions and binding away. Fds: its slot.
-
-    Unless `sure`, there may be others than the `nodes`. `again`: the device was let go of before, and somebody else has
-    kept it.
-    """
+class Displace(NamedTuple):
+    """Take a lease's nodes away. Fds: its slot. Unless `sure`, there may be others than the `nodes`."""
 
     binding: Binding
     client: Client
     nodes: tuple[Node, ...]
     sure: bool
     grant: str
+
+
+class Unbind(NamedTuple):
+    """Write back what was written to the device, and unbind it. Fds: the lease's slot.
+
+    `again`: that was done before, and somebody else has kept the device open.
+    """
+
+    binding: Binding
     row: int
-    again: bool = False
+    again: bool
+
+
+class Clear(NamedTuple):
+    """Empty the slot and the row of a lease that is over, where no `Unbind` has ended. Fds: the slot."""
+
+    row: int
 
 
 class Revoke(NamedTuple):
@@ -90,7 +101,6 @@ class Revoke(NamedTuple):
 
     devname: str
     client: Client
-    nodes: tuple[Node, ...]
 
 
 class Arrange(NamedTuple):
@@ -125,15 +135,21 @@ class Nudge(NamedTuple):
 
 
 class Tidy(NamedTuple):
-    """After a start: release what these rows of the table of bindings say, which are no lease's, and remove what was
-    left in loopd's own directories `before` that time (seconds since 1970).
+    """After a start: release what this row of the table of bindings says, which is no lease's."""
+
+    row: Row
+
+
+class Sweep(NamedTuple):
+    """After a start: remove what was left in loopd's own directories `before` that time (seconds since 1970), for these
+    numbers and for those that are not bound.
     """
 
-    rows: tuple[Row, ...]
+    numbers: tuple[int, ...]
     before: float
 
 
-Job = Take | Release | Revoke | Arrange | Resize | Nudge | Tidy
+Job = Take | Displace | Unbind | Clear | Revoke | Arrange | Resize | Nudge | Tidy | Sweep
 
 # Answers ----------------------------------------------------------------------------------------------------------
 
@@ -189,12 +205,18 @@ class Done(NamedTuple):
     excess: int = 0
 
 
-class Released(NamedTuple):
-    """loopd has let go of the device. `nodes` could not be removed. `lost` says why what was written is not all in the
-    image; None when it is. `diskseq` is that of the binding, None where the device did not carry it any more.
-    """
+class Displaced(NamedTuple):
+    """The nodes are gone but for these, which could not be removed."""
 
     nodes: tuple[Node, ...]
+
+
+class Unbound(NamedTuple):
+    """loopd has let go of the device. `there`: it carried the binding, and may until the last close of somebody else.
+    `lost` says why what was written is not all in the image; None when it is. `diskseq` is that of the binding.
+    """
+
+    there: bool
     lost: str | None
     diskseq: int | None
 
@@ -221,9 +243,10 @@ class Resized(NamedTuple):
 
 
 class Tidied(NamedTuple):
-    """What was released: the number, its file, and why what was written is not all in that (None: it is)."""
+    """The file of what was released, None where nothing was; `lost` says why what was written is not all in it."""
 
-    released: tuple[tuple[int, str, str | None], ...]
+    file: str | None
+    lost: str | None
 
 
 class Finished(NamedTuple):
@@ -232,9 +255,9 @@ class Finished(NamedTuple):
 
 # A class in a pickle is one byte instead of two names to be looked up.
 for _code, _kind in enumerate((
-    Take, Release, Arrange, Resize, Nudge, UseNumber, Taken, NumberPlease, Done, Released, Arranged, Resized, Finished,
-    Terms, Attach, Sender, Binding, Number, Client, Node, Refusal, Code, Change, Changed, Tidy, Recognised, Tidied,
-    Revoke,
+    Take, Displace, Unbind, Clear, Arrange, Resize, Nudge, Revoke, Tidy, Sweep, UseNumber, Taken, NumberPlease, Done,
+    Displaced, Unbound, Arranged, Resized, Finished, Terms, Attach, Sender, Binding, Number, Client, Node, Refusal,
+    Code, Change, Changed, Recognised, Tidied,
 ), 1):  # fmt: skip
     copyreg.add_extension(_kind.__module__, _kind.__qualname__, _code)
 

@@ -16,8 +16,9 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-from loopd.kernel import rights
+from loopd.kernel import openat2, rights
 from loopd.protocol.wire import Code, Refusal
+from loopd.worker.devices import MOST_PARTITIONS
 
 Numbers = tuple[int, int]
 """Major and minor of a device."""
@@ -173,6 +174,23 @@ def revoke(directory: Directory, nodes: Iterable[Node]) -> None:
     """
     with directory.rights():
         _revoke_all(directory, nodes)
+
+
+def revoke_partitions(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> None:
+    """In a directory of loopd's own, close every node of a partition that is not `wanted`. It waits for nobody either."""
+    if not directory.own:
+        return
+    for number in range(1, MOST_PARTITIONS + 1):
+        name = f"{devname}p{number}"
+        with contextlib.suppress(OSError):
+            pinned = openat2.pin_cached(name, directory.fd)
+            try:
+                status = os.fstat(pinned)
+                device = (os.major(status.st_rdev), os.minor(status.st_rdev))
+                if stat.S_ISBLK(status.st_mode) and wanted.get(name) != device:
+                    os.chmod(f"/proc/self/fd/{pinned}", 0)
+            finally:
+                os.close(pinned)
 
 
 def close(directory: Directory, nodes: Iterable[Node]) -> list[tuple[Node, int]]:

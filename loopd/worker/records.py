@@ -87,10 +87,16 @@ def note_released(slot: int) -> None:
     """
     with transport.borrowed(slot) as channel:
         notes = [json.loads(payload) for payload in _payloads(channel)]
-        bound = next((note["bound"] for note in notes if note.get("bound")), None)
-        # The new record is written before the old one is dropped: at no moment is the binding in no record.
-        _send(slot, notes[0] | {"fds": [], "released": True, "bound": bound})
-        _drop(channel, len(notes))
+        # Written before the first is dropped: at no moment is the binding in no record. One that was cut short behind
+        # that has left some of the older ones.
+        last = max((index for index, note in enumerate(notes) if "version" in note), default=None)
+        if last is None:
+            return
+        if not notes[last].get("released"):
+            bound = next((note["bound"] for note in notes if note.get("bound")), None)
+            _send(slot, notes[last] | {"fds": [], "released": True, "bound": bound})
+            last = len(notes)
+        _drop(channel, last)
 
 
 def _send(slot: int, record: dict[str, Any], fds: list[int] | None = None) -> None:

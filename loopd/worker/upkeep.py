@@ -20,15 +20,19 @@ from loopd.worker.devices import Binding
 from loopd.worker.messages import (
     Arrange,
     Arranged,
+    Clear,
+    Displace,
+    Displaced,
     Finished,
     Nudge,
-    Release,
-    Released,
     Resize,
     Resized,
     Revoke,
+    Sweep,
     Tidied,
     Tidy,
+    Unbind,
+    Unbound,
 )
 from loopd.worker.nodes import Client, Directory, Node
 from loopd.worker.process import Tools, Worker
@@ -44,12 +48,13 @@ def _kept(slot: int, client: Client) -> Iterator[tuple[Directory | None, int | N
         yield directory, fds.get("file")
 
 
-def _there(directory: Directory, job: Arrange | Release, wanted: dict[str, nodes.Numbers]) -> list[Node]:
+def _there(directory: Directory, job: Arrange | Displace, wanted: dict[str, nodes.Numbers]) -> list[Node]:
     """The nodes that are there, of which the `wanted` ones stay."""
     if job.sure:
         return list(job.nodes)
     # Nodes are closed first: a look into the directory may take as long as the client likes.
     nodes.revoke(directory, (node for node in job.nodes if wanted.get(node.name) != (node.major, node.minor)))
+    nodes.revoke_partitions(directory, job.binding.devname, wanted)
     return nodes.find(directory, job.binding.devname, wanted_nodes(job.binding, devices.MOST_PARTITIONS))
 
 
@@ -69,26 +74,40 @@ def _device(tools: Tools, binding: Binding, *, write: bool = False) -> Iterator[
 # Release ----------------------------------------------------------------------------------------------------------
 
 
-def release(worker: Worker, job: Release, fds: FdSet) -> bool:
-    """Take away the nodes, write back, unbind."""
-    tools, slot = worker.tools, fds.borrow(0)
+def displace(worker: Worker, job: Displace, fds: FdSet) -> bool:
+    """Take away the nodes."""
     left = []
-    with _kept(slot, job.client) as (directory, _):
+    with _kept(fds.borrow(0), job.client) as (directory, _):
         if directory is not None:
             left = list(job.nodes)
             with contextlib.suppress(OSError):
                 left = nodes.displace(directory, _there(directory, job, {}))
     if job.grant.startswith("."):
-        tools.grants.unmake(job.grant)
+        worker.tools.grants.unmake(job.grant)
+    worker.say(Displaced(tuple(left)))
+    return False
+
+
+def unbind(worker: Worker, job: Unbind, fds: FdSet) -> bool:
+    """Write back, and unbind."""
+    tools = worker.tools
     lost = diskseq = None
     with _device(tools, job.binding) as loop:
         if loop is not None:
             diskseq = loop.diskseq()
             lost = bind.let_go(loop, sync=not job.again)
         tools.bindings.forget(job.row)
-        # The device's last open fd may be in the slot: the lock, where the client asked to keep it.
-        records.note_released(slot)
-    worker.say(Released(tuple(left), lost, diskseq))
+        # Its last open file may be in the slot: the lock, if that was kept.
+        records.note_released(fds.borrow(0))
+    worker.say(Unbound(loop is not None, lost, diskseq))
+    return False
+
+
+def clear(worker: Worker, job: Clear, fds: FdSet) -> bool:
+    """Drop the fds of a lease here: what closing them does may take long."""
+    worker.tools.bindings.forget(job.row)
+    records.clear(fds.borrow(0))
+    worker.say(Finished())
     return False
 
 
@@ -104,20 +123,29 @@ def nudge(worker: Worker, job: Nudge, fds: FdSet) -> bool:
 
 
 def tidy(worker: Worker, job: Tidy, fds: FdSet) -> bool:
-    """Release the bindings of these rows, which no lease has, and remove their nodes in directories of loopd's own."""
-    tools, released = worker.tools, []
-    for row in job.rows:
-        file = backing_file(row.number)
-        if file is not None:
-            binding = _of_row(row.number, row.file_dev, row.file_inode, row.diskseq)
-            with _device(tools, binding) as loop:
-                if loop is not None:
-                    released.append((row.number, file, bind.let_go(loop)))
-        tools.bindings.forget(row.row)
-    # Also where such a number is bound to something else by now: its nodes are of a lease that is lost.
-    lost = {row.number for row in job.rows}
-    tools.grants.sweep(job.before, lambda name: int(name[4:]) not in lost and backing_file(int(name[4:])) is not None)
-    worker.say(Tidied(tuple(released)))
+    """Release what no lease has."""
+    tools, row = worker.tools, job.row
+    file, lost = backing_file(row.number), None
+    if file is not None:
+        binding = _of_row(row.number, row.file_dev, row.file_inode, row.diskseq)
+        with _device(tools, binding) as loop:
+            if loop is None:
+                file = None
+            else:
+                lost = bind.let_go(loop)
+    tools.bindings.forget(row.row)
+    worker.say(Tidied(file, lost))
+    return False
+
+
+def sweep(worker: Worker, job: Sweep, fds: FdSet) -> bool:
+    """Remove what is left in directories of loopd's own."""
+    # Whatever these numbers are bound to by now: the nodes are those of a lease that is lost.
+    lost = set(job.numbers)
+    worker.tools.grants.sweep(
+        job.before, lambda name: int(name[4:]) not in lost and backing_file(int(name[4:])) is not None
+    )
+    worker.say(Finished())
     return False
 
 
@@ -135,11 +163,9 @@ UNREAD = -1
 
 def revoke(worker: Worker, job: Revoke, fds: FdSet) -> bool:
     """Close the nodes of partitions that are gone."""
-    there = devices.partitions(job.devname)
-    gone = [node for node in job.nodes if there.get(node.name) != (node.major, node.minor)]
     with _kept(fds.borrow(0), job.client) as (directory, _):
         if directory is not None:
-            nodes.revoke(directory, gone)
+            nodes.revoke_partitions(directory, job.devname, devices.partitions(job.devname))
     worker.say(Finished())
     return False
 
