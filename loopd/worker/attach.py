@@ -205,7 +205,7 @@ def add_watch(watches: int, directory: Directory, binding: Binding) -> int | Non
 
 
 def limit_partitions(device: Loop, room: int) -> tuple[int, int]:
-    """Delete the partitions beyond so many; how many there are now, and how many were too many."""
+    """Delete the partitions beyond `room`. How many there are now, and how many were too many."""
     count = len(devices.partitions(device.devname))
     if count <= room:
         return count, 0
@@ -214,7 +214,7 @@ def limit_partitions(device: Loop, room: int) -> tuple[int, int]:
 
 
 def wanted_nodes(binding: Binding, room: int) -> dict[str, nodes.Numbers]:
-    """The nodes that a binding has, by name: the disk's, and those of so many partitions."""
+    """The nodes that a binding has, by name: the disk's, and those of its first `room` partitions."""
     disk = {binding.devname: (binding.major, binding.minor)}
     return disk | devices.partitions(binding.devname, room) if room else disk
 

@@ -87,8 +87,8 @@ def note_released(slot: int) -> None:
     """
     with transport.borrowed(slot) as channel:
         notes = [json.loads(payload) for payload in _payloads(channel)]
-        # Written before the first is dropped: at no moment is the binding in no record. One that was cut short behind
-        # that has left some of the older ones.
+        # The new record is written before the old one is dropped: at no moment is the binding in no record. A release
+        # that was cut short after that has left some of the older messages.
         last = max((index for index, note in enumerate(notes) if "version" in note), default=None)
         if last is None:
             return

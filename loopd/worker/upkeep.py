@@ -75,7 +75,7 @@ def _device(tools: Tools, binding: Binding, *, write: bool = False) -> Iterator[
 
 
 def displace(worker: Worker, job: Displace, fds: FdSet) -> bool:
-    """Take away the nodes."""
+    """Remove the lease's nodes."""
     left = []
     with _kept(fds.borrow(0), job.client) as (directory, _):
         if directory is not None:
@@ -89,7 +89,7 @@ def displace(worker: Worker, job: Displace, fds: FdSet) -> bool:
 
 
 def unbind(worker: Worker, job: Unbind, fds: FdSet) -> bool:
-    """Write back, and unbind."""
+    """Have the kernel unbind the device, and write back."""
     tools = worker.tools
     lost = diskseq = None
     with _device(tools, job.binding) as loop:
@@ -97,14 +97,14 @@ def unbind(worker: Worker, job: Unbind, fds: FdSet) -> bool:
             diskseq = loop.diskseq()
             lost = bind.let_go(loop, sync=not job.again)
         tools.bindings.forget(job.row)
-        # Its last open file may be in the slot: the lock, if that was kept.
+        # The device's last open fd may be in the slot: the lock, where the client asked to keep it.
         records.note_released(fds.borrow(0))
     worker.say(Unbound(loop is not None, lost, diskseq))
     return False
 
 
 def clear(worker: Worker, job: Clear, fds: FdSet) -> bool:
-    """Drop the fds of a lease here: what closing them does may take long."""
+    """Empty a lease's slot and row. For a worker: closing the slot's fds may take long."""
     worker.tools.bindings.forget(job.row)
     records.clear(fds.borrow(0))
     worker.say(Finished())
@@ -123,7 +123,7 @@ def nudge(worker: Worker, job: Nudge, fds: FdSet) -> bool:
 
 
 def tidy(worker: Worker, job: Tidy, fds: FdSet) -> bool:
-    """Release what no lease has."""
+    """Release the binding of a row, which no lease has."""
     tools, row = worker.tools, job.row
     file, lost = backing_file(row.number), None
     if file is not None:
@@ -215,8 +215,8 @@ def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int 
 
 
 def _limit(tools: Tools, binding: Binding, room: int) -> tuple[int, int]:
-    """Delete the partitions beyond those that the device may have, its client's own too, who can look for partitions
-    without partscan; how many there are now, and how many were too many.
+    """Delete the partitions beyond those that the device may have, also where the client has looked for partitions
+    itself without partscan. How many there are now, and how many were too many.
     """
     count = len(devices.partitions(binding.devname))
     # Opened only then: an open of loopd's may keep a client's close from being the last.
