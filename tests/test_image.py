@@ -502,7 +502,7 @@ def test_mount_names_what_the_real_one_does(world: World, place: Path, sandbox: 
     """`mount -o loop` has the kernel unbind at the umount (AUTOCLEAR), and libmount then lists the image."""
     look = """
     mount -o loop disk.img m
-    d=$(grep -l "$PWD/disk.img" /sys/block/loop*/loop/backing_file | cut -d / -f 4); test -n "$d"
+    d=$(grep -sl "$PWD/disk.img" /sys/block/loop*/loop/backing_file | cut -d / -f 4); test -n "$d"
     """
     scenario = Scenario("truncate -s 16M disk.img; mkfs.ext4 -q -F disk.img; mkdir m", f"{look}{NAMED_BY}umount m")
     real = world.run(Way(_MOUNT, "false"), scenario, place)

@@ -84,8 +84,8 @@ def displace(worker: Worker, job: Displace, fds: FdSet) -> bool:
                 left = nodes.displace(directory, _there(directory, job, {}))
     if job.grant.startswith("."):
         worker.tools.grants.unmake(job.grant)
-    worker.say(Displaced(tuple(left)))
-    return False
+    worker.say(Displaced(tuple(left)), last=True)
+    return True
 
 
 def unbind(worker: Worker, job: Unbind, fds: FdSet) -> bool:
