@@ -266,7 +266,8 @@ def test_sync_tells_what_umount_does_not(granted: Box) -> None:
     theirs, ours = beside(granted, """
 mkdir full m; /usr/bin/mount -t tmpfs -o size=3M tmpfs full
 truncate -s 32M full/disk.img; mkfs.ext4 -q -F full/disk.img
-$M -o loop full/disk.img m; dd if=/dev/zero of=m/file bs=1M count=8 status=none; sync --file-system m 2>/dev/null; echo $?
+$M -o loop full/disk.img m; dd if=/dev/zero of=m/file bs=1M count=8 status=none
+sync --file-system m 2>/dev/null; echo $?
 umount m; echo $?
 """)  # fmt: skip
     assert ours == theirs
