@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from loopd.daemon.leases import State
+
 PACKAGE = ROOT / "loopd"
 FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 ALONE = ("loop", "losetup", "table")
@@ -131,3 +133,29 @@ def test_what_can_be_read_in_one_go(path: Path) -> None:
         if isinstance(node, ast.ClassDef) and path not in LONG:
             methods = [child for child in node.body if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)]
             assert len(methods) <= MOST_METHODS, node.name
+
+
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+
+
+def rows(section: str) -> list[list[str]]:
+    """The table of a section, without its head."""
+    text = ARCHITECTURE.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"(?m)^\| .*", text)[2:]]
+
+
+def test_the_folders_modules_are_on_the_page() -> None:
+    said = {folder.strip("`/"): set(re.findall(r"`(\w+)`", modules)) for folder, _, modules in rows("Folders")}
+    found = {name: {path.stem for path in (PACKAGE / name).glob("*.py")} for name in FOLDERS}
+    assert said == {name: modules - {"__init__", "__main__"} for name, modules in found.items()}
+
+
+def test_the_glossary_is_short() -> None:
+    words = [word for word, _ in rows("Words")]
+    assert len(words) <= 25
+    assert words == sorted(words)
+
+
+def test_the_life_of_a_lease_has_its_states() -> None:
+    section = ARCHITECTURE.split("## The life of a lease")[1].split("\n## ")[0]
+    assert set(re.findall(r"\b[A-Z]{4,}\b(?!_)", section.split("```")[1])) - {"LOOP"} == {state.name for state in State}

@@ -1,6 +1,6 @@
 """Flows: a coroutine says what happens in order, and a promise is what it waits for.
 
-There is no event loop here: whoever keeps a promise carries on the flows that wait for it, in the same call.
+There is no event loop here: `Promise.keep` carries on the flows that wait for the promise, in the same call.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
     base: int
     """Children that respond, at least: so many jobs do not wait for one another."""
     most: int
-    """Children at once, not counting those that may hang: the accounts are charged for these."""
+    """Children at once, not counting children that may hang: accounts are charged for these."""
     rest: int
     """Children that are kept when there is nothing to do."""
 

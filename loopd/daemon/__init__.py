@@ -1,7 +1,7 @@
 """The main process: the one writer of leases, accounts and numbers.
 
 Imports: worker, children, kernel, protocol.
-Never: touches a client's fd that a worker has not vetted, or waits for a client or a disk.
+Never: opens a client's device, touches a client's fd that a worker has not vetted, or waits for a client or a disk.
 """
 
 from __future__ import annotations

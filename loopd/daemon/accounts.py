@@ -27,7 +27,7 @@ class Membership(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For a sentence: of no unit is what runs in the root of the cgroups."""
+        """For a sentence: what runs in the root of the cgroups has no unit."""
         return self.unit or f"account {self.account}"
 
 
@@ -38,7 +38,7 @@ SHARED = "first-version"
 def membership(cgroup: str) -> Membership:
     """The account of a process from its cgroup path: from the root through its first unit that is no slice.
 
-    Deeper components are the tenant's to name (a user's manager, systemd in a container), so they never make an account
+    A tenant names deeper components itself (a user's manager, systemd in a container), so these never make an account
     of their own. For the same reason a unit counts only where everything above it is a slice.
     """
     parts = [part for part in cgroup.split("/") if part]
@@ -58,7 +58,7 @@ def membership(cgroup: str) -> Membership:
 
 
 def _container_depth(parts: list[str], first: int) -> int:
-    """How deep the runtime's own cgroup for a container is; what is below it, the container may have made."""
+    """How deep the runtime's own cgroup for a container is. The container may have made what is below."""
     name = parts[first]
     if name == "kubepods":
         first += 1 if len(parts) > first + 1 and parts[first + 1] in _QOS_CLASSES else 0
@@ -75,7 +75,7 @@ def whose(pid: int) -> tuple[Membership, bool] | None:
     alone (Docker or the kubelet with the cgroupfs driver), the second has all of them in the runtime's own.
     """
     try:
-        # By newlines alone, which no name has: a name may well have another of the characters that splitlines() knows.
+        # By newlines alone: no name has one, but a name may have another of the characters that splitlines() knows.
         lines = proc.read(f"/proc/{pid}/cgroup").decode(errors="surrogateescape").split("\n")
     except OSError:
         return None
@@ -97,11 +97,11 @@ _HOSTS_UIDS = [b"0", b"0", b"4294967295"]
 
 
 def counts_by_uid(cgroup: str, member: Membership, pid: int) -> bool:
-    """Whether limits are counted for each uid of the account by itself, and not for all of it together.
+    """Whether limits are counted for each uid of the account, and not for the account as a whole.
 
-    So it is with what runs as several users without a container: the jobs of a CI runner, what a login session does
-    with sudo. In a container one tenant has 65,536 uids to choose from. It has a cgroup below that of the unit or a
-    scope of its own, or else a user or pid namespace.
+    They are for the host's own users without a container: the jobs of a CI runner, or sudo in a login session. In a
+    container one tenant has 65,536 uids to choose from. A container has a cgroup below that of the unit or a scope of
+    its own, or else a user or pid namespace.
     """
     if cgroup != member.account or not _OF_MANY.search(member.unit):
         return False
@@ -121,16 +121,16 @@ class Owner(NamedTuple):
 
 
 NOBODY = Owner("", -1)
-"""The owner of what nobody can prove to be his: only its keeper ends such a lease."""
+"""The owner of a lease of a client that cannot be told from others: its keeper alone ends it."""
 
 
 def owner_of(account: str, uid: int) -> Owner:
-    """Who may list and detach what a process of that account and uid has attached without a directory grant."""
+    """The owner of what a process of that account and uid attaches without a directory grant."""
     return NOBODY if account == SHARED else Owner(account, uid)
 
 
 class Bucket:
-    """What may be used up: so much at once, and more as time passes."""
+    """An allowance: so much at once, and more as time passes."""
 
     __slots__ = ("_burst", "_per_second", "_spent", "at")
 
@@ -140,7 +140,7 @@ class Bucket:
         self.at = 0.0
 
     def spend(self, burst: float, per_second: float) -> bool:
-        """Charge one: `burst` of them at once, and then `per_second`; False when they are used up."""
+        """Charge one: `burst` at once, and then `per_second`; False when the allowance is used up."""
         now = max(time.monotonic(), self.at)
         self._burst, self._per_second = burst, per_second
         self._spent = max(0.0, self._spent - (now - self.at) * per_second)
@@ -152,7 +152,7 @@ class Bucket:
 
     @property
     def half_spent(self) -> bool:
-        """Whether more than half of what may be spent at once is spent now."""
+        """Whether more than half of the burst is spent now."""
         back = max(0.0, time.monotonic() - self.at) * self._per_second
         return self._spent - back > self._burst / 2
 
@@ -162,15 +162,15 @@ class Bucket:
 
 
 class Account:
-    """What one account has in use; with a `uid`, what that user has in it. Changed by the main process alone."""
+    """What one account has in use; with a `uid`, what that user of the account has in use."""
 
     MOST_HANGING = 8
-    """Children of any role that may hang for one account, or be busy with it for suspiciously long, before its requests
-    are dropped and its other jobs wait.
+    """Children of any role that may hang in jobs of one account, or be busy with one for longer than `Job.HANGS`,
+    before its requests are dropped and its other jobs wait.
     """
 
     MOST_USERS = 64
-    """Users of one account who are counted by themselves; the others are counted together."""
+    """Users of one account that are counted one by one; the others are counted together."""
 
     def __init__(self, name: str, uid: int | None = None) -> None:
         self.name = name
@@ -185,11 +185,11 @@ class Account:
         self.requests: set[Any] = set()
         """Requests under way, and those that were answered and whose worker has files to close."""
         self.jobs: set[Job] = set()
-        """Children that are busy for the account or hang in what is its own, each until it is free or reaped."""
+        """Jobs of the account that a child does or hangs in, or that wait for a child."""
         self.turns = Turns(self.MOST_HANGING)
         """For jobs on its leases."""
         self.revoking = Turns(self.MOST_HANGING)
-        """For closing nodes, which must not wait for a client that has made the jobs wait."""
+        """For closing nodes: a client that has made the jobs wait must not keep that from being done."""
         self.listing = Turns()
         """For building replies to ``list``, each until its time in the main process is earned again."""
         self.numbers = Bucket()
@@ -245,7 +245,7 @@ class Accounts:
     """All accounts, by name: small, and there for as long as the cgroup is, since what an account spent counts on."""
 
     MOST = 16384
-    """Accounts remembered that have nothing in use; whoever can make cgroups could make as many as he likes."""
+    """Accounts with nothing in use that are remembered: a user that can make cgroups can make any number of them."""
 
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
@@ -260,7 +260,8 @@ class Accounts:
         return account if uid is None else account.of(uid)
 
     def last(self, owner: Owner | None) -> Account:
-        """Who is charged with what an owner has left behind: the user where users are counted, else the account."""
+        """What is charged with the devices of an owner that left: the user where users are counted, else the account.
+        """
         account = self.get(owner.account if owner else "")
         return account.users.get(owner.uid, account) if owner else account
 
@@ -270,7 +271,7 @@ class Accounts:
         return any(account.burning for account in self._accounts.values())
 
     def end(self, name: str) -> None:
-        """The account's cgroup has ended: whoever comes by that name is another."""
+        """The account's cgroup has ended: a later account of that name is another one."""
         account = self._accounts.pop(name, None)
         if account is not None:
             account.end()

@@ -1,7 +1,7 @@
 """The nodes of partitions: kept in line with the partitions that the kernel has, on request and by themselves.
 
-One job at a time for each lease (`Lease.turn`), but for closing the nodes of partitions that are gone: that must not
-wait for what a client has made wait.
+A lease has one job at a time (`Lease.turn`). Closing the nodes of partitions that are gone is the exception: a client
+that makes jobs wait must not keep that from being done.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Arrangements:
     def __init__(self, books: Books) -> None:
         self._books = books
         self.watches: Watches
-        """Given later: the watches ask for looks, too."""
+        """Set later: the watches need the arrangements, too."""
 
     # Flows ------------------------------------------------------------------------------------------------------------
 
     async def rescan(self, lease: Lease) -> tuple[str, ...]:
-        """Have the kernel read the partition table again, and the nodes made; the partitions. Raises Refusal."""
+        """Have the kernel read the partition table again, and the nodes made. The partitions. Raises Refusal."""
         async with lease.turn:
             _check_bound(lease)
             refusal = await self._arrange(lease, rescan=True)
@@ -42,8 +42,8 @@ class Arrangements:
         return lease.partitions
 
     async def resize(self, lease: Lease, limit: int) -> int:
-        """Have the device take over the size of its file, as far as its account's `limit` of bytes goes (0: none); the
-        size. Raises Refusal.
+        """Have the device take over the size of its file, within its account's `limit` of bytes (0: none). The size.
+        Raises Refusal.
         """
         async with lease.turn:
             _check_bound(lease)
@@ -57,7 +57,7 @@ class Arrangements:
         return lease.binding.size
 
     async def restore(self, lease: Lease) -> None:
-        """After a restart: see what nodes are there, and whether the table changed meanwhile."""
+        """After a restart: find the nodes that are there, and look whether the table changed meanwhile."""
         async with lease.turn:
             await self._arrange(lease, look=True)
 
@@ -81,7 +81,7 @@ class Arrangements:
         job = Arrange(lease.binding, holder.client, lease.nodes, lease.sure, lease.table, room, look, rescan)
         answer = await self._books.work(lease, job)
         if not isinstance(answer, Arranged):
-            lease.sure = False  # the worker may have made some before it ended or hung
+            lease.sure = False  # the worker may have made nodes before it ended or hung
             return _LATE
         if answer.nodes is not None:
             lease.nodes, lease.names, lease.sure, lease.table = answer.nodes, answer.names, True, answer.table
@@ -111,14 +111,14 @@ class Arrangements:
             await job.over
         lease.revoking = None
         async with lease.turn:
-            # A partition may have come again with the number that it had, and its node be closed.
+            # A partition may have come back with its old number while its node was closed.
             lease.sure = False
             await self._arrange(lease)
 
     # What brings them about -------------------------------------------------------------------------------------------
 
     def on_closed(self, lease: Lease) -> None:
-        """Somebody who could write has closed the node of a lease with partitions."""
+        """A writer has closed the node of a lease with partitions."""
         if lease.state is State.BOUND:
             start(self._look_twice(lease))
 

@@ -1,5 +1,7 @@
-"""Attach, as the main process sees it: charge, have a worker do it, book, answer. One flow from the first step to the
-last, with what undoes each step beside it.
+"""Attach, as the main process sees it: charge, have a worker bind, book, answer.
+
+`Attaches.admit` makes the reservation, `Attaches.attach` is the flow, and `Attaches.end` gives up what of the
+reservation did not become the lease's.
 """
 
 from __future__ import annotations
@@ -45,12 +47,12 @@ class Reservation:
         self.fresh = False
         """Whether the number was charged to the account's new ones."""
         self.again = True
-        """Whether the account may get the number again: not where its name is taken in the client's directory."""
+        """Whether the account may get the number again. Not where the client's directory has a file of that name."""
         self._counted = True
         exchange.account.devices += 1
 
     def uncount(self) -> None:
-        """The device is a lease's now, or there is none."""
+        """Charge the device no more: it is a lease's now, or there is none."""
         self.exchange.account.devices -= self._counted
         self._counted = False
 
@@ -137,7 +139,7 @@ class Attaches:
     # Numbers ----------------------------------------------------------------------------------------------------------
 
     def _number(self, mine: Reservation) -> Number | None:
-        """A number, the reservation's from now on; None when one is about to come free. Else a refusal."""
+        """A number, the reservation's from now on; None when one is about to come free. Raises Refusal."""
         exchange, numbers = mine.exchange, self._books.numbers
         account, limits = exchange.account, exchange.terms.limits
         number, none = None, None
@@ -164,13 +166,13 @@ class Attaches:
         return number
 
     async def _another_number(self, mine: Reservation, job: Job) -> Number:
-        """A number in place of one that was lost to somebody else, or that was not there yet. Raises Refusal."""
+        """Another number where the first one was lost to somebody else, or none was free yet. Raises Refusal."""
         books, exchange = self._books, mine.exchange
         if mine.number is not None:
             books.metrics.retries += 1
             if mine.fresh:
                 exchange.account.numbers.unspend()
-            # It may have been made; and one that the account had before, the account may have open.
+            # It is removed: it may have been made, and the account may have open a number that it had before.
             books.numbers.retire(mine.number, None if mine.fresh else self._heir(exchange))
             mine.number = None
         deadline = exchange.started + min(books.policy.number_wait, books.policy.request_timeout / 2)
@@ -183,13 +185,13 @@ class Attaches:
             await books.sleep(0.01)
 
     def _heir(self, exchange: Exchange) -> Owner | None:
-        """Who gets the number of an attach again."""
+        """The owner that may get the number of an attach again."""
         return self._watches.heir(exchange.account, exchange.person)
 
     # The flow ---------------------------------------------------------------------------------------------------------
 
     async def attach(self, exchange: Exchange, mine: Reservation, taken: Taken, job: Job) -> None:
-        """From the moment at which the datagram is off the queue to the reply. Raises Refusal."""
+        """From `Taken` to the reply. Raises Refusal."""
         done, fds = await self._bind(mine, job)
         with fds:
             if done.cgroup:
@@ -206,7 +208,7 @@ class Attaches:
                 self._answers.send(exchange, refusal)
                 start(self._releases.release(lease, "refused"))
                 return
-            # Between the two notes the answer may have been given: a next daemon gives it again.
+            # Of a daemon that ends between the two notes nobody knows whether it answered: the next one answers again.
             records.note_answer(lease.slot.fd, "sending")
             warnings = done.warnings + self._books.partitioned(lease, done.partitions, done.excess)
             if self._answers.send(exchange, attached(lease, warnings), tuple(fds)):
@@ -219,7 +221,7 @@ class Attaches:
             self._books.slots.top_up()
 
     async def _bind(self, mine: Reservation, job: Job) -> tuple[Done, FdSet]:
-        """Have the worker bind and make the nodes; what it says at the end, with the fds of that. Raises Refusal."""
+        """Have the worker bind and make the nodes. What it says at the end, with its fds. Raises Refusal."""
         while True:
             message, fds = await job.answer()
             if message is ENDED:
@@ -236,7 +238,7 @@ class Attaches:
                 job.send(UseNumber(None, refusal))
 
     def _book(self, exchange: Exchange, mine: Reservation, taken: Taken, done: Done) -> Lease:
-        """The lease, in the books and watched: what was reserved is its own now."""
+        """Put the lease into the books: it takes over what was reserved."""
         assert exchange.keeper is not None and mine.slot is not None  # noqa: PT018
         assert mine.holder is not None and done.binding is not None  # noqa: PT018
         holder = mine.holder._replace(grant=done.grant)
@@ -250,12 +252,12 @@ class Attaches:
         return lease
 
     def _objection(self, exchange: Exchange, lease: Lease) -> Refusal | None:
-        """Watch the lease; why it cannot stay all the same."""
+        """Watch the lease; a refusal where it cannot stay all the same."""
         limit = exchange.terms.limits.bytes
         if lease.account.ended:
             return Refusal(Code.NOT_PERMITTED, "the sender's cgroup has ended")
         if limit and exchange.account.bytes > limit:
-            # A smaller one need not wait for its end.
+            # Its bytes are not charged while it ends: a smaller device need not wait.
             self._books.leases.resized(lease, lease.binding._replace(size=0))
             return Refusal(Code.QUOTA, f"the devices of this account would have more than {limit} bytes together")
         try:
@@ -270,14 +272,14 @@ class Attaches:
         self._books.record(Event.ATTACHED, lease, "was attached", operation="attach", duration_usec=int(duration * 1e6))
 
     async def end(self, mine: Reservation, job: Job) -> None:
-        """The request is answered: give up what was reserved and not used, once the worker has done with it."""
+        """The request is answered: give up what was reserved and not used, once the worker is done with the job."""
         mine.uncount()
         self.under_way -= 1
         await job.over
         self._give_up(mine)
 
     def _give_up(self, mine: Reservation) -> None:
-        """The slot is free again; the number may have had a node and goes."""
+        """Give the slot back, and have the number removed: a client may have kept a node of it."""
         mine.uncount()
         if mine.slot is not None:
             slot, mine.slot = mine.slot, None

@@ -1,8 +1,8 @@
 """The audit: one event, one structured journal record.
 
 Owns the closed list of events with their MESSAGE_IDs (systemd/loopd.catalog explains each to the administrator), the
-fields of a record, and the child process that writes records into the journal. Never waits: what the child does not
-take at once is queued, what no longer fits is counted and said.
+fields of a record, and the child that writes records into the journal. Never waits: records that the child does not
+take at once are queued, and those that find no room in the queue are counted, and the count is recorded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Kind(NamedTuple):
 
 
 class Event(_Kind, enum.Enum):
-    """What is recorded. The MESSAGE_ID is for ever; the priority is syslog's."""
+    """What is recorded. A MESSAGE_ID never changes; the priority is syslog's."""
 
     ATTACHED = _Kind("e17225313c4f47a991f13d0e9b7456a8", INFO)
     DETACHED = _Kind("b3e25ffbf24c48e7a4efdb5ee5a71269", INFO)
@@ -57,10 +57,10 @@ class Output(Protocol):
         """Whether everything that was taken is written."""
 
     def start(self) -> None:
-        """See to it that somebody writes what was taken."""
+        """Have a writer run for what was taken."""
 
     def close(self, deadline: float) -> None:
-        """No record comes any more; wait until `deadline` (monotonic) at most."""
+        """No record comes any more. Wait for the writer until `deadline` (monotonic) at most."""
 
 
 class _Lines:
@@ -82,8 +82,8 @@ class _Lines:
 class JournalChild:
     """The main process's side of the child that writes records into the journal (`loopd.worker.journal`).
 
-    Records wait in a socketpair until the child has written them. This process keeps both ends, so that a new child
-    goes on where one that was killed has stopped.
+    Records wait in a socketpair until the child has written them. This process keeps both ends open, so that a new
+    child goes on where a killed one has stopped.
     """
 
     ROOM = 1 << 20
@@ -129,7 +129,7 @@ class JournalChild:
     def close(self, deadline: float) -> None:
         """Let the child write what is left. It goes on when the deadline is over."""
         self._ours.close()
-        # A child that ends with this process would be left over for the service manager to find.
+        # The service manager would find a child left over that ends after this process.
         while self._child is not None and not self._child.reaped.kept and time.monotonic() < deadline:
             self._children.reap()
             time.sleep(0.01)
@@ -141,7 +141,7 @@ def _quoted(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """The text on one line, with nothing in it that a terminal obeys or that journalctl shows as mere "blob data"."""
+    """The text on one line, without what a terminal obeys, or what journalctl shows as "blob data"."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -160,7 +160,7 @@ class Audit:
     def record(self, event: Event, message: str, /, **details: object) -> None:
         """Record `event`; each detail that is not None becomes the field LOOPD_<NAME>.
 
-        A path in the message is made readable; in its field it stays as it is. A traceback keeps its lines.
+        A path is made printable in the message, and stays as it is in its field. A traceback keeps its lines.
         """
         fields = {
             "MESSAGE": "\n".join(map(_printable, message.split("\n") if event is Event.FAILED else [message])),
@@ -184,7 +184,7 @@ class Audit:
         return bool(self._waiting) or not self._output.written()
 
     def flush(self) -> bool:
-        """Hand over what waits; True when nothing is left that is not written."""
+        """Hand over what waits; True when everything is written."""
         while self._waiting:
             if not self._output.send(self._waiting[0]):
                 break
@@ -198,7 +198,7 @@ class Audit:
         return False
 
     def drain(self, seconds: float) -> None:
-        """Have written what waits before the process ends, and wait for that for at most `seconds`."""
+        """Before the process ends: have what waits written, and wait for that for at most `seconds`."""
         deadline = time.monotonic() + seconds
         while not self.flush() and time.monotonic() < deadline:
             time.sleep(0.01)

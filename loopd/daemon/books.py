@@ -1,6 +1,6 @@
-"""The books: what every flow of the main process reads and changes, and how a flow has a job done on a lease.
+"""The books: the state that the flows of the main process read and change, and how a flow has a job done on a lease.
 
-Decides nothing. One object of each kind; the flows are in modules of their own.
+Decides nothing. The flows are in modules of their own.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Books:
         await over
 
     async def change(self, lease: Lease, seconds: float) -> None:
-        """Wait until something has changed about a lease, so long at most."""
+        """Wait until something has changed about a lease, for at most `seconds`."""
         over: Promise[None] = Promise()
         timer = self.poller.later(seconds, lambda: over.keep(None))
         lease.changed.then(lambda: over.keep(None))
@@ -59,10 +59,10 @@ class Books:
         timer.cancel()
 
     async def work(self, lease: Lease, message: Any, patience: float | None = None) -> Any:
-        """Have a worker do a job on a lease; its answer, or None when it hangs, or ends again and again. `patience` is
-        in seconds, the policy's for a request if None.
+        """Have a worker do a job on a lease. Its answer; None when it hangs, or when `TRIES` workers ended in the job.
+        `patience` is in seconds; by default it is the policy's for a request.
 
-        A worker that ended, most likely killed for its memory, may have done part of the job.
+        A worker that ended, most likely killed because memory ran out, may have done part of the job.
         """
         account = lease.account
         for _ in range(self.TRIES):

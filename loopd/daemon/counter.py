@@ -1,7 +1,7 @@
 """The counter of device numbers in the state directory: each number once in a quarantine.
 
-A node is a capability for whatever is bound to its number later, so a number that a client may have kept a node of is
-not handed out again until the quarantine is over. The counter is on disk before a number is used.
+A node opens whatever is bound to its number later. So a number of which a client may have kept a node is not handed out
+again until its quarantine is over. The counter is on disk before a number is used.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Counter:
     def __init__(self, path: str, instance: str = "", sequence: Callable[[], int] = lambda: 0) -> None:
         """Open or make the file; OSError when that cannot be done. `started_from_clock` tells that it was not there.
 
-        `sequence` is something that grows at least as fast as numbers are used as long as the host runs.
+        `sequence` gives a number that grows, as long as the host runs, at least as fast as device numbers are used.
         """
         self._instance = zlib.crc32(instance.encode())
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -54,8 +54,8 @@ class Counter:
             size = _HEADER.size + BLOCKS * _ENTRY.size
             if len(data) == _HEADER.size and data.startswith(_MAGIC) and os.fstat(self._fd).st_size == size:
                 return
-            # Lost or new. The clock passes all numbers once in a quarantine, so the start that it gives lies beyond
-            # what was used before if no more than one number was used in 2.5 s; the sequence adds what was, since the
+            # Lost or new. The clock passes all numbers once in a quarantine. So the start that it gives lies beyond
+            # what was used before, if at most one number was used in 2.5 s; the sequence adds what was used since the
             # boot.
             self.started_from_clock = True
             os.ftruncate(self._fd, 0)
@@ -75,7 +75,7 @@ class Counter:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def reserve(self) -> range:
-        """The numbers of one block, on disk as used before this returns; `Exhausted` when there is none."""
+        """The numbers of one block, which is on disk as used when this returns; `Exhausted` when there is none."""
         with self._locked():
             first, skip = self._next()
             entries = os.pread(self._fd, BLOCKS * _ENTRY.size, _HEADER.size)
@@ -92,13 +92,14 @@ class Counter:
         raise Exhausted
 
     def few(self) -> bool:
-        """Whether less than `FEW` blocks are free: they come in turn, so the free ones are those that come next."""
+        """Whether less than `FEW` blocks are free. Blocks come in turn, so the free ones are those that come next."""
         ahead = (self._next()[0] + FEW) % BLOCKS
         used, _ = _ENTRY.unpack(os.pread(self._fd, _ENTRY.size, _HEADER.size + ahead * _ENTRY.size))
         return not _free(used, int(time.time()))
 
     def give_back(self, number: int) -> None:
-        """The numbers of a block from this one on were not used: they come next, unless a block has come since."""
+        """The numbers of a block from `number` on were not used: they come next, unless another block has come since.
+        """
         block, skip = divmod(number - FIRST, BLOCK)
         with self._locked():
             if skip and self._next() == ((block + 1) % BLOCKS, 0):

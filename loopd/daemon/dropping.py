@@ -1,8 +1,9 @@
 """Unwanted datagrams: have a child take them off the queue, for releasing the files in them may take for ever.
 
-One child for each listener drops. It is killed when it hangs, and charged to the account whose datagram it hangs in
-until it is reaped. What comes next of that account is parked: another child takes it and closes none of its files. An
-account has so many parking children at most, full ones included; then its datagrams are dropped as everybody's are.
+One child for each listener drops. When it hangs it is killed, and charged to the account whose datagram it hangs in
+until it is reaped. Further datagrams of that account are parked: another child takes them and closes none of their
+files. An account has at most `MOST_PARKERS` such children, full ones included; beyond that its datagrams are dropped as
+everybody's are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from loopd.kernel.transport import FdSet
 from loopd.worker.drop import Drop, Dropped, drop, park
 
 PATIENCE = 0.02
-"""Seconds for an order. What takes longer hangs in a file; that datagram is off the queue by then."""
+"""Seconds for an order. A child that takes longer hangs in a file, whose datagram is off the queue by then."""
 PATIENCE_PARKING = 2.0
 """The same, where no file is closed."""
 MOST = 512
@@ -30,7 +31,7 @@ MOST_PARKERS = 4
 
 
 class Parker:
-    """A child that keeps what it takes."""
+    """A child that parks: it keeps what it takes."""
 
     def __init__(self, children: Children, listener: socket.socket, account: Account) -> None:
         """OSError where there is no room for a process."""
@@ -63,7 +64,7 @@ class Parker:
         self._answer.keep(None)
 
     def end(self) -> None:
-        """Have it close what it keeps. It is charged until it has."""
+        """Have the child close what it keeps. It is charged until it has."""
         self._child.close()
 
 
@@ -88,8 +89,8 @@ class Dropping:
         return sum(pool.lost for pool in self._pools)
 
     async def drop(self, index: int, pid: int, account: Account, *, run: bool) -> tuple[int, bool]:
-        """Have the head of a queue dropped, which is from process `pid`, or a `run` of what is from it. How many
-        datagrams there were, and whether the child hangs in one.
+        """Have the head of a queue dropped, which is from process `pid`; with `run` all of that process's datagrams up
+        to the next one of another. How many there were, and whether the child hangs in one.
         """
         hangs = account in self._parkers or not self._hung.isdisjoint(account.jobs)
         parker = self._parker(self._listeners[index], account) if hangs else None
@@ -118,7 +119,7 @@ class Dropping:
         return parker
 
     def rest(self) -> None:
-        """End the children that nothing is to be done for; what is parked may hang as long as anything does."""
+        """End the children that have nothing to do. Those that park stay while any child hangs: theirs might too."""
         for pool in self._pools:
             pool.shrink(0)
         if self.lost == 0:

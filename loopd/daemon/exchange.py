@@ -18,8 +18,8 @@ from loopd.protocol.wire import Code, Envelope, Refusal, Reply
 
 
 class Exchange:
-    """A request that is under way. `fds` are those that its worker handed over, among them the reply socket and what is
-    to keep the lease. `taken`: its datagram is off the queue.
+    """A request that is under way. `fds` are those that its worker handed over, among them the reply socket and the
+    keeper. `taken`: its datagram is off the queue.
     """
 
     def __init__(
@@ -44,16 +44,16 @@ class Exchange:
 
     @property
     def owner(self) -> Owner:
-        """Whose leases the request is about."""
+        """The owner of the leases that the request is about."""
         return Owner(f"directory {self.grant}", 0) if self.grant else self.person
 
     @property
     def person(self) -> Owner:
-        """Who asks, whatever directory grant he has along."""
+        """The owner of what the sender attaches without a directory grant: the numbers are counted for it."""
         return owner_of(self.member.account, self.sender.uid)
 
     def owns(self, holder: Holder) -> bool:
-        """Whether what that holder has is the sender's."""
+        """Whether a lease of that holder is the sender's."""
         return self.owner != NOBODY and self.owner == holder.owner
 
 
@@ -61,7 +61,7 @@ class Answers:
     """Sends replies, and records what is refused."""
 
     MOST_REFUSALS = 20
-    """Refusals of one account in a second that are recorded one by one; the others are counted."""
+    """Refusals of one account in a second that have a record each; the others are counted."""
 
     def __init__(self, books: Books, listeners: list[socket.socket], *, by_hand: bool) -> None:
         """`by_hand`: root runs the daemon, not the service's user, and can look at its senders' namespaces."""
@@ -70,10 +70,10 @@ class Answers:
         self._by_hand = by_hand
 
     def address(self, sender: Sender) -> bytes:
-        """Where to answer the seed's form of a request, which has no reply_fd; empty where there is no such place.
+        """Where to answer a request without reply_fd, the oldest form; empty where it may not be answered.
 
-        It is an address of the kernel's choice, never a path. An address means something else in another network
-        namespace, where it may be somebody else's: so the administrator has to vouch for the clients.
+        Only an address of the kernel's choice will do, never a path. An address may be somebody else's in another
+        network namespace: so the administrator has to vouch for the clients.
         """
         if not transport.is_autobound(sender.address):
             return b""
@@ -121,7 +121,7 @@ class Answers:
             self.send(exchange, Refusal(Code.INTERNAL, "a bug of loopd: the journal of the host says more"))
 
     def record_singly(self, event: Event, exchange: Exchange, message: str, code: Code) -> None:
-        """Record what a client can bring about as often as it likes: beyond the first of a second it is counted."""
+        """Record what a client can bring about as often as it likes: beyond the first in a second it is counted."""
         if exchange.account.refused(self.MOST_REFUSALS):
             self.record(event, exchange, message, code)
         else:
@@ -139,7 +139,7 @@ class Answers:
         )  # fmt: skip
 
     def shed(self, account: Account, member: Membership, sender: Sender, why: str, count: int = 1) -> None:
-        """Count what has no record of its own; one record for each account and second."""
+        """Count requests that have no record of their own: there is one record for each account and second."""
         account.shed += count
         if account.shed > count:
             return

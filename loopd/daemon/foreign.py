@@ -1,7 +1,8 @@
 """Devices in loopd's range that are no lease's: bound by somebody else, or kept open so that they cannot be removed.
 
-Most likely a client kept a node, and opening that made the device again (no max_loop). Such a device is charged to who
-had its number last, and reported. It is never unbound: nothing proves whose it is, and it may be the host's own.
+Most likely a client kept a node, and opening that made the device again (no max_loop). Such a device is charged to the
+account that had its number last, and reported. It is never unbound: nothing proves whose it is, and it may be the
+host's own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LOOK_AGAIN = 5.0
 
 
 class Foreign:
-    """What the kernel tells of devices, and what is charged besides leases."""
+    """Looks at devices that the kernel tells of, and charges those that are no lease's."""
 
     def __init__(self, books: Books, releases: Releases) -> None:
         self._books = books
@@ -53,19 +54,19 @@ class Foreign:
             return
         if lease is not None:
             self._look_at_lease(lease)
-            # Of another file for the device (LOOP_CHANGE_FD) the kernel tells before it is there.
+            # The kernel tells of another file (LOOP_CHANGE_FD) before the device has it.
             self._look_later(devname)
             return
         if self._books.numbers.removals.has(int(devname[4:])):
             self._books.numbers.removals.retry()
-        # An attach under way has bound its device before it is in the books.
+        # An attach that is under way binds its device before the lease is in the books.
         self._look_later(devname)
 
     def on_number(self, lingering: int | None) -> None:
-        """The child that makes and removes numbers has answered, that this number lingers if it does."""
+        """The child that makes and removes numbers has answered; the number that lingers, if one does."""
         numbers = self._books.numbers
         if lingering is not None:
-            # Perhaps a client was faster, and its event came while the lease was there.
+            # A client may have bound it, with an event that came while there still was a lease.
             self._look_later(f"loop{lingering}")
         for devname in [name for name in self._charged if not numbers.removals.has(int(name[4:]))]:
             if devname not in self._reported:
@@ -80,7 +81,7 @@ class Foreign:
         self.look_after()
 
     def look_after(self) -> None:
-        """Look again now and then while others keep devices open, or numbers are being removed."""
+        """Look again now and then, as long as others keep devices open or numbers are being removed."""
         removals = self._books.numbers.removals
         if not self._looking and (removals.lingering or removals.under_way):
             self._looking = True
@@ -137,7 +138,8 @@ class Foreign:
             return
         if devname in self._reported:
             return
-        # It may be an attach that is not in the books yet: then it is at the next look. A number that lingers has none.
+        # It may be of an attach that is not in the books yet, and is there at the next look. A number that lingers is
+        # of none.
         maybe = before is None or (before != seen and not self._books.numbers.removals.has(number))
         if maybe and now - since < self._books.policy.request_timeout:
             self._suspects[devname] = (seen, since)
@@ -157,7 +159,7 @@ class Foreign:
         )  # fmt: skip
 
     def _charge(self, devname: str) -> Account:
-        """Charge a device that is no lease's to who had its number last."""
+        """Charge a device that is no lease's to the account that had its number last."""
         account = self._charged.get(devname)
         if account is None:
             account = self._charged[devname] = self._last_account(int(devname[4:]))
@@ -165,7 +167,7 @@ class Foreign:
         return account
 
     def _last_account(self, number: int) -> Account:
-        """Of who had the number last; nobody's where that is not remembered."""
+        """The account that had the number last; nobody's where that is not remembered."""
         return self._books.accounts.last(self._books.numbers.had(number))
 
     def _discharge(self, devname: str) -> None:
@@ -178,7 +180,7 @@ class Foreign:
             self._books.numbers.retire(int(devname[4:]), None)
 
     async def _nudge(self, number: int, diskseq: int | None) -> None:
-        """Whoever has a parked device open has seen to it that it would stay for ever: have it unbound."""
+        """Have a parked device unbound whose opener has cleared autoclear: it would stay for ever."""
         devname = f"loop{number}"
         if devname in self._nudged:
             return

@@ -1,7 +1,7 @@
-"""Leases: the books of the main process.
+"""Leases: their states, and what the main process knows of each.
 
-A lease is a binding together with what keeps it alive and where its nodes are. Of its fds the main process has the
-keeper alone, which it watches; all are in the lease's slot. Changes no device: that is a worker's job.
+A lease is a binding, with what keeps it and where its nodes are. All of its fds are in its slot; the main process has
+the keeper alone, which it watches. Changes no device: that is a worker's job.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from loopd.worker.nodes import Client, Node
 class Holder(NamedTuple):
     """For whom a lease was made, as the kernel attested then; part of its record. `since`: seconds since 1970.
 
-    `grant` names the directory of loopd's that the nodes are in, with a dot before it where it was made for this lease.
-    `by_uid`: it counts for the user, and not for all of the account.
+    `grant` names the directory of loopd's that the nodes are in, and begins with a dot where that was made for this
+    lease. `by_uid`: the lease is charged to the user, and not to all of the account.
     """
 
     account: str
@@ -47,12 +47,12 @@ class Holder(NamedTuple):
 
     @property
     def person(self) -> Owner:
-        """Who attached it, whatever directory grant the nodes are in: the numbers are that one's."""
+        """The account and uid that attached it, also where the nodes are in a grant: numbers are counted for these."""
         return owner_of(self.account, self.uid)
 
     @property
     def client(self) -> Client:
-        """With whose rights its nodes are made and removed."""
+        """Whose rights its nodes are made and removed with."""
         return Client(self.uid, self.gid, bool(self.grant))
 
 
@@ -79,10 +79,10 @@ NEXT = {
 class Lease:
     """One binding and what belongs to it. `kept_by` says what the keeper fd is: "reply", "sender", "pidfd", "socket".
 
-    `nodes` are those that there are, or, unless `sure`, that there were; `names` are the partitions where the lease has
-    no directory. `turn` is for jobs on the lease: two workers at once in one directory would undo each other's work.
-    `lost` says why what was written is not all in the image. `cleared`: loopd has let go of the device once, and the
-    slot has no more fds.
+    `nodes` are the nodes of the lease; unless `sure`, others may have been made, or some removed. `names` are the
+    partitions, where the lease has no directory. `turn` is for jobs on the lease: two workers at once in one directory
+    would undo each other's work. `lost` says why the image lacks what was written. `cleared`: loopd has let go of the
+    device once, and the slot has no fds any more.
     """
 
     __slots__ = (
@@ -110,7 +110,7 @@ class Lease:
         self.lost: str | None = None
         self.turn = Turns()
         self.revoking: bool | None = None
-        """Whether nodes are being closed (None: they are not), and then once more."""
+        """Closing of nodes: wanted (True), under way (False), neither (None)."""
         self.charged = 0
         """Partitions that its account is charged with."""
         self.told = False
@@ -120,7 +120,7 @@ class Lease:
         self._changed: Promise[None] = Promise()
 
     def become(self, state: State) -> bool:
-        """Change the state, and wake who waits for that; False where the one does not follow the other."""
+        """Change the state, and wake the flows that wait for that; False where `NEXT` does not have it."""
         if state not in NEXT[self.state]:
             return False
         self.state = state
@@ -203,8 +203,8 @@ class Leases:
         lease.charged = count
 
     def of(self, owner: Owner | None, after: int, most: int) -> tuple[list[Lease], bool]:
-        """The leases of an owner, or all of them for None, in the order of their numbers: `most` of those behind
-        `after`, and whether there are more.
+        """The leases of an owner, for None all, in the order of their numbers: `most` of those behind `after`, and
+        whether there are more.
         """
         numbers = [] if owner == NOBODY else self._numbers.get(owner or _ANYBODY, [])
         start = bisect.bisect_right(numbers, after)

@@ -1,5 +1,6 @@
-"""The child that makes and removes device numbers, as the main process sees it: told what to do, and replaced when it
-ends or when all of its threads hang.
+"""The child that makes and removes device numbers, as the main process sees it.
+
+The main process tells it what to do, and replaces it when it ends or all of its threads hang.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class Maker:
         return self._child is not None
 
     def send(self, operation: str, number: int) -> None:
-        """Have something done; what is lost with a child, whoever is told `renewed` asks for again."""
+        """Have something done. What is lost with a child has to be asked for again, at `renewed`."""
         if self._child is not None:
             self._child.send((operation, number))
 
     def renew(self) -> None:
-        """End a child that hangs. Another one takes over."""
+        """Kill a child that hangs. Another one takes over."""
         if self._child is not None:
             self._child.kill()
             self._ended()

@@ -37,7 +37,7 @@ def listen_fds() -> list[tuple[str, int]]:
 
 
 def logs_to_journal() -> bool:
-    """Whether standard error is what the service manager connected to the journal, and not merely below one that is."""
+    """Whether standard error is what $JOURNAL_STREAM names: a process may have inherited the variable alone."""
     try:
         status = os.fstat(2)
     except OSError:

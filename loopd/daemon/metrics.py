@@ -1,8 +1,8 @@
 """Metrics: what the daemon counts, and how that reads as OpenMetrics text.
 
-Part of the main process, the one writer. Counting is an addition; what can be looked up is, when somebody asks. The
-counts are saved at an exit in good order and go on with the next start, for an idle daemon exits between two scrapes
-and would lose them; after a crash they start anew, which `_created` tells. Decides nothing.
+Counts what happens, and looks up the rest when somebody asks. An idle daemon exits between two scrapes: so the counts
+are saved at an exit in good order, and go on with the next start. After a crash they start anew, which `_created`
+tells. Decides nothing.
 """
 
 from __future__ import annotations

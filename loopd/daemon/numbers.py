@@ -1,7 +1,7 @@
 """Numbers: which device number the next binding gets, made ahead of need, and what becomes of a used one.
 
-A number is fresh, or one that the same owner had before: only what that owner may have kept leads to it. A used number
-is removed at once: idle, LOOP_CTL_GET_FREE could hand it out to the host.
+A number is fresh, or the same owner had it before: nodes of it are kept by that owner, if by anybody. A used number is
+removed at once: idle, LOOP_CTL_GET_FREE could give it to the host.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def ours(devname: str) -> bool:
 
 
 class Removals:
-    """Used numbers on their way out, and those that cannot be removed because somebody has them open: they linger."""
+    """Used numbers that are being removed, and those that linger: somebody has their device open."""
 
     SILENCE = 5.0
     """Seconds without an answer after which all threads of the child hang."""
     STUBBORN = 8
-    """Numbers that were hung in before of which the removal is tried at once: there are threads for others."""
+    """Numbers that a thread hung in before which are tried at the same time: other threads stay for the others."""
 
     def __init__(self, send: Callable[[str, int], None]) -> None:
         self.under_way: dict[int, Owner | None] = {}
@@ -46,12 +46,12 @@ class Removals:
 
     @property
     def hang(self) -> bool:
-        """Whether nothing was heard for long of a child that has something to do."""
+        """Whether a child with something to do has said nothing for `SILENCE`."""
         return self._at_work and time.monotonic() - self._heard > self.SILENCE
 
     @property
     def _at_work(self) -> bool:
-        """Whether there are others to remove than those that the child was hung in before."""
+        """Whether there are numbers to remove that no thread hung in before."""
         return len(self.under_way) > len(self._stubborn & self.under_way.keys())
 
     def has(self, number: int) -> bool:
@@ -59,11 +59,11 @@ class Removals:
         return number in self.under_way or number in self.lingering
 
     def owner(self, number: int) -> Owner | None:
-        """Who had the number."""
+        """The owner that had the number."""
         return self.under_way.get(number) or self.lingering.get(number)
 
     def owners(self) -> set[Owner | None]:
-        """Whose numbers are not removed yet."""
+        """The owners whose numbers are not removed yet."""
         return {*self.under_way.values(), *self.lingering.values()}
 
     def forget(self, account: str) -> None:
@@ -88,7 +88,7 @@ class Removals:
         self._stubborn.discard(number)
 
     def done(self, number: int, error: int, *, last: bool) -> Owner | None:
-        """The child has done what it could; who gets the number again, now that it is removed."""
+        """The child has tried. The owner that may get the number again, if it is removed now."""
         if number not in self.under_way:
             return None
         owner = self.under_way.pop(number)
@@ -101,7 +101,7 @@ class Removals:
         return None
 
     def retry(self) -> None:
-        """Try again what could not be removed because somebody has it open."""
+        """Try again to remove the numbers that linger."""
         lingering, self.lingering = self.lingering, {}
         for number, owner in lingering.items():
             if number in self._stubborn and len(self._stubborn & self.under_way.keys()) >= self.STUBBORN:
@@ -110,7 +110,7 @@ class Removals:
                 self.begin(number, owner)
 
     def set_aside(self) -> None:
-        """All threads of the child hang: it had come to those, and whoever has their locks may keep them."""
+        """All threads of the child hang, in the numbers that were asked for first: somebody may keep these locked."""
         for number in [*self.under_way][:THREADS]:
             self._stubborn.add(number)
             self.lingering[number] = self.under_way.pop(number)
@@ -128,12 +128,12 @@ class Numbers:
     AHEAD = 8
     """Numbers made ahead of need."""
     KEPT = 4096
-    """Owners whose used numbers are remembered; those of the owner that came first are forgotten, never given to
-    another.
+    """Owners whose used numbers are remembered. Beyond that, the numbers of the first owner are forgotten, and given to
+    nobody.
     """
 
     def __init__(self, counter: Counter, children: Children, role: Role, changed: Callable[[int | None], None]) -> None:
-        """`changed` is called when there is something to remove, and after the child's answers, with what lingers."""
+        """`changed` is called when there is something to remove, and after each answer, with a number that lingers."""
         self._counter = counter
         self._changed = changed
         self._fresh: deque[int] = deque()
@@ -191,9 +191,9 @@ class Numbers:
     # The next number --------------------------------------------------------------------------------------------------
 
     def next(self, owner: Owner, fresh: Callable[[], bool]) -> tuple[Number | None, bool]:
-        """A number that this owner had before, else a fresh one if `fresh()` may be used up; and whether it is fresh.
+        """A number that this owner had before; else a fresh one, if `fresh()` allows it. And whether it is fresh.
 
-        None where there is none now. `Exhausted` and OSError where there is no fresh one.
+        None where there is no number now. `Exhausted` and OSError where there is no fresh one.
         """
         used = self._used.get(owner)
         if used:
@@ -206,11 +206,11 @@ class Numbers:
 
     @property
     def making(self) -> bool:
-        """Whether numbers that were taken before are about to come."""
+        """Whether numbers are being made that nobody has yet."""
         return bool(self._making)
 
     def expects(self, owner: Owner) -> bool:
-        """Whether a number of this owner is about to be removed, and then `next` has it."""
+        """Whether a number of this owner is being removed, so that `next` will have it."""
         return owner in self.removals.owners()
 
     def _take(self) -> int:
@@ -224,7 +224,7 @@ class Numbers:
         while not self.removals.stopping and len(self._making) + len(self._made) < self.AHEAD:
             try:
                 number = self._take()
-            except (Exhausted, OSError):  # told where a number is needed
+            except (Exhausted, OSError):  # an attach that needs a number is told
                 return
             self._making.add(number)
             self._maker.send("add", number)
@@ -251,13 +251,13 @@ class Numbers:
         self._changed(None)
 
     def forget(self, account: str) -> None:
-        """An account has ended: whoever has its name next is somebody else."""
+        """An account has ended: its name may come again, and is another's then."""
         for owner in [owner for owner in self._used if owner.account == account]:
             del self._used[owner]
         self.removals.forget(account)
 
     def had(self, number: int) -> Owner | None:
-        """Who had a number last, as far as it is remembered."""
+        """The owner that had a number last; None where that is not remembered."""
         leaving = self.removals.owner(number)
         return leaving or next((owner for owner, used in self._used.items() if number in used), None)
 
@@ -266,7 +266,7 @@ class Numbers:
         return self._counter.has(number)
 
     def sweep(self, known: set[int]) -> None:
-        """Remove devices of the range that a daemon which died had made; one that is bound or open lingers."""
+        """Remove devices of the range that an earlier daemon has left; one that is bound or open lingers."""
         used = functools.cache(lambda block: self.used(FIRST + block * BLOCK))
         for name in os.listdir(f"{lo.sysfs}/block"):
             if name.startswith("loop") and ours(name):
@@ -278,7 +278,7 @@ class Numbers:
 
     @property
     def busy(self) -> bool:
-        """Whether numbers are being removed that nobody has open, or must be once they are made."""
+        """Whether numbers are being removed, or will be as soon as they are made."""
         return bool(self.removals.under_way or (self.removals.stopping and self._making))
 
     def remove_unused(self, *, held: bool) -> None:
@@ -294,7 +294,8 @@ class Numbers:
             self.removals.begin(self._made.popleft(), None)
 
     def _give_back(self) -> None:
-        """Let the next daemon have the rest of the block: one that starts for each request would use up all blocks."""
+        """Leave the rest of the block to the next daemon. Where each request starts one, all blocks would be used up.
+        """
         unused = set(self._fresh)
         if not unused:
             return

@@ -1,4 +1,4 @@
-"""What may be asked for besides an attach: one small flow for each operation, found by a literal table."""
+"""The operations besides attach and directory: a small flow for each, found by a literal table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loopd.protocol import wire
 from loopd.protocol.wire import Code, Detach, Hello, Leases, Refusal, Reply, Rescan, Resize
 
 MOST_ROWS = 64
-"""Leases in one reply to ``list``: who has more asks again."""
+"""Leases in one reply to ``list``; a client that has more asks again."""
 LISTED_PER_SECOND = 8 << 20
 """Bytes of replies to ``list`` that one account gets in a second. A full reply takes the main process a millisecond; so
 one account's lists take an eighth of its time at most.
@@ -55,7 +55,7 @@ class Operations:
         return wire.Greeting(__version__, wire.VERSION, tuple(own), limits)
 
     async def _list(self, exchange: Exchange, request: Leases) -> Reply:
-        # In the order of their numbers: the one that the last reply ended with may be gone by now.
+        # In the order of their numbers: the device that the last reply ended with may be gone by now.
         after = int(request.after.removeprefix("loop")) if re.fullmatch("loop[0-9]{1,7}", request.after) else -1
         owner = None if exchange.admin else exchange.owner
         size = 0
@@ -85,8 +85,8 @@ class Operations:
             raise Refusal(Code.NOT_FOUND, f"{request.devname} carries another binding by now")
         start(self._releases.release(lease, "detached"))
         now = time.monotonic()
-        # A release that a client keeps from going on must not keep who asks for it waiting for ever; loopd's own client
-        # waits as long as a request may take.
+        # A client can keep a release from going on, and the reply must not wait for ever. loopd's own client waits as
+        # long as a request may take.
         deadline = now + request.wait
         patience = max(deadline, now + 0.9 * self._books.policy.request_timeout)
         self.waiting += 1
@@ -127,7 +127,7 @@ class Operations:
     def _lease(self, exchange: Exchange, devname: str) -> Lease:
         lease = self._books.leases.get(devname)
         if lease is None or not (exchange.admin or exchange.owns(lease.holder)):
-            # The same words for what is not there and what is another's.
+            # The same words for a device that is not there and for another's.
             raise Refusal(Code.NOT_FOUND, f"no device {devname} of yours")
         return lease
 
@@ -139,7 +139,7 @@ class Operations:
 
 
 def _most_bytes(row: wire.LeaseInfo) -> int:
-    """Bytes that a row may take at most: a character of a path takes six where it is no ASCII."""
+    """Bytes that a row takes at most: a character that is no ASCII takes six."""
     texts = sum(6 * len(text) for text in row if isinstance(text, str))
     return 1024 + texts + sum(len(name) + 3 for name in row.partitions)
 

@@ -1,8 +1,8 @@
 """Policy: what a client may do, and how much.
 
-Owns every limit and its default, the configuration files, and how they are read: a wrong key or value is an error that
-names it, and there is no half-read policy. A Policy is a frozen value; it decides from facts it is given and looks at
-nothing itself.
+Owns every limit and its default, and how the configuration files are read: a wrong key or value is an error that names
+it, and there is no half-read policy. A Policy is a frozen value. It decides from the facts that it is given, and looks
+at nothing itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Limits(NamedTuple):
     stuck: int = 2
     """Worker processes that may hang in its requests before these are dropped unanswered."""
     new_numbers: int = 256
-    """Device numbers that it may use up at once; beyond these it gets those again that it had before."""
+    """Fresh device numbers at once; beyond these it gets numbers that it had before."""
     new_numbers_per_minute: float = 10.0
     """How fast it may use up more: there are a million, and each then rests for 30 days."""
     bytes: int = 0
@@ -120,7 +120,7 @@ class Rule(NamedTuple):
 
     @property
     def of_namespaces(self) -> Rule | None:
-        """The same for what those users do from their user namespaces, themselves included; None where it has none."""
+        """The same rule for those users and for what they do in user namespaces; None where they have no such ids."""
         if not (self.subuids or self.subgids):
             return None
         uids = None if self.uids is None else self.uids + self.subuids
@@ -155,8 +155,8 @@ class Policy(NamedTuple):
     request_timeout: float = 30.0
     """Seconds after which a worker process that is not done with a request hangs: it is killed, and charged."""
     number_wait: float = 5.0
-    """How long an attach waits for one of its account's own device numbers to come free: half of `request_timeout` at
-    most, for who waits is not stuck.
+    """How long an attach waits for one of its account's own device numbers to come free. At most half of
+    `request_timeout`: its worker waits, and does not hang.
     """
     limits: Limits = Limits()
     allow: Allow = Allow()
@@ -170,7 +170,7 @@ class Policy(NamedTuple):
             if rule.matches(instance, account, uid, gid):
                 terms = rule.changed(terms)
             elif wider is not None and wider.matches(instance, account, uid, gid):
-                # What a rule for a user gives is for that user, not for whoever is in his containers.
+                # What a rule for a user gives is for that user, not for others in that user's containers.
                 terms = rule.tightened(terms)
         return terms
 
@@ -348,7 +348,7 @@ class _Reader:
         self.rules.append(Rule(keys.get("instance"), keys.get("account"), uids, gids, limits, allow, subuids, subgids))
 
     def _subordinate(self, path: str, look: Callable[[Ranges], Ranges], ids: Ranges | None) -> Ranges:
-        """The ids that the users of a rule have in their namespaces; what cannot be read might have some."""
+        """The ids that the users of a rule have in their namespaces. A file that cannot be read is a problem."""
         try:
             return look(ids) if ids else ()
         except OSError as error:
@@ -357,7 +357,7 @@ class _Reader:
 
 
 def _files(path: str, reader: _Reader) -> list[str]:
-    """The files there are. Only of the usual ones may there be none: what cannot be read might have allowed less."""
+    """The files that there are. Only the default path may be missing: a file that cannot be read may allow less."""
     found: list[str] = []
     try:
         found += [f"{path}.d/{name}" for name in sorted(os.listdir(path + ".d")) if name.endswith(".toml")]

@@ -1,4 +1,4 @@
-"""The daemon: options, start, signals, idle exit, end. Makes what the daemon consists of; knows nothing of requests."""
+"""The daemon: options, start, signals, idle exit, end. Makes the parts of the daemon; knows nothing of requests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from loopd.worker.make import make
 from loopd.worker.process import Tools
 
 WORKERS = Sizes(base=4, most=64, rest=2)
-"""Each takes some 4 MiB, and 3 ms to be made."""
+"""A worker takes some 4 MiB, and 3 ms to fork."""
 STATE_DIRECTORY = "/var/lib/loopd"
 
 
@@ -117,13 +117,13 @@ class Daemon:
         self._service.start()
 
     def _build(self, listeners: list[Listener], notifier: manager.Notifier) -> None:
-        """Make what the daemon consists of, each from what it needs."""
+        """Make the parts of the daemon, each from the parts that it needs."""
         options = self._options
         sockets = [listener.socket for listener in listeners]
         access = Access(sysfs.mount())
         control = setup.control(access)
         policy, mistake = self._policy_at_start()
-        # Instances share the state directory. One that is started by hand may have any name.
+        # Instances share the state directory. An instance that is started by hand may have any name.
         service = (f"loopd@{options.instance}" if options.instance else "loopd").replace("/", "-")
         counter = setup.counter(options.state_directory, options.instance, control, self._audit)
         bindings = setup.bindings(os.path.join(options.state_directory, f"bindings.{service}"))
@@ -209,7 +209,7 @@ class Daemon:
     def run(self) -> None:
         """Serve until a signal or idleness ends it."""
         self._reporter.begin(self._status)
-        # What started it waits in a queue; it is served before idleness is thought of.
+        # The request that started the daemon waits in a queue; it is served before the first check.
         self._poller.later(self._books.policy.idle_timeout, self._idle_check)
         while not self._stopping:
             self._turn()
@@ -219,8 +219,8 @@ class Daemon:
     """Seconds after which records are offered again to a journal that took none."""
 
     def _turn(self) -> None:
-        """One round of events. A bug in one is recorded and the others go on; one that does not pass ends the daemon,
-        and the service manager starts it again with every lease.
+        """One round of events. A bug is recorded, and the other events go on. After `MOST_BUGS` the daemon ends, and
+        the service manager starts another one with every lease.
         """
         try:
             self._poller.run_once()
@@ -274,7 +274,7 @@ class Daemon:
     # The end ----------------------------------------------------------------------------------------------------------
 
     def _stop(self) -> None:
-        """Finish what is under way; take away what nothing will keep; leave the rest to the fd store."""
+        """Finish what is under way; release leases that no fd store keeps; leave the others to the fd store."""
         self._reporter.stopping()
         self._service.stop()
         if not self._reporter.present:
@@ -291,7 +291,7 @@ class Daemon:
     @property
     def _ending(self) -> bool:
         """Whether something is still to be done that the fd store does not keep."""
-        # Who waits for the end of a lease asks the next daemon.
+        # A client that waits for the end of a lease asks the next daemon.
         requests = self._service.under_way > self._operations.waiting
         ends = not self._reporter.present and any(lease.state is State.RELEASING for lease in self._books.leases)
         return bool(requests or self._pool.busy or self._books.numbers.busy or ends)

@@ -1,6 +1,6 @@
 """After a start: carry on the leases that an earlier daemon left in the slots, and tidy up behind it.
 
-A lease whose attach was not answered is undone: its client sees the hang-up and asks again. What was bound and is in no
+A lease whose attach was not answered is undone: its client sees the hang-up and asks again. A binding that is in no
 slot is found in the table of bindings, and released.
 """
 
@@ -30,11 +30,11 @@ from loopd.worker.messages import Sweep, Tidied, Tidy
 from loopd.worker.records import Stored
 
 PAUSE = 0.05
-"""Seconds after the start before what is left is tidied up: whoever started the daemon is served first."""
+"""Seconds after the start before what is left is tidied up: the client that started the daemon is served first."""
 
 
 class Recovery:
-    """What is done once, at the start; and `abandon`, the same for one attach whose worker was killed."""
+    """Done once, at the start. `abandon` does the same for one attach whose worker was killed."""
 
     def __init__(
         self, books: Books, watches: Watches, releases: Releases, arrangements: Arrangements, bindings: Bindings
@@ -57,7 +57,7 @@ class Recovery:
             stored = records.read(slot.fileno())
             holder = stored and _holder(stored)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            # Most likely a newer loopd's, before a downgrade: it stays in the store, and its device bound.
+            # Most likely a newer loopd wrote it, before a downgrade: it stays in the store, and its device stays bound.
             self._unread.append(slot)
             slots.came_back_unread()
             text = f"A lease in the fd store cannot be read and is kept as it is: {error}"
@@ -72,7 +72,7 @@ class Recovery:
     def _lease(
         self, stored: Stored, holder: Holder, slot: Slot, account: Account | None = None
     ) -> tuple[Lease, dict[str, int]]:
-        """The lease in the books, and the fds of its record that it does not keep, which are the caller's."""
+        """Put the lease into the books. The lease, and the other fds of its record, which are the caller's."""
         binding = stored.binding
         size = devices.size(binding.devname)
         if size is not None:  # it may have been resized
@@ -84,8 +84,10 @@ class Recovery:
         return lease, fds
 
     def abandon(self, slot: Slot, account: Account) -> int | None:
-        """Free a slot whose attach failed. A worker may have booked the lease and made nodes before it was killed, or
-        could not remove them: then it is a lease that ends, and its number with it. The number, if so.
+        """Free a slot whose attach failed. None where the slot was empty.
+
+        A worker may have written the record and made nodes before it was killed, or could not remove the nodes. Then
+        the slot has a lease, which is released, and its number with it: that number.
         """
         stored = records.read(slot.fd)
         if stored is None:
@@ -103,7 +105,7 @@ class Recovery:
 
     def go_on(self) -> None:
         """Go on with every lease that was found, and tidy up after a daemon that died."""
-        # Accounts first: with one that ended meanwhile all its leases end.
+        # Accounts first: where an account ended meanwhile all of its leases end.
         for lease, _, fds in self._found:
             events = fds.pop("cgroup", None)
             if events is not None:
@@ -117,7 +119,7 @@ class Recovery:
         for lease, stored, fds in found:
             with FdSet(fds.values()):
                 self._carry_on(lease, stored, fds.get("reply", lease.keeper))
-        with contextlib.suppress(OSError):  # told where one is needed
+        with contextlib.suppress(OSError):  # an attach that needs a slot is told
             self._books.slots.top_up()
         numbers = self._books.numbers
         numbers.sweep({lease.binding.number for lease in self._books.leases})
@@ -127,7 +129,7 @@ class Recovery:
         found_rows = [row for row in self._bindings.rows() if row.row not in known]
         rows = tuple(row for row in found_rows if row.number not in carried_on)
         self._books.slots.keep_rows(row.row for row in rows)
-        # What is bound may belong to a lease that cannot be read.
+        # A binding may belong to a lease that cannot be read.
         left = () if self._unread else rows
         self._books.poller.later(PAUSE, lambda: start(self._tidy(left)))
         self._books.poller.later(PAUSE, numbers.probe)
@@ -142,30 +144,31 @@ class Recovery:
         elif not devices.still_bound(lease.binding):
             start(self._releases.release(lease, "unbound"))
         else:
-            with contextlib.suppress(OSError):  # no room for a watch: it ends with its account, or by detach
+            with contextlib.suppress(OSError):  # no room for a watch: the lease ends with its account, or by detach
                 self._watches.watch(lease)
             if stored.answer == "sending":
                 self._answer_again(lease, reply)
             start(self._arrangements.restore(lease))
 
     def _answer_again(self, lease: Lease, reply: int | None) -> None:
-        """The daemon ended just when it answered. Perhaps the client has the answer: then it ignores another.
+        """Answer an attach once more: the daemon ended just when it answered. A client that has the answer ignores
+        this.
 
-        An answer with fds is not given again: the main process opens no device.
+        An answer with fds is not given again: the main process opens no client's device.
         """
         records.note_answer(lease.slot.fd, "sent")
         if reply is not None and not set(lease.holder.deliver) & {"fd", "mount"}:
             transport.reply(reply, wire.encode_reply(attached(lease), lease.holder.id))
 
     async def _tidy(self, rows: tuple[Row, ...]) -> None:
-        """Have released what is in no slot, and what is left in loopd's own directories removed: clients may keep these
-        locked.
+        """Have bindings released that are in no slot, and nodes removed that are left in loopd's own directories. A
+        worker does it: clients may keep these locked.
         """
 
         for row in rows:
             await self._tidy_row(row)
         await self._by_worker(Sweep(tuple(row.number for row in rows), self._started))
-        # A device that lingers because it was bound can go now.
+        # A number that lingered because its device was bound can go now.
         self._books.numbers.removals.retry()
 
     async def _tidy_row(self, row: Row) -> None:
@@ -191,7 +194,7 @@ class Recovery:
 
 
 def _holder(stored: Stored) -> Holder:
-    """TypeError where something is missing."""
+    """The holder of a record; TypeError where something is missing."""
     return Holder(**{name: value for name, value in stored.holder.items() if name in Holder._fields})
 
 

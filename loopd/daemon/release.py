@@ -2,7 +2,7 @@
 
 BOUND -> RELEASING: nothing is watched any more; a worker removes the nodes, then writes back and unbinds
 RELEASING -> RELEASED: the kernel has let go of the file
-RELEASING -> HELD -> RELEASED: somebody else still has the device open; it goes at his last close
+RELEASING -> HELD -> RELEASED: somebody else still has the device open; the kernel unbinds it at the last close
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from loopd.worker import devices
 from loopd.worker.messages import Clear, Displace, Displaced, Unbind, Unbound
 
 HELD_PAUSE = 0.05
-"""Seconds before a device that somebody else has open is said to be held: it may be udev."""
+"""Seconds after which a device that is still open counts as held: before that it may be udev."""
 WRITE_BACK = 10
-"""How many times as long as a request the write-back of a device may take: some GiB on a slow disk."""
+"""Times `request_timeout` that a write-back may take: some GiB on a slow disk."""
 HELD_CHECK = 5.0
 """Seconds between looks at devices that others keep open, in case a uevent was missed."""
 
@@ -35,10 +35,10 @@ class Releases:
     def __init__(self, books: Books) -> None:
         self._books = books
         self.watches: Watches
-        """Given later: the watches end leases, too."""
+        """Set later: the watches need the releases, too."""
 
     async def release(self, lease: Lease, reason: str) -> None:
-        """End a lease. It is charged until the kernel has let go of the file."""
+        """End a lease: RELEASING to RELEASED. It is charged until the kernel has let go of the file."""
         if not lease.become(State.RELEASING):
             return
         lease.reason = reason
@@ -52,7 +52,7 @@ class Releases:
         await self._finish(lease)
 
     async def resume(self, lease: Lease) -> None:
-        """Go on with a release of which an earlier daemon had done the first part."""
+        """Go on with a release of an earlier daemon, which had let go of the device."""
         lease.become(State.RELEASING)
         lease.cleared = lease.sure = True
         if devices.still_bound(lease.binding):
@@ -61,7 +61,7 @@ class Releases:
         await self._finish(lease)
 
     async def _let_go(self, lease: Lease) -> bool:
-        """Have the nodes removed, and then the device unbound; whether it may be bound all the same."""
+        """Have the nodes removed, and then the device unbound. Whether it may still be bound."""
         books, holder = self._books, lease.holder
         job = Displace(lease.binding, holder.client, lease.nodes, lease.sure, holder.grant)
         displaced = await books.work(lease, job)
@@ -91,7 +91,7 @@ class Releases:
             if lease.become(State.HELD):
                 self._books.record(Event.HELD, lease, "is still open elsewhere and goes at its last close")
             else:
-                # A client can take away the kernel's note to unbind at the last close.
+                # A client that has the device open may have cleared autoclear: then its last close would not unbind.
                 bound = await self._let_go(lease)
             looked = time.monotonic()
 
@@ -100,7 +100,7 @@ class Releases:
         if not lease.cleared:  # the client unbound the device itself meanwhile
             lease.cleared = await books.work(lease, Clear(lease.slot.row)) is not None
         books.leases.drop(lease)
-        if lease.cleared:  # else the fds that hang stay in it, and main is not to close them
+        if lease.cleared:  # else its fds may hang when they are closed, and stay in it
             books.slots.give_back(lease.slot)
         self.retire(lease)
         event, text = _ENDS.get(lease.reason, (Event.DETACHED, "was detached"))

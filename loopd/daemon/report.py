@@ -1,4 +1,4 @@
-"""The service manager, as the daemon tells it of its state: READY, STATUS, WATCHDOG, STOPPING."""
+"""Tells the service manager of the daemon's state: READY, STATUS, WATCHDOG, STOPPING."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loopd.daemon.manager import Notifier
 from loopd.kernel.poller import Poller
 
 STATUS_PAUSE = 1.0
-"""Seconds in which changes of the status are gathered: nobody is woken for each, nor while there is none."""
+"""Seconds in which changes of the status are gathered. Without a change nothing is sent."""
 READY_PAUSE = 0.1
 """Seconds before systemd is told again, where its queue was full."""
 
@@ -68,10 +68,10 @@ class Reporter:
 
 
 def collect_garbage() -> None:
-    """Have the kernel look for AF_UNIX sockets that nobody can reach, whenever the process is awake anyway.
+    """Have the kernel look for AF_UNIX sockets that nobody can reach, now that the process is awake anyway.
 
-    The end of a lease socket that a client has queued in itself is one. The kernel looks whenever one is closed, which
-    on most hosts happens all the time.
+    A client may have queued the other end of its lease socket in that socket itself. The kernel looks whenever an
+    AF_UNIX socket is closed, which on most hosts happens all the time.
     """
     with contextlib.suppress(OSError):
         socket.socket(socket.AF_UNIX).close()

@@ -2,8 +2,8 @@
 
     peek -> decode -> admit -> (a worker: take, vet, perform) -> book -> reply -> audit
 
-Part of the main process, the one writer; never holds an fd that a worker has not vetted. Everything that waits for a
-disk, a client or the kernel happens in a worker, but for `counter.Counter`.
+Never holds an fd that a worker has not vetted. Everything that waits for a disk, a client or the kernel happens in a
+worker, but for `counter.Counter`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Service:
     """Takes requests off the queues, and has each answered."""
 
     CLOSING = 0.1
-    """Seconds for a worker to be done with a request that was answered: it has files to close, no more."""
+    """Seconds after which the worker of an answered request may hang: it has files to close, no more."""
     BURST = 16
     """Datagrams of one queue that are looked at before other events get their turn."""
 
@@ -85,7 +85,7 @@ class Service:
     # The head of a queue ----------------------------------------------------------------------------------------------
 
     def _serve(self, index: int) -> None:
-        """Serve the head of a queue, and what comes behind it while workers are there."""
+        """Serve the head of a queue, and the datagrams behind it while workers are there."""
         listener = self._listeners[index]
         for _ in range(self.BURST):
             if index in self._taking or self._stopping:
@@ -112,7 +112,7 @@ class Service:
                 self._later(index)
 
     def _give_up_head(self, index: int, sender: Sender, error: Exception) -> None:
-        """Record a bug that a datagram brought about, and have it dropped: else it would stay at the head."""
+        """Record a bug that a datagram brought about, and have the datagram dropped: else it would stay at the head."""
         account, nobody = self._books.accounts.get(""), Membership("", "")
         if account.refused(Answers.MOST_REFUSALS):
             self._books.audit.record(Event.FAILED, described(error)[-4000:])
@@ -120,7 +120,7 @@ class Service:
             self._drop(index, sender, nobody, account, "they met a bug of loopd", run=False)
 
     def _later(self, index: int) -> None:
-        """Serve a queue again soon: nothing else will tell that it is to be."""
+        """Serve a queue again soon: no event of the poller will tell."""
         self._waiting.add(index)
         self._books.pool.try_again()
 
@@ -137,7 +137,7 @@ class Service:
             self._serve(exchange.listener)
 
     def _drop(self, index: int, sender: Sender, member: Membership, account: Account, why: str, *, run: bool) -> None:
-        """Have the head of a queue taken away unanswered; if a `run`, with what follows it of the same process."""
+        """Have the head of a queue dropped unanswered; with `run`, also what follows it of the same process."""
 
         async def drop() -> None:
             count, hangs = await self._dropping.drop(index, sender.pid, account, run=run)
@@ -159,7 +159,7 @@ class Service:
         member, by_uid = found or (Membership("", ""), False)
         account = self._books.accounts.get(member.account, sender.uid if by_uid else None)
         if found is None:
-            # Gone already, or sent through a socket that attests nothing: nobody to charge and nobody to answer.
+            # The sender is gone, or the socket attests nothing: there is nobody to charge and nobody to answer.
             self._drop(index, sender, member, account, "their senders had ended or are unknown", run=False)
             return
         terms = self._books.policy.terms(self._books.instance, member.account, sender.uid, sender.gid)
@@ -236,7 +236,7 @@ class Service:
             account.requests.discard(exchange)
 
     async def _take(self, exchange: Exchange, job: Job) -> Taken:
-        """The datagram is off the queue: let the next one come, and keep what passed."""
+        """The datagram is off the queue: keep the fds that were vetted, and let the next datagram come."""
         message, fds = await job.answer()
         exchange.fds = FdSet(fds.steal(index) for index in range(len(fds)))
         taken: Taken = _answer(message)
@@ -249,7 +249,7 @@ class Service:
         return taken
 
     async def _recognise(self, job: Job) -> str:
-        """The name of the directory that was sent along."""
+        """The name of the grant that was sent along; empty where it is none."""
         message: Recognised = _answer(await job.done())
         if message.refusal is not None:
             raise message.refusal
@@ -271,15 +271,15 @@ class Service:
 
 def _unwanted(account: Account, limits: Limits) -> bool:
     """Whether the account has as much under way as it may have."""
-    # An answered request may keep its worker while files are closed. One such is not counted against a client that
-    # waits for each reply.
+    # An answered request may keep its worker while files are closed. Do not count it against a client that waits for
+    # each reply.
     answered = any(request.finished for request in account.requests)
     crowded = len(account.requests) >= limits.requests + answered
     return crowded or account.hung >= limits.stuck or account.hanging >= Account.MOST_HANGING
 
 
 def _answer(message: Any) -> Any:
-    """What a worker says; a refusal where it ended or hangs."""
+    """What a worker says. Raises Refusal where it ended or hangs."""
     if message is ENDED:
         raise Refusal(Code.INTERNAL, "the worker process of this request ended")
     if message is HUNG:

@@ -1,4 +1,4 @@
-"""What must be there before the daemon can start, in the order in which it can fail, and what to say of it."""
+"""What the daemon needs before it can start, and what to tell the administrator where something is missing."""
 
 from __future__ import annotations
 

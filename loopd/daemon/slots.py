@@ -1,6 +1,6 @@
-"""Slots: places for leases, in the service manager's fd store where there is one.
+"""Slots: a place for each lease, in the service manager's fd store where there is one.
 
-Without a service manager the slots are the daemon's alone and end with it.
+Without a service manager the daemon alone has the slots, and they end with it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Slots:
     """Free slots, and how many there are."""
 
     BATCH = 64
-    """Slots that are made at once: the service manager is told of them by one message."""
+    """Slots that are made at once, and sent to the service manager in one message."""
     BATCH_BY_HAND = 8
     STORE = 16384
     """FileDescriptorStoreMax= of the unit."""
@@ -38,8 +38,8 @@ class Slots:
     def __init__(self, notifier: Notifier, size: int | None = None) -> None:
         """`size` is that of the fd store, where it is known.
 
-        Half of it is used: beyond its size the service manager closes what is sent, and only warns, and a daemon does
-        not know of what one before it had sent when it was killed.
+        Half of the store is used. Beyond its size the service manager closes what is sent, and only warns; and a daemon
+        that was killed may have sent slots that the next one does not know of.
         """
         self._notifier = notifier
         self._batch = self.BATCH if notifier.present else self.BATCH_BY_HAND
@@ -56,7 +56,7 @@ class Slots:
         return (self._count - len(self._free)) / self._most
 
     def top_up(self) -> None:
-        """Have some free slots ahead of need; OSError where there is no room for a socket."""
+        """Make free slots ahead of need; OSError where there is no room for a socket."""
         if len(self._free) >= self._batch // 4 or self._count + self._batch > self._most:
             return
         made: list[socket.socket] = []
@@ -85,7 +85,7 @@ class Slots:
         return next(row for row in self._rows if row not in self._known_rows)
 
     def give_back(self, slot: Slot) -> None:
-        """A slot whose lease is over: emptied, free for the next."""
+        """A lease is over: empty its slot, which is free for the next."""
         records.clear(slot.fd)
         self._free_rows.append(slot.row)
         if self._notifier.present or len(self._free) < self._batch:
@@ -106,7 +106,7 @@ class Slots:
         return Slot(stored, row)
 
     def keep_rows(self, rows: Iterable[int]) -> None:
-        """These rows say something that is to be looked at first."""
+        """Do not use these rows: they have to be looked at first."""
         self._known_rows.update(rows)
 
     def free_rows(self, rows: Iterable[int]) -> None:

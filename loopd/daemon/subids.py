@@ -1,6 +1,6 @@
-"""Subordinate ids: those that a user may have in his user namespaces (subuid(5), subgid(5)).
+"""Subordinate ids: those that a user may have in user namespaces (subuid(5), subgid(5)).
 
-What such a namespace does is done by these ids, and a rule for the user is to hold for it. Read once, with the policy.
+Processes in such a namespace have these ids, and a rule for the user holds for them too. Read once, with the policy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Ranges = tuple[tuple[int, int], ...]
 
 @functools.cache
 def user(name: str) -> tuple[int, int | None] | None:
-    """The uid and the primary gid of a user, who may be named by the uid; None where there is no such user."""
+    """The uid and the primary gid of a user, given by name or uid; None where there is no such user."""
     try:
         found = pwd.getpwnam(name)
     except KeyError:
@@ -30,7 +30,7 @@ def user(name: str) -> tuple[int, int | None] | None:
 
 
 def _lines(path: str) -> list[tuple[str, int, int]]:
-    """Who has which ids. What newuidmap(1) would not understand gives nobody any, and is left out."""
+    """The users with their ids. A line that newuidmap(1) would not understand gives nobody any, and is left out."""
     found = []
     try:
         with open(path, encoding="utf-8", errors="replace") as file:

@@ -1,4 +1,4 @@
-"""The kernel's uevents: each tells one of the flows that something happened to a device."""
+"""Receives the kernel's uevents, and has the flows look at the devices that they are about."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from loopd.kernel.uevents import Changes
 PAUSE = 0.02
 """Seconds in which uevents are gathered: every attach makes some, and hardly one has to be acted on."""
 SHARE = 9
-"""Whoever has a device can have the kernel tell of it without end: so much longer than it takes to look, nothing is
-looked at.
+"""A client can have the kernel send events of its device without end. So after each look nothing is looked at for this
+many times as long as the look took.
 """
 SLICE = 16
 """Devices that are looked at before other events get their turn: a client may have hundreds."""

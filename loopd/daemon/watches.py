@@ -1,6 +1,6 @@
-"""What tells that something happened to a lease: its keeper, its account's cgroup, its node, the kernel's uevents.
+"""The watches on a lease: its keeper, its account's cgroup, its node.
 
-Each tells one of the flows, which are given at the start. Decides nothing else.
+Each brings about one of the flows, which are given at the start. Decides nothing else.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Watches:
     def __init__(
         self, books: Books, nodes: Inotify, over: Callable[[Lease, str], Flow], closed: Callable[[Lease], None]
     ) -> None:
-        """`nodes` is where workers add watches on nodes. `over` is the flow for a lease that is over, with the reason;
-        `closed` is called when somebody who could write has closed the node.
+        """Workers add watches on nodes to `nodes`. `over` is the flow for a lease that is over, with the reason;
+        `closed` is called when a writer has closed the node.
         """
         self._books = books
         self._nodes = nodes
@@ -38,7 +38,7 @@ class Watches:
 
     @property
     def files(self) -> int:
-        """Files that are open for it: one for each account."""
+        """Files that are open for the watches: one for each account."""
         return self._cgroups.files
 
     # Leases -----------------------------------------------------------------------------------------------------------
@@ -52,11 +52,11 @@ class Watches:
         self.watch_node(lease, lease.watch)
 
     def watch_node(self, lease: Lease, watch: int | None) -> None:
-        """A worker has put this watch on the node of the lease."""
+        """A worker has put `watch` on the node of the lease."""
         if watch is None:
             return
         if lease.watch not in (None, watch):
-            self._unwatch_node(lease)  # the name leads to another node by now
+            self._unwatch_node(lease)  # the node's name leads to another node by now
         lease.watch = watch
         self._watched[watch] = lease
         if lease.state is not State.BOUND:
@@ -101,14 +101,14 @@ class Watches:
             self.watch_account(account, events)
 
     def heir(self, account: Account, person: Owner) -> Owner | None:
-        """Who gets a number again that this person of the account had: nobody where the end of the account is not told,
-        for who comes by its name later is not known.
+        """The owner that may get a number of this account and person again. None where the end of the account is not
+        told: another account may have its name later.
         """
         told = self._cgroups.watches(account.name) or account.name == "/"
         return person if told and not account.ended and person != NOBODY else None
 
     def _account_ended(self, name: str) -> None:
-        """An account's cgroup is empty: nobody is left who could use its devices, and its name may come again."""
+        """An account's cgroup is empty: its leases are over, and its name may come again."""
         self._books.accounts.end(name)
         self._books.numbers.forget(name)
         for lease in list(self._books.leases):

@@ -27,8 +27,8 @@ LOCK_TIMEOUT = 2.0
 class Access:
     """How loopd itself opens a device: through a node of its own in a private directory, else through /dev.
 
-    `/dev/loopN` is root's until udev changes it, and loopd runs as a user of its own. What the kernel says of devices
-    the process looks up in a sysfs of its own from now on, if it is given the root of one.
+    `/dev/loopN` is root's until udev changes it, and loopd runs as a user of its own. Given the root of a sysfs of
+    loopd's own, the process looks up there from now on what the kernel says of devices.
     """
 
     def __init__(self, own_sysfs: int | None = None) -> None:
@@ -43,7 +43,7 @@ class Access:
 
     @property
     def fds(self) -> list[int]:
-        """Those of the directory and of sysfs, where there are such of the service's own."""
+        """The fds of the service's own directory and sysfs, where it has them."""
         return [fd for fd in (self._private, self._sysfs) if fd is not None]
 
     def open_control(self) -> LoopControl:
@@ -140,8 +140,8 @@ class Access:
 def _open_for_lock(loop: Loop) -> int:
     """Open the node that udev opens: a lock by flock(2) is on a node, not on the device that it leads to.
 
-    As root, whose node it is until udev has changed that; acting so takes no capability but what a client's directory
-    needs. Where there is no such node there is no udev to keep away either, and any other description will do.
+    As root, whose node it is until udev has changed that; this takes no capability beyond what a client's directory
+    needs. Where there is no such node there is no udev to keep off either, and any other open file description will do.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -165,7 +165,7 @@ def reopen(device: int, read_only: bool) -> int:
 
 
 def lock(fd: int) -> None:
-    """Take LOCK_EX against udev; BlockingIOError when that has the device for too long."""
+    """Take LOCK_EX against udev; BlockingIOError when udev has the device for too long."""
     deadline = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:

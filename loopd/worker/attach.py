@@ -1,7 +1,7 @@
 """Attach: vet the files, bind, make the nodes, prove them.
 
-The lease is in its slot before the device is bound, and what cannot be finished is undone. No fd of the device is open
-any more when the client is answered, but for the lock if the client asked to keep that, and those that it asked for.
+The lease is in its slot before the device is bound, and an attach that fails is undone. When the client is answered no
+fd of the device is open any more, but for the fds that the client asked for, and the lock where it asked for that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MKNOD_WARNING = (
 
 
 class Attaching:
-    """One attach. `harmless` are the client's fds of which it is known that closing them cannot wait."""
+    """One attach. `harmless` are the client's fds that can be closed without waiting."""
 
     def __init__(self, worker: Worker, job: Take, packet: Packet, pidfd: int | None, slot: int) -> None:
         assert job.attach is not None and job.terms is not None  # noqa: PT018
@@ -46,7 +46,7 @@ class Attaching:
         self._directory: Directory | None = None
 
     def run(self, grant: str, kept_by: str, fds: dict[str, int | None]) -> tuple[Done, list[int]]:
-        """Attach; the answer, and the fds for the client, which are the caller's. `fds` are those of the record."""
+        """Attach. Returns the answer, and the fds for the client, which are the caller's. `fds` go into the record."""
         mounts = files.Mounts(self._packet.sender.pid)
         warnings = _check_mknod(self._packet.sender.pid, self._terms, mounts)
         backing, fd = self._vet_file(mounts)
@@ -162,7 +162,7 @@ class Attaching:
                     client.add(detached_mount(directory.fd))
         except BaseException:
             client.close()
-            # Nodes that cannot be removed stay booked, with the device: the main process has them released.
+            # Where nodes cannot be removed the record stays, and the device: the main process has both released.
             if directory is None or not nodes.displace(directory, made):
                 bind.let_go(device, sync=False)
                 self._forget()
@@ -184,7 +184,7 @@ class Attaching:
             self._tools.grants.unmake(self._grant)
 
     def _look_after(self, directory: Directory | None, binding: Binding) -> tuple[int | None, int | None]:
-        """The watch and the state of the table, for the nodes of partitions to be made by."""
+        """The watch on the node, and a checksum of the table, by which the nodes of partitions are kept in line."""
         if directory is None or not self._request.partscan:
             return None, None
         watch = add_watch(self._tools.watches, directory, binding)
@@ -194,9 +194,9 @@ class Attaching:
 
 
 def add_watch(watches: int, directory: Directory, binding: Binding) -> int | None:
-    """Have the main process told when somebody who could write has closed the node.
+    """Have the kernel tell the main process when a writer has closed the node.
 
-    With the directory's rights: the watch needs permission to read the node, which is the client's.
+    With the directory's rights: the watch needs permission to read the node, and the node is the client's.
     """
     path = f"/proc/self/fd/{directory.fd}/{binding.devname}"
     with directory.rights(), contextlib.suppress(OSError):
@@ -205,7 +205,7 @@ def add_watch(watches: int, directory: Directory, binding: Binding) -> int | Non
 
 
 def limit_partitions(device: Loop, room: int) -> tuple[int, int]:
-    """Delete the partitions beyond so many; how many there are now, and how many were too many."""
+    """Delete the partitions beyond `room`. How many there are now, and how many were too many."""
     count = len(devices.partitions(device.devname))
     if count <= room:
         return count, 0
@@ -214,7 +214,7 @@ def limit_partitions(device: Loop, room: int) -> tuple[int, int]:
 
 
 def wanted_nodes(binding: Binding, room: int) -> dict[str, nodes.Numbers]:
-    """The nodes that a binding has, by name: the disk's, and those of so many partitions."""
+    """The nodes that a binding has, by name: the disk's, and those of its first `room` partitions."""
     disk = {binding.devname: (binding.major, binding.minor)}
     return disk | devices.partitions(binding.devname, room) if room else disk
 
@@ -228,7 +228,7 @@ def _check_mknod(pid: int, terms: Terms, mounts: files.Mounts) -> tuple[str, ...
 
 
 def borrow(fds: FdSet, index: int, name: str) -> int:
-    """The fd that the request names; a refusal where the datagram has none of that index."""
+    """The fd that the request names; a refusal where the datagram has no fd of that index."""
     try:
         return fds.borrow(index)
     except IndexError:

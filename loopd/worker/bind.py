@@ -2,7 +2,7 @@
 
 Every call may wait for a disk. Owns the order of the steps on the device (lock, left-over partitions, configure,
 verify; and back) and the meaning of each errno. Nothing here keeps a device open for longer than the job that opened
-it: the kernel writes a device's cache back and drops it at the last close, whoever else has it open.
+it: the kernel writes a device's cache back, and drops it, at the last close, and that has to be the client's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loopd.worker.files import Backing
 ATTEMPTS = 256
 """Numbers that one attach may lose to others (the host's losetup) before it gives up."""
 
-# Somebody else was faster, or the number went away: the next number is tried.
+# The number is lost: somebody else was faster, or it went away. The next number is tried.
 _LOST = {
     errno.EBUSY: "the host's losetup bound the number, or has it open exclusively",
     errno.ENXIO: "the device is being torn down",
@@ -47,8 +47,8 @@ _CONFIGURE = {
 
 
 def delete_partitions(loop: Loop, keep: int = 0) -> None:
-    """Delete what partitions there are, so that none reads the next file's data, but for the first so many; needs
-    CAP_SYS_ADMIN. One that is open stays.
+    """Delete the partitions of a device but the first `keep`, so that none reads the next file's data. A partition that
+    is open stays. Needs CAP_SYS_ADMIN.
     """
     for name in list(partitions(loop.devname))[keep:]:
         with contextlib.suppress(OSError):
@@ -56,7 +56,7 @@ def delete_partitions(loop: Loop, keep: int = 0) -> None:
 
 
 class Bound(NamedTuple):
-    """A device that was bound; device and lock are the caller's to close, `lock` holds LOCK_EX against udev."""
+    """A device that was bound. Device and lock are the caller's to close; `lock` has LOCK_EX against udev."""
 
     binding: Binding
     device: Loop
@@ -98,10 +98,10 @@ def bind(
     control: LoopControl, access: Access, request: Request, next_number: Callable[[], Number],
     intend: Callable[[Binding, int], None], note: Callable[[Binding], None],
 ) -> Bound:  # fmt: skip
-    """Bind the file to the first number of `next_number` that can be had.
+    """Bind the file to the first number of `next_number` that is not lost to others.
 
-    `intend` is called just before each try, with the binding as it will be and the fd that has the lock against udev;
-    `note` with the binding as it is. What `note` raises undoes it.
+    `intend` is called just before each try, with the binding as it will be and the fd that has the lock against udev.
+    `note` is called with the binding as it is; an exception of `note` undoes the binding.
     """
     reason = ""
     for _ in range(ATTEMPTS):
@@ -138,7 +138,7 @@ def _bind(
             return Bound(binding, loop, lock_fd)
         except BaseException as error:
             let_go(loop, sync=False)
-            if isinstance(error, OSError):  # not lost to anybody: it was bound, and its file was asked
+            if isinstance(error, OSError):  # the number is not lost: it was bound, and the file was asked
                 raise Refusal(Code.IO, f"the device could not be read back: {error}") from error
             raise
     except BaseException:
@@ -149,7 +149,7 @@ def _bind(
 
 def _configure(loop: Loop, request: Request) -> None:
     attach = request.attach
-    # Without autoclear: nobody has the device open between the attach and the first open of the client.
+    # Without autoclear: between the attach and the client's first open nothing has the device open.
     loop.configure(
         request.fd,
         offset=attach.offset,
@@ -163,7 +163,8 @@ def _configure(loop: Loop, request: Request) -> None:
 
 
 def _verify(loop: Loop, expected: Binding, attach: Attach) -> Binding:
-    """Read back what is in force: the kernel drops direct I/O silently, early 5.8 ignored sizelimit and partscan."""
+    """Read back what is in force: the kernel drops direct I/O silently, and early 5.8 ignored sizelimit and partscan.
+    """
     info = loop.get_status()
     if info.direct_io and attach.direct_io == "off":  # the fd was opened with O_DIRECT, which turns it on
         loop.set_direct_io(False)
@@ -194,8 +195,8 @@ def _verify(loop: Loop, expected: Binding, attach: Attach) -> Binding:
 def let_go(loop: Loop, *, sync: bool = True) -> str | None:
     """Have the kernel unbind at the last close, of `loop` or of others, and write back what was written.
 
-    Returns why what was written did not all get into the image; None when it did. An fd that was opened anew is told of
-    an error that nobody has been told of yet (fsync(2)).
+    Returns why the image lacks what was written; None when it lacks nothing. fsync(2) on an fd that was opened anew
+    reports an error of an earlier write-back that was not reported to anybody yet.
     """
     delete_partitions(loop)
     # For the only opener LOOP_CLR_FD unbinds at once, and Linux 6.11 and later lose what is in the cache by then, which
@@ -228,7 +229,7 @@ def _clear(loop: Loop) -> None:
 
 
 def carries(loop: Loop, binding: Binding) -> bool:
-    """Whether the device carries this binding: by its diskseq, or, where that is not known, by its file."""
+    """Whether the device carries this binding, by its diskseq; by its file where the diskseq is not known."""
     if binding.diskseq is not None:
         return loop.diskseq() == binding.diskseq
     try:

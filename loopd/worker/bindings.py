@@ -1,8 +1,7 @@
 """The table of bindings in the state directory: what loopd has bound, for a start at which the slots are lost.
 
-One row for each slot, written by the worker that binds or releases. A row says which file was to be bound to which
-number before that is done, and which diskseq the device had afterwards. Bindings end with the boot, and the table
-with them: nothing of it has to be on disk.
+One row for each slot. The worker that binds or releases writes it: before the bind, which file is to be bound to which
+number, and after it the diskseq. Bindings end with the boot, and the table with them: nothing of it has to be on disk.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class Bindings:
             os.posix_fallocate(self.fd, 0, _HEADER.size + ROWS * _ROW.size)
 
     def _write(self, row: int, number: int, dev: int, inode: int, diskseq: int) -> None:
-        # A row that cannot be written (EIO; ENOSPC where the file system copies on write) is missed only when the fd
-        # store is lost as well.
+        # A row may fail to be written (EIO; ENOSPC where the file system copies on write). It is missed only where the
+        # fd store is lost as well.
         with contextlib.suppress(OSError):
             os.pwrite(self.fd, _ROW.pack(number, dev, inode, diskseq), _HEADER.size + row * _ROW.size)
 
@@ -72,7 +71,7 @@ class Bindings:
         self.intend(row, binding)
 
     def forget(self, row: int) -> None:
-        """loopd has let go of it."""
+        """Empty the row: loopd has let go of the device."""
         self._write(row, 0, 0, 0, 0)
 
     def rows(self) -> Iterator[Row]:

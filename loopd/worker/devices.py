@@ -1,6 +1,6 @@
 """What the kernel says of a device in sysfs: its number, its size, its partitions, which binding it carries.
 
-Opens no device. What sysfs has of a device may go at any moment.
+Opens no device, so the main process may call it. What sysfs has of a device may go at any moment.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Number(NamedTuple):
 
 
 class Binding(NamedTuple):
-    """One backing file on one device, as the kernel reports it. Sizes in bytes; `diskseq` is its identity (None: <
-    5.15).
+    """One backing file on one device, as the kernel reports it. Sizes in bytes. `diskseq` is its identity; None before
+    Linux 5.15.
     """
 
     number: int

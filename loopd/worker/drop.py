@@ -1,9 +1,9 @@
 """Take unwanted datagrams off a queue, with whatever files are in them.
 
-The kernel releases the files in whoever drops them, and that can wait: for a TCP socket as long as SO_LINGER says, for
-the last close of a block device until its backing file answers, which not even SIGKILL ends. So the main process drops
-nothing itself. What comes from an account that hung a dropping child is parked: a child takes it and closes none of the
-files. When that child is full it stays, and takes no more.
+The kernel releases the files in the process that drops the datagram, and that can wait: for a TCP socket as long as
+SO_LINGER says, for the last close of a block device until its backing file answers, which not even SIGKILL ends. So the
+main process drops nothing itself, but a child of the role "drop" does. Datagrams of an account that hung this child are
+parked: a child of the role "park" takes them and closes none of their files. A full one stays, and takes no more.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ OWN = 16
 
 
 class Drop(NamedTuple):
-    """Drop what is at the head of the queue from any of these processes, so many datagrams at most."""
+    """Drop what is at the head of the queue from any of these processes, at most `most` datagrams."""
 
     pids: tuple[int, ...]
     most: int
 
 
 class Dropped(NamedTuple):
-    """How many datagrams of which process were dropped. `full`: the child has no room to park those of one more."""
+    """How many datagrams of which process were dropped. `full`: the child has no room for the files of one more."""
 
     counts: dict[int, int]
     full: bool

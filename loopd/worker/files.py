@@ -2,7 +2,7 @@
 system.
 
 A file of a FUSE file system whose server never answers blocks fstat, statfs and most else; `statx` with
-AT_STATX_DONT_SYNC and the mount table do not. Only when the file system is one that answers is the file itself asked.
+AT_STATX_DONT_SYNC and the mount table do not. The file itself is asked only when its file system answers.
 Nothing here changes anything.
 """
 
@@ -43,8 +43,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Identity(NamedTuple):
-    """What can be known of an fd without asking its file system. `mount` is an id that no other mount ever gets; None
-    before Linux 6.8.
+    """What the kernel tells of an fd without asking its file system. `mount` is an id that no other mount ever gets;
+    None before Linux 6.8.
     """
 
     mode: int
@@ -54,9 +54,9 @@ class Identity(NamedTuple):
 
 
 class FileSystem(NamedTuple):
-    """The type of a mount's file system, and whether it is of the host's making: an overlay is if the host has mounted
-    it too, for a user could have made it in a namespace of his own. `on_host`: the mount itself is the host's, so that
-    a path on it is one that the host has.
+    """The type of a mount's file system, and whether it is of the host's making. An overlay is where the host has
+    mounted it too: a user could have made it in a namespace of its own. `on_host`: the mount itself is the host's, so
+    that the host has every path on it.
     """
 
     type: str
@@ -112,16 +112,16 @@ def _table(process: int | str) -> Iterator[bytes]:
 
 
 _seen: dict[int, FileSystem] = {}
-"""The file systems of mounts, by their unique ids: the only thing that is known from one request to the next, for it
-cannot change. A mount table takes the kernel a tenth of a millisecond to make up."""
+"""The file systems of mounts, by their unique ids. Nothing else is kept from one job to the next: this cannot change,
+and the kernel takes a tenth of a millisecond to make up a mount table."""
 _MOST_SEEN = 1024
 
 
 class Mounts:
     """The mount tables that matter for one client: its own, the service's, and the host's.
 
-    The service has a namespace of its own, to which what is mounted later need not come: podman has its containers'
-    overlays below a private mount. So PID 1 is asked too.
+    The service has a namespace of its own, which later mounts need not reach: podman has its containers' overlays below
+    a private mount. So PID 1's table is read too.
     """
 
     def __init__(self, pid: int) -> None:
@@ -134,7 +134,7 @@ class Mounts:
 
     def find(self, fd: int, identity: Identity) -> FileSystem | None:
         """The file system of a file that the client holds; None when the mount is in neither mount table. A refusal
-        where its table is too long to tell.
+        where the client's table is too long.
         """
         found = None if identity.mount is None else _seen.get(identity.mount)
         # From a chroot even a mount of the host's looks like a container's.
@@ -170,9 +170,9 @@ def _is_hosts(dev: bytes) -> bool:
 def on_host(pid: int | str) -> bool:
     """Whether process `pid` sees the host's file systems as the host does: the same as PID 1, and at the same places.
 
-    A mount id belongs to one mount in one namespace, so that no container has the same, whatever its uids are called;
-    and the place is as seen from the process's root, outside of which nothing is listed. So one line tells. Nor is it
-    in a user namespace, where it might choose among uids.
+    A mount id belongs to one mount in one namespace, so that no container has the same, and the place is as seen from
+    the process's root, outside of which nothing is listed. So the first line of the table tells. The process is in no
+    user namespace either, where it might choose among uids.
     """
     theirs, first = (_read(f"/proc/{process}/mountinfo", 256).partition(b"\n")[0] for process in (pid, 1))
     return bool(theirs) and theirs == first and _read(f"/proc/{pid}/uid_map") == _read("/proc/1/uid_map")
@@ -197,7 +197,7 @@ def _check_file_system(fd: int, identity: Identity, what: str, mounts: Mounts, a
     if found.type in NEVER or found.type not in allowed:
         raise Refusal(Code.NOT_PERMITTED, f"{what}: {found.type} is not among the allowed file systems (loopd.toml)")
     if not found.hosts:
-        # An overlay that a user made in a namespace of his own may have a layer on FUSE that stops answering.
+        # An overlay that a user made in a namespace of its own may have a layer on FUSE that stops answering.
         raise Refusal(
             Code.NOT_PERMITTED,
             f"{what}: an overlay that the host itself has not mounted; use a bind-mounted directory of the host",
@@ -210,9 +210,9 @@ _TYPES |= {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a s
 
 
 class Backing(NamedTuple):
-    """A backing file that passed; `dev` and `inode` identify it, `path` is where it is in the mount namespace that
-    `view` says: the host's or the client's. `quiet`: closing it while it is open elsewhere asks nobody who may not
-    answer, as FUSE asks its server.
+    """A backing file that was vetted. `dev` and `inode` identify it; `path` is where it is in the mount namespace that
+    `view` names, the host's or the client's. `quiet`: to close it while it is open elsewhere asks no server that may
+    not answer, as FUSE does.
     """
 
     read_only: bool
@@ -265,7 +265,7 @@ def check_backing(
         kind = _TYPES.get(stat.S_IFMT(identity.mode), "no regular file")
         raise Refusal(Code.BAD_FD, f"fd: {kind}; a backing file is a regular file")
     else:
-        # A memfd is on no mount that anybody has in his table, and always allowed.
+        # A memfd is on a mount that is in no table, and always allowed.
         if not _is_shmem(fd) or ("tmpfs" not in allowed and mounts.find(fd, identity) is not None):
             found = _check_file_system(fd, identity, "fd", mounts, allowed)
             quiet, view = found.type in ANSWERING, HOST if found.on_host else CLIENT

@@ -1,8 +1,8 @@
 """Grants: directories of loopd's own that an administrator or user has bound into a container.
 
-They lie on a tmpfs without nodev (run-loopd\\x2ddev.mount). An fd to one is the grant: it says whose leases are meant,
-and the nodes made in it are out of the client's reach but for opening them. Only directories are made and removed here;
-nodes are `nodes`'s.
+They lie on a tmpfs without nodev (run-loopd\\x2ddev.mount). An fd of such a directory is the grant: it says whose
+leases are meant. The client can open the nodes in it, and nothing else. Only directories are made and removed here;
+nodes are made in `nodes`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Grants:
 
     @property
     def fds(self) -> list[int]:
-        """The fd that a helper needs to recognise a grant."""
+        """The fd that a worker needs to recognise a grant."""
         return [] if self._fd is None else [self._fd]
 
     def has(self, fd: int) -> bool:
-        """Whether a client's fd may be a grant, to be told without waiting."""
+        """Whether a client's fd may be a grant. Does not wait."""
         return self._fd is not None and identify(fd).dev == self._dev
 
     def recognise(self, fd: int) -> str:
@@ -65,13 +65,13 @@ class Grants:
     def make_for(self, devname: str) -> tuple[str, int]:
         """A directory for the nodes of one device, to be handed over as a mount: its name, and loopd's own fd of it.
 
-        It lies in one that no client ever sees: whoever reads a directory can keep it locked, and removing it waits for
-        that with its parent locked.
+        It lies in a directory of its own that no client ever sees. A client can keep a directory locked that it may
+        read, and rmdir(2) waits for that with the parent locked.
         """
         if self._fd is None:
             raise Refusal(Code.UNSUPPORTED, f"deliver: there is nothing to mount without {self.root}: {START}")
         key = self._key_for(devname)
-        with contextlib.suppress(FileExistsError):  # whoever removed it was killed between the two
+        with contextlib.suppress(FileExistsError):  # a worker that removed both was killed between the two
             os.mkdir(os.path.dirname(key), 0o700, dir_fd=self._fd)
         try:
             os.mkdir(key, 0o700, dir_fd=self._fd)
@@ -90,19 +90,20 @@ class Grants:
     def unmake(self, key: str) -> None:
         """Remove a directory of `make_for`; one with a node in it stays.
 
-        So does one that lies where all do, of an earlier loopd: its client can keep it locked, and all of them with it.
+        A directory of an earlier loopd that lies beside all grants stays too: its client can keep it locked, and
+        rmdir(2) would wait with the directory of all grants locked.
         """
         outer = os.path.dirname(key)
         with contextlib.suppress(OSError):
             if outer:
-                with contextlib.suppress(FileNotFoundError):  # whoever removed it was killed between the two
+                with contextlib.suppress(FileNotFoundError):  # a worker that removed both was killed between the two
                     os.rmdir(key, dir_fd=self._fd)
                 if not os.stat(outer, dir_fd=self._fd).st_mode & 0o077:
                     os.rmdir(outer, dir_fd=self._fd)
 
     def sweep(self, before: float, bound: Callable[[str], bool]) -> None:
-        """Remove what was left `before` that time: the directories that were made for devices which are not `bound` by
-        now, and the nodes of such devices in the other directories.
+        """Remove what was left `before` that time of devices that are not `bound` now: the directories that were made
+        for them, and their nodes in the other directories.
         """
         prefix = f".{self._instance}:"
         for outer in [] if self._fd is None else names(self._fd):
@@ -111,7 +112,7 @@ class Grants:
                     devname = outer.removeprefix(prefix)
                     left = devname[4:].isdecimal() and os.stat(outer, dir_fd=self._fd).st_ctime < before
                     if left and not bound(devname):
-                        with contextlib.suppress(FileNotFoundError):  # whoever removed it was killed between the two
+                        with contextlib.suppress(FileNotFoundError):  # a worker was killed between the two removals
                             self._empty(self._key_for(devname), before, bound)
                         self.unmake(self._key_for(devname))
                 elif not outer.startswith("."):
@@ -129,7 +130,7 @@ class Grants:
             os.close(directory)
 
     def change(self, uid: int, name: str, *, remove: bool) -> str:
-        """Make or remove the directory `name` of `uid`; its path. For helpers: its owner can keep it locked for as long
+        """Make or remove the directory `name` of `uid`; its path. For workers: the owner can keep it locked for as long
         as it likes (getdents64 into memory that never comes).
         """
         return self.remove(uid, name) if remove else self.create(uid, name)
@@ -181,9 +182,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def detached_mount(directory: int) -> int:
-    """A mount of the directory that is attached nowhere yet: whoever has CAP_SYS_ADMIN in its own user namespace can
-    attach it there (move_mount(2)). Needs CAP_SYS_ADMIN, and a tmpfs that is attached in this mount namespace. It is
-    read-only, for root of a container may be the host's (mount_setattr(2), Linux 5.12; before that it is not).
+    """A mount of the directory that is attached nowhere yet: a client with CAP_SYS_ADMIN in its own user namespace can
+    attach it there (move_mount(2)). Needs CAP_SYS_ADMIN, and a tmpfs that is attached in this mount namespace. The
+    mount is read-only, because root of a container may be the host's (mount_setattr(2), Linux 5.12; before that it is
+    not).
     """
     fd = int(_libc.syscall(SYS_OPEN_TREE, directory, b"", OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH))
     if fd < 0:

@@ -1,7 +1,7 @@
-"""The journal's child: writes the records of the audit, one after the other, as the main process hands them over.
+"""The child that writes the audit's records into the journal, one after the other, as the main process hands them over.
 
-It is a process because `systemd.journal` waits for journald, with the interpreter's lock held. It ends after the main
-process does: what that had handed over before it was killed is still written.
+It is a process because `systemd.journal` waits for journald with the interpreter's lock held. It ends after the main
+process, so that records which were handed over before the main process was killed are still written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loopd.children.child import MAX_MESSAGE, unpacked
 
 SOCKET = "/run/systemd/journal/socket"
 PATIENCE = 10.0
-"""Seconds that it goes on after the main process has ended: journald may never come back."""
+"""Seconds for which the child goes on after the main process has ended: journald may never come back."""
 PAUSE = 0.1
 """Seconds after which a record is offered again to a journald that did not take it."""
 LOOK = 1.0
@@ -31,7 +31,7 @@ def present() -> bool:
 
 def main(channel: socket.socket, parent: int) -> None:
     """Write what comes on `channel` until the other end is closed; `parent` is the main process."""
-    # Sent to all processes of the service it would lose what the main process says at its end.
+    # systemd sends SIGTERM to all processes of the service; the main process still has records to hand over then.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda *_: None)
     import systemd.journal  # noqa: PLC0415  # takes 15 ms, which nobody waits for here
@@ -41,7 +41,7 @@ def main(channel: socket.socket, parent: int) -> None:
         fields = unpacked(record)
         if not _write(systemd.journal, [_line(name, value) for name, value in fields.items()], patience):
             return
-        # Not before: a child that is killed leaves the record to the next one.
+        # Taken off the queue only now: where this child is killed, the next one writes the record.
         channel.recv(1)
 
 
@@ -52,7 +52,7 @@ def _line(name: str, value: str) -> bytes:
 
 
 class _Patience:
-    """How long it is worth while to wait for journald."""
+    """How long to wait for journald."""
 
     def __init__(self, parent: int) -> None:
         self._parent = parent
@@ -67,8 +67,8 @@ class _Patience:
 
 
 def _write(journal: ModuleType, lines: list[bytes], patience: _Patience) -> bool:
-    """Write one record, whenever journald takes it; False if that is no longer waited for."""
-    # By an interval: one signal that comes just before sendmsg(2) would leave it waiting for ever.
+    """Write one record as soon as journald takes it; False when the patience is over."""
+    # By an interval: a single signal that comes just before sendmsg(2) would leave that waiting for ever.
     signal.setitimer(signal.ITIMER_REAL, LOOK, LOOK)
     try:
         while not patience.over:

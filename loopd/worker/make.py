@@ -1,8 +1,10 @@
-"""Make device numbers and remove them again, in a child with threads: LOOP_CTL_ADD takes half a millisecond and
-LOOP_CTL_REMOVE up to fifty, for an RCU grace period, and many at once take hardly longer than one.
+"""Make device numbers and remove them again, in a child with threads.
 
-A number that cannot be removed because somebody has it open is parked: bound to an empty file, so that nobody binds it
-to more. Idle, it would be the host's for the asking (LOOP_CTL_GET_FREE), and whoever has it open would read on.
+LOOP_CTL_ADD takes half a millisecond and LOOP_CTL_REMOVE up to fifty, for an RCU grace period; many at once take hardly
+longer than one.
+
+A number lingers when somebody has its device open: it cannot be removed. Such a device is parked: bound to an empty
+file. Idle, LOOP_CTL_GET_FREE would give it to the host, and its opener would read what the host binds to it.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ LOW_FREE = 4
 
 
 def make(channel: Channel, control: LoopControl, access: Access) -> None:
-    """Be that child: answers each (operation, number) with (operation, number, errno), in any order."""
-    import queue  # noqa: PLC0415  # nobody waits for this child; the main process starts the faster
+    """Be the child that makes numbers: answer each (operation, number) with (operation, number, errno), in any order.
+    """
+    import queue  # noqa: PLC0415  # nothing waits for this child, and the main process starts faster without
     import threading  # noqa: PLC0415
 
     jobs: queue.Queue[tuple[str, int]] = queue.Queue()
@@ -52,13 +55,13 @@ def make(channel: Channel, control: LoopControl, access: Access) -> None:
         try:
             jobs.put(channel.receive()[0])
         except EOFError:
-            os._exit(0)  # the main process is gone: what is left to remove, the next one finds
+            os._exit(0)  # the main process is gone: the next one finds what is left to remove
         if len(threads) < min(jobs.unfinished_tasks, THREADS):
             thread = threading.Thread(target=serve, daemon=True)
             try:
                 thread.start()
                 threads.append(thread)
-            except RuntimeError:  # TasksMax=: those that are there do it, else this one
+            except RuntimeError:  # TasksMax=: the threads that there are do it, or this one
                 if not threads:
                     serve_one()
 
@@ -100,24 +103,22 @@ PARKED_SIZE = 4096
 
 
 def is_parked(devname: str, file: str) -> bool:
-    """Whether a device of this file was parked; or by a client that went so far, whose it is harms nobody."""
+    """Whether a device of this file was parked. A client can bind a file of that name and size itself, and gains
+    nothing.
+    """
     return file.startswith(PARKED) and devices.size(devname) == PARKED_SIZE
 
 
 _parked: dict[int, Loop] = {}
-"""Devices that could not be removed because somebody has them open: bound to nothing, so that nobody binds them to
-more.
-
-Idle, such a device would be the host's for the asking (LOOP_CTL_GET_FREE), and whoever has it open would read on.
-"""
+"""The devices that this child has parked."""
 
 
 def _remove(control: LoopControl, access: Access, number: int) -> None:
     parked = _parked.pop(number, None)
     if parked is not None:
         parked.close()
-    # LOOP_CTL_REMOVE takes the device's lock before it looks, which a client may hold for as long as it likes
-    # (LOOP_CHANGE_FD); and what is bound is not to be parked.
+    # LOOP_CTL_REMOVE takes the device's lock before it looks, and a client may hold that lock for as long as it likes
+    # (LOOP_CHANGE_FD). Nor may a device that is bound be parked.
     if backing_file(number) is not None:
         raise OSError(errno.EBUSY, "it is bound")
     try:

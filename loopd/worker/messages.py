@@ -1,6 +1,6 @@
 """Jobs of the main process for its workers, and their answers.
 
-Values alone. Neither side sends the other anything of a client's but what the protocol has decoded.
+Values alone. Of what a client has sent, neither side passes on anything but what the protocol has decoded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from loopd.worker.devices import Binding, Number
 from loopd.worker.nodes import Client, Node
 
 SEARCH = -1
-"""In place of the index of reply_fd: the request could not be decoded, so answer on the first fd that will do."""
+"""In place of the index of reply_fd: the request could not be decoded; answer on the first fd that is a reply socket.
+"""
 
 # Jobs -------------------------------------------------------------------------------------------------------------
 
@@ -34,7 +35,7 @@ class Terms(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Make a directory of loopd's own for a uid, or remove it; unless the administrator asks, from the host alone."""
+    """Make a directory of loopd's own for a uid, or remove it. Unless `admin` the sender has to be on the host."""
 
     uid: int
     name: str
@@ -63,14 +64,14 @@ class Take(NamedTuple):
 
 
 class UseNumber(NamedTuple):
-    """Word to a worker that has said NumberPlease: the number, or why there is none."""
+    """The answer to `NumberPlease`: the number, or why there is none."""
 
     number: Number | None
     refusal: Refusal | None = None
 
 
 class Displace(NamedTuple):
-    """Take a lease's nodes away. Fds: its slot. Unless `sure`, there may be others than the `nodes`."""
+    """Remove a lease's nodes. Fds: its slot. Unless `sure`, there may be others than the `nodes`."""
 
     binding: Binding
     client: Client
@@ -82,7 +83,7 @@ class Displace(NamedTuple):
 class Unbind(NamedTuple):
     """Write back what was written to the device, and unbind it. Fds: the lease's slot.
 
-    `again`: that was done before, and somebody else has kept the device open.
+    `again`: that was done before, and somebody else still has the device open.
     """
 
     binding: Binding
@@ -97,7 +98,7 @@ class Clear(NamedTuple):
 
 
 class Revoke(NamedTuple):
-    """Close the nodes of partitions that the kernel has no more, while what would remove them waits. Fds: the slot."""
+    """Close the nodes of partitions that are gone, while the job that would remove them waits. Fds: the slot."""
 
     devname: str
     client: Client
@@ -106,8 +107,8 @@ class Revoke(NamedTuple):
 class Arrange(NamedTuple):
     """Bring a lease's nodes in line with the partitions that the kernel has. Fds: the slot.
 
-    Unless `sure`, there may be others than the `nodes`. `rescan`: have the kernel read the table first; `look`: only if
-    that is not what it was at the last look, `table`. `room`: how many partitions the device may have.
+    Unless `sure`, there may be others than the `nodes`. `rescan`: have the kernel read the table first. `look`: do so
+    only if the table's checksum is not that of the last look, `table`. `room`: how many partitions the device may have.
     """
 
     binding: Binding
@@ -135,14 +136,14 @@ class Nudge(NamedTuple):
 
 
 class Tidy(NamedTuple):
-    """After a start: release what this row of the table of bindings says, which is no lease's."""
+    """After a start: release the binding of this row, which is no lease's."""
 
     row: Row
 
 
 class Sweep(NamedTuple):
-    """After a start: remove what was left in loopd's own directories `before` that time (seconds since 1970), for these
-    numbers and for those that are not bound.
+    """After a start: remove the nodes in loopd's own directories that were left `before` that time (seconds since
+    1970), of these numbers and of all that are not bound.
     """
 
     numbers: tuple[int, ...]
@@ -170,14 +171,14 @@ class Taken(NamedTuple):
 
 
 class Recognised(NamedTuple):
-    """Which directory of loopd's was sent along; to find that out may have taken long."""
+    """Which directory of loopd's was sent along. To find out may have taken long, so `Taken` did not wait for it."""
 
     refusal: Refusal | None
     grant: str
 
 
 class NumberPlease(NamedTuple):
-    """The last number was lost to somebody else, or there was none yet."""
+    """The last number was lost to somebody else, or there was none yet: the worker asks for another."""
 
 
 class Changed(NamedTuple):
@@ -187,9 +188,9 @@ class Changed(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The attach is done, or what was asked for is refused. `names` are the partitions, where there is no directory for
-    their nodes; `partitions` is how many the kernel has, `excess` how many were too many. Fds: what tells of the
-    account's cgroup if so flagged, then those for the client.
+    """The attach is done, or refused. `names` are the partitions, where there is no directory for their nodes;
+    `partitions` is how many the kernel has, `excess` how many were too many. Fds: with `cgroup` the file that tells the
+    end of the account, then the fds for the client.
     """
 
     refusal: Refusal | None
@@ -212,8 +213,8 @@ class Displaced(NamedTuple):
 
 
 class Unbound(NamedTuple):
-    """loopd has let go of the device. `there`: it carried the binding, and may until the last close of somebody else.
-    `lost` says why what was written is not all in the image; None when it is. `diskseq` is that of the binding.
+    """loopd has let go of the device. `there`: it carried the binding, and may carry it until somebody else's last
+    close. `lost` says why the image lacks what was written; None when it lacks nothing. `diskseq` is the binding's.
     """
 
     there: bool
@@ -222,8 +223,9 @@ class Unbound(NamedTuple):
 
 
 class Arranged(NamedTuple):
-    """The nodes that are there now (None: not known), or the names of the partitions where there is no directory, and
-    the state of the watch and of the table. `partitions` is how many the kernel has, `excess` how many were too many.
+    """The nodes that are there now (None: not known), or the names of the partitions where there is no directory; the
+    watch on the node, and the table's checksum. `partitions` is how many the kernel has, `excess` how many were too
+    many.
     """
 
     refusal: Refusal | None
@@ -243,14 +245,14 @@ class Resized(NamedTuple):
 
 
 class Tidied(NamedTuple):
-    """The file of what was released, None where nothing was; `lost` says why what was written is not all in it."""
+    """The file of what was released, None where nothing was; `lost` says why that file lacks what was written."""
 
     file: str | None
     lost: str | None
 
 
 class Finished(NamedTuple):
-    """A job that has no other answer is done."""
+    """The answer of a job that has nothing to tell."""
 
 
 # A class in a pickle is one byte instead of two names to be looked up.
@@ -263,5 +265,6 @@ for _code, _kind in enumerate((
 
 
 def bug(text: str) -> Refusal:
-    """What a worker says of a bug on its side; the main process records the text and does not send it on."""
+    """A refusal for a bug on the worker's side. The main process records the text, and does not send it to the client.
+    """
     return Refusal(Code.INTERNAL, text)

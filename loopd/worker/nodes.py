@@ -2,7 +2,7 @@
 
 A client's own directory is changed with that client's rights alone. A directory of loopd's (a grant, or one made for a
 mount) is changed with loopd's own, and its nodes stay loopd's, with an access list for the client: the client can open
-them, but neither link, rename, chmod nor remove them. Runs in helper processes. Knows no leases and no policy.
+them, but neither link, rename, chmod nor remove them. Runs in workers. Knows no leases and no policy.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ class Node(NamedTuple):
 
 
 class Client(NamedTuple):
-    """Whose rights are used in a directory of the client's, and who gets the nodes where the directory is loopd's
-    `own`.
-    """
+    """The uid and gid whose rights are used in a client's directory, and who may open nodes in one of loopd's `own`."""
 
     uid: int
     gid: int
@@ -170,9 +168,9 @@ def displace(directory: Directory, nodes: Iterable[Node]) -> list[Node]:
 
 
 def revoke(directory: Directory, nodes: Iterable[Node]) -> None:
-    """Close nodes to everybody: whoever kept another way to one (a mount, a hard link) cannot open it any more, but for
-    its owner, in a client's directory the client itself. Unlike all else here it does not wait for who has the
-    directory locked.
+    """Close nodes to everybody (mode 0). A process that kept another way to a node (a mount, a hard link) cannot open
+    it any more, unless it owns the node, as the client does in its own directory. Unlike all else here this does not
+    wait while somebody keeps the directory locked.
     """
     with directory.rights():
         _revoke_all(directory, nodes)
@@ -196,7 +194,7 @@ def revoke_partitions(directory: Directory, devname: str, wanted: dict[str, Numb
 
 
 def close(directory: Directory, nodes: Iterable[Node]) -> list[tuple[Node, int]]:
-    """Close nodes for a while; those that were closed, with what `reopen` gives back to them."""
+    """Close nodes for a while. Returns the nodes that were closed, each with the mode that `reopen` gives back."""
     closed = []
     with directory.rights():
         for node in nodes:
@@ -208,7 +206,7 @@ def close(directory: Directory, nodes: Iterable[Node]) -> list[tuple[Node, int]]
 
 
 def reopen(directory: Directory, closed: Iterable[tuple[Node, int]]) -> None:
-    """Open nodes again as they were before `close`: on a file with an access list the mode's group is its mask."""
+    """Give nodes their mode back. Of a node with an access list the mode's group bits are the list's mask."""
     with directory.rights():
         for node, mode in closed:
             with contextlib.suppress(OSError):
@@ -236,10 +234,10 @@ def add(directory: Directory, wanted: dict[str, Numbers], *, read_only: bool) ->
 
 
 def find(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> list[Node]:
-    """The nodes of a device that a daemon that died may have left in the directory.
+    """The nodes of a device that a worker or daemon which ended may have left in the directory.
 
-    In one of loopd's own whatever bears such a name, also of a partition that has gone meanwhile; in a client's, where
-    that may be the client's own, the `wanted` ones.
+    In a directory of loopd's own these are all nodes of such a name, also of a partition that has gone meanwhile. In a
+    client's, where such a node may be the client's, these are the `wanted` ones.
     """
     found = []
     with directory.rights():
@@ -256,8 +254,8 @@ def find(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> list
 
 @contextlib.contextmanager
 def listed(directory: int) -> Iterator[int]:
-    """The directory, to be listed: by a description of its own. Helpers share the other one, and so one place in it
-    that a listing has come to; and one that was killed may have left off in the middle.
+    """The directory, to be listed by an open file description of its own. Workers share the other one, and with it the
+    place that a listing has come to, and a worker that was killed may have left off in the middle.
     """
     fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
     try:
@@ -273,7 +271,7 @@ def names(directory: int) -> list[str]:
 
 
 def finish(directory: Directory, nodes: Iterable[Node], *, read_only: bool) -> None:
-    """Complete nodes of which a helper that ended may have left one half-made."""
+    """Complete nodes, of which a worker that ended may have left one half-made."""
     with directory.rights():
         for node in nodes:
             with contextlib.suppress(Refusal, OSError):
@@ -304,8 +302,8 @@ def _is(status: os.stat_result, node: Node) -> bool:
 def _prove(directory: Directory, node: Node) -> None:
     """Open the node the way the client will.
 
-    O_PATH pins the inode, so that what is opened is what was looked at: the client may swap the name for a FIFO, on
-    which an open blocks, or for a device on which an open has effects.
+    O_PATH pins the inode, so that the inode which was looked at is opened. The client may swap the name for a FIFO,
+    whose open blocks, or for a device whose open has effects.
     """
     try:
         pinned = os.open(node.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.view)
@@ -326,8 +324,8 @@ def _prove(directory: Directory, node: Node) -> None:
 def _remove_all(directory: Directory, gone: list[Node]) -> list[Node]:
     """Remove nodes; returns those that could not be removed.
 
-    Every one is closed before the first goes: a client can keep the directory locked, so that unlink(2) waits, and the
-    numbers of the others become another's meanwhile.
+    All are closed before the first is removed: a client can keep the directory locked, so that unlink(2) waits, and the
+    numbers of the other nodes become another disk's meanwhile.
     """
     if len(gone) > 1:
         _revoke_all(directory, gone)
@@ -355,8 +353,8 @@ def _change_mode(directory: Directory, node: Node, mode: int) -> bool:
         if not _is(os.fstat(pinned), node):
             return False  # the client's own, by that name
         with contextlib.suppress(OSError):
-            # By way of the pinned inode: a name may have become a symbolic link, to be followed in this process's
-            # namespace.
+            # By way of the pinned inode: the name may have become a symbolic link, which chmod(2) would follow in this
+            # process's namespace.
             os.chmod(f"/proc/self/fd/{pinned}", mode)
         return True
     finally:

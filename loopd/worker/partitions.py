@@ -1,7 +1,7 @@
-"""The partition table as loopd sees it: whether it changed. What it means is the kernel's to say.
+"""The partition table as loopd sees it: whether it changed. The kernel alone says what the table means.
 
-Looks at the image file and not at the device: an open of loopd's at the moment of a client's close would keep that
-close from being the last, which writes the device's cache back.
+Looks at the image file and not at the device. If loopd opened the device at the moment of a client's close, that close
+would not be the last, and the last close writes the device's cache back.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class _Window:
 
 
 def look(fd: int, binding: Binding) -> int:
-    """A checksum of the partition table in the image file `fd`: it tells that the table changed. OSError as pread(2).
+    """A checksum of the partition table in the image file `fd`, by which a change is seen. OSError as pread(2).
 
-    Of an MBR these are the entries, with those of the logical partitions; of a GPT header and entries at both ends; of
-    any other table all of both ends, where it lies.
+    It is of the entries of an MBR, with those of the logical partitions; of header and entries of a GPT, at both ends;
+    of all bytes at both ends, where any other table lies.
     """
     device = _Window(fd, binding)
     first = device.read(0, 512)
@@ -101,7 +101,7 @@ def _logical(device: _Window, table: bytes, found: int) -> int:
 def reread(loop: Loop) -> None:
     """Have the kernel read the partition table again; needs CAP_SYS_ADMIN, which a container has not.
 
-    A refusal says why the kernel does not; then no partition has changed.
+    A refusal says why the kernel does not read it; then no partition has changed.
     """
     try:
         loop.reread_partitions()

@@ -1,4 +1,4 @@
-"""The worker process: one job at a time, what may be done arrives with the job, and only what passed goes back.
+"""The worker process: one job at a time. The job says what may be done, and only what was vetted goes back.
 
 A worker decides nothing and keeps no state between jobs. A client's file that never answers hangs this process and
 nothing else.
@@ -23,7 +23,7 @@ from loopd.worker.messages import Job
 
 
 class Tools(NamedTuple):
-    """What every worker has: made by the main process before the first fork, and used by workers alone."""
+    """What every worker has. The main process makes it before the first fork; workers alone use it."""
 
     listeners: list[socket.socket]
     control: LoopControl
@@ -48,15 +48,15 @@ class Worker:
         self._channel = channel
 
     def say(self, message: Any, fds: Iterable[int | None] = (), *, last: bool = False) -> None:
-        """Answer the main process. With `last` it may give the next job: nothing that is still open can hang."""
+        """Answer the main process. With `last` it may send the next job: closing what is still open cannot hang."""
         try:
             self._channel.send(Answer(message, last), [fd for fd in fds if fd is not None])
         except (BrokenPipeError, ConnectionResetError):
-            # The main process is gone. What is booked is its successor's already: nothing is undone here.
+            # The main process is gone. The next one takes over what is in the slots: nothing is undone here.
             os._exit(0)
 
     def hear(self) -> Any:
-        """The main process's word on what was said last."""
+        """The main process's answer to what was said last."""
         try:
             message, fds = self._channel.receive()
         except EOFError:

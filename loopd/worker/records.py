@@ -1,9 +1,9 @@
 """The slot of a lease: what a new daemon needs to carry the lease on.
 
-A slot is a datagram socket connected to itself. Where there is a service manager it holds the slots, and they outlive
-the daemon. The lease is in the slot's queue: first the record with the lease's fds, written by one system call before
-the device is bound, and after it small notes of what has happened since. Owns the format: a field may be added, a
-change of meaning raises `VERSION`, and a record of another version is kept untouched.
+A slot is a datagram socket connected to itself. A service manager keeps the slots in its fd store, and they outlive the
+daemon. The lease is in the slot's queue: first the record with the lease's fds, which one system call writes before the
+device is bound; after it small notes of what has happened since. Owns the format: a field may be added, a change of
+meaning raises `VERSION`, and a record of another version is kept untouched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_RECORD = 32768
 FDS = ("keeper", "reply", "cgroup", "directory", "file", "lock")
 """Which fds a record may have along, in the order in which they are sent; the record says which it has."""
 OF_MAIN = FDS[:3]
-"""Those that the main process may open: closing one of the others may wait. They come first."""
+"""Those that the main process opens. They come first. Closing one of the others may wait."""
 _PEEK = transport.MSG_PEEK | transport.MSG_DONTWAIT
 SO_PEEK_OFF = 42  # not in Python's socket module
 
@@ -30,9 +30,9 @@ SO_PEEK_OFF = 42  # not in Python's socket module
 class Stored(NamedTuple):
     """What a slot holds. `holder` is the main process's part of the record, `kept_by` says what the keeper is.
 
-    `bound`: the device was bound, and `binding` is what the kernel made of it; else it is what was to be. `answer` says
-    how far the answer to the attach is: "" for not begun, "sending" or "sent". `released`: loopd has let go of the
-    device, and what is left to do is to notice its last close.
+    `bound`: the device was bound, and `binding` is as the kernel reports it; otherwise as it was asked for. `answer`
+    says how far the answer to the attach is: "" for not begun, "sending" or "sent". `released`: loopd has let go of the
+    device, and waits for its last close.
     """
 
     holder: dict[str, Any]
@@ -75,20 +75,20 @@ def note_bound(slot: int, binding: Binding) -> None:
 
 
 def note_answer(slot: int, progress: str) -> None:
-    """The answer to the attach is about to be sent, or was: see `Stored`."""
+    """The answer to the attach is about to be sent, or was sent: see `Stored`."""
     with contextlib.suppress(OSError):
         _send(slot, {"answer": progress})
 
 
 def note_released(slot: int) -> None:
-    """loopd has let go of the device: keep the record, and drop its fds, here.
+    """loopd has let go of the device: keep the record, and close its fds.
 
-    For a worker: what is dropped may be the device's last open file.
+    For a worker: one of them may be the last that has the device open, and its close may wait.
     """
     with transport.borrowed(slot) as channel:
         notes = [json.loads(payload) for payload in _payloads(channel)]
-        # Written before the first is dropped: at no moment is the binding in no record. One that was cut short behind
-        # that has left some of the older ones.
+        # The new record is written before the old one is dropped: at no moment is the binding in no record. A release
+        # that was cut short after that has left some of the older messages.
         last = max((index for index, note in enumerate(notes) if "version" in note), default=None)
         if last is None:
             return
@@ -107,7 +107,7 @@ def _send(slot: int, record: dict[str, Any], fds: list[int] | None = None) -> No
 def _payloads(channel: socket.socket) -> list[bytes]:
     """The messages of the queue, which stay there."""
     found = []
-    channel.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)  # from here on each look goes on behind the last one
+    channel.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)  # from here on each MSG_PEEK goes on behind the last one
     try:
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -118,8 +118,7 @@ def _payloads(channel: socket.socket) -> list[bytes]:
 
 
 def read(slot: int, *, every_fd: bool = False) -> Stored | None:
-    """What the slot holds, which stays there; None when it is empty. Its fds are opened, those of the main process or
-    `every_fd`.
+    """What the slot holds, which stays there; None when the slot is empty. Opens the fds of `OF_MAIN`, or `every_fd`.
 
     Raises ValueError for a record of another version, which is to be left as it is.
     """
@@ -127,7 +126,7 @@ def read(slot: int, *, every_fd: bool = False) -> Stored | None:
         notes = [json.loads(payload) for payload in _payloads(channel)]
         if not notes:
             return None
-        # A release that was cut short leaves two records; the later one holds.
+        # A release that was cut short leaves two records; the later one counts.
         record: dict[str, Any] = next((note for note in reversed(notes) if "version" in note), {})
         if record["version"] != VERSION:
             raise ValueError(f"record of version {record['version']}")

@@ -1,7 +1,7 @@
 """Take a datagram off the queue with its fds, vet the sockets among them, and say what passed.
 
-The main process goes on with the next datagram as soon as it hears `Taken`. None of what is done up to then can wait
-for the client.
+The main process goes on with the next datagram as soon as it hears `Taken`. Up to then nothing is done that can wait
+for a client.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def take(worker: Worker, job: Take, own: FdSet) -> bool:
 
 
 class _Taking:
-    """One datagram. `harmless` are the fds of which it is known that closing them cannot wait."""
+    """One datagram. `harmless` are the fds that can be closed without waiting."""
 
     def __init__(self, worker: Worker, job: Take, packet: Packet, own: FdSet) -> None:
         self._worker = worker
@@ -64,8 +64,8 @@ class _Taking:
     # The sockets ------------------------------------------------------------------------------------------------------
 
     def _vet_sockets(self) -> tuple[Refusal | None, bool]:
-        """Check what the main process answers on and watches; why not, and whether a directory of loopd's seems to be
-        along.
+        """Check the sockets that the main process answers on and watches. Returns the refusal, if any, and whether the
+        datagram seems to have a directory of loopd's along.
         """
         refusal, granted = self._find_reply_socket(), False
         self._kept_by = "sender" if self._reply is None else "reply"
@@ -84,14 +84,14 @@ class _Taking:
         except Refusal as error:
             refusal = refusal or error
         except ProcessLookupError:
-            # Its pid may belong to another process by now, and the account that was read for it to another tenant.
+            # The pid may be another process's by now, and the account that was read for it another tenant's.
             refusal = refusal or Refusal(Code.NOT_PERMITTED, "the sender has ended")
         except OSError as error:
             refusal = refusal or _unseen(error)
         return refusal, granted and refusal is None
 
     def _find_reply_socket(self) -> Refusal | None:
-        """Find the reply socket; why there is none although there should be."""
+        """Find the reply socket. Returns a refusal where there should be one and is none."""
         index, refusal = self._job.reply, None
         fds = self._packet.fds
         for candidate in () if index is None else range(len(fds)) if index == messages.SEARCH else (index,):
@@ -109,8 +109,8 @@ class _Taking:
         return refusal
 
     def _recognise(self) -> Refusal | None:
-        """Find out which directory of loopd's was sent along. Its client may have all of them locked, and it takes as
-        long: the head of the queue is off by now.
+        """Find out which directory of loopd's was sent along. A client may keep all of them locked, and this takes as
+        long. The datagram is off the queue by now.
         """
         assert self._job.directory is not None
         try:
@@ -145,7 +145,7 @@ class _Taking:
     def _change(self, change: messages.Change) -> bool:
         if not change.admin:
             assert self._pidfd is not None
-            # In this order: what was looked at was the sender if it has not ended since.
+            # In this order: the process that was looked at was the sender if the sender lives now.
             if not files.on_host(self._packet.sender.pid) or peers.ended(self._pidfd):
                 raise Refusal(
                     Code.NOT_PERMITTED, "a directory is made from the host, and bound into the container from there"
@@ -168,17 +168,17 @@ class _Taking:
 
 
 def _open_events(job: Take, packet: Packet) -> int | None:
-    """What tells the end of the account, if anything does."""
+    """The file that tells the end of the account, where there is one."""
     try:
         events = cgroups.open_events(job.holder["account"]) if job.holder is not None else None
     except cgroups.Gone:
-        # Its process has moved on since, or its name is another tenant's by now.
+        # The process has moved to another cgroup since, or the name is another tenant's by now.
         raise Refusal(Code.NOT_PERMITTED, "the sender's cgroup has ended") from None
     return None if events is None else packet.own.add(events)
 
 
 def _living_sender(job: Take, packet: Packet) -> int:
-    """The sender's pidfd, of a packet that is the one that was decided on; ProcessLookupError when it has ended."""
+    """The sender's pidfd, where the packet is the one that was decided on; ProcessLookupError when it has ended."""
     if packet.payload != job.payload or packet.sender != job.sender:
         raise messages.bug("the head of the queue changed: somebody else reads this socket")
     if len(packet.fds) > wire.MAX_FDS:
@@ -201,7 +201,7 @@ def _unseen(error: OSError) -> Refusal:
 
 
 def _no_room(error: OSError) -> Refusal:
-    """What the host has no more of is no bug; any other errno that nobody gave a meaning is."""
+    """A refusal where the host has no more of something; any other errno without a meaning is a bug."""
     if error.errno in nodes.NO_ROOM:
         return Refusal(Code.NO_DEVICE, f"loopd has no room for another device: {error.strerror}")
     return messages.bug(described(error))

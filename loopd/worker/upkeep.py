@@ -1,7 +1,7 @@
 """What is done to a device after its attach: nodes kept in line with its partitions, resize, release, and tidying up.
 
-Every job opens the device anew by its number and checks that it still carries the lease's binding. What the lease has
-besides, its directory and its file, is in its slot.
+Every job opens the device anew by its number and checks that it still carries the lease's binding. The lease's
+directory and file are in its slot.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from loopd.worker.process import Tools, Worker
 
 @contextlib.contextmanager
 def _kept(slot: int, client: Client) -> Iterator[tuple[Directory | None, int | None]]:
-    """The lease's directory and its file, as they are in its slot."""
+    """The lease's directory and file, out of its slot."""
     stored = records.read(slot, every_fd=True)
     with FdSet(stored.fds.values() if stored else ()):
         fds = stored.fds if stored else {}
@@ -52,7 +52,7 @@ def _there(directory: Directory, job: Arrange | Displace, wanted: dict[str, node
     """The nodes that are there, of which the `wanted` ones stay."""
     if job.sure:
         return list(job.nodes)
-    # First: to look into the directory may take as long as its client likes.
+    # Nodes are closed first: a look into the directory may take as long as the client likes.
     nodes.revoke(directory, (node for node in job.nodes if wanted.get(node.name) != (node.major, node.minor)))
     nodes.revoke_partitions(directory, job.binding.devname, wanted)
     return nodes.find(directory, job.binding.devname, wanted_nodes(job.binding, devices.MOST_PARTITIONS))
@@ -75,7 +75,7 @@ def _device(tools: Tools, binding: Binding, *, write: bool = False) -> Iterator[
 
 
 def displace(worker: Worker, job: Displace, fds: FdSet) -> bool:
-    """Take away the nodes."""
+    """Remove the lease's nodes."""
     left = []
     with _kept(fds.borrow(0), job.client) as (directory, _):
         if directory is not None:
@@ -89,7 +89,7 @@ def displace(worker: Worker, job: Displace, fds: FdSet) -> bool:
 
 
 def unbind(worker: Worker, job: Unbind, fds: FdSet) -> bool:
-    """Write back, and unbind."""
+    """Have the kernel unbind the device, and write back."""
     tools = worker.tools
     lost = diskseq = None
     with _device(tools, job.binding) as loop:
@@ -97,14 +97,14 @@ def unbind(worker: Worker, job: Unbind, fds: FdSet) -> bool:
             diskseq = loop.diskseq()
             lost = bind.let_go(loop, sync=not job.again)
         tools.bindings.forget(job.row)
-        # Its last open file may be in the slot: the lock, if that was kept.
+        # The device's last open fd may be in the slot: the lock, where the client asked to keep it.
         records.note_released(fds.borrow(0))
     worker.say(Unbound(loop is not None, lost, diskseq))
     return False
 
 
 def clear(worker: Worker, job: Clear, fds: FdSet) -> bool:
-    """Drop the fds of a lease here: what closing them does may take long."""
+    """Empty a lease's slot and row. For a worker: closing the slot's fds may take long."""
     worker.tools.bindings.forget(job.row)
     records.clear(fds.borrow(0))
     worker.say(Finished())
@@ -112,7 +112,9 @@ def clear(worker: Worker, job: Clear, fds: FdSet) -> bool:
 
 
 def nudge(worker: Worker, job: Nudge, fds: FdSet) -> bool:
-    """Once more have a device unbound that somebody has open, in case he cleared autoclear before he closed it."""
+    """Once more have the kernel unbind a device at its last close: a client that has it open may have cleared
+    autoclear.
+    """
     with contextlib.suppress(OSError, UnexpectedDevice), worker.tools.access.reopened(job.number) as loop:
         if loop.diskseq() == job.diskseq:
             bind.let_go(loop, sync=False)
@@ -121,7 +123,7 @@ def nudge(worker: Worker, job: Nudge, fds: FdSet) -> bool:
 
 
 def tidy(worker: Worker, job: Tidy, fds: FdSet) -> bool:
-    """Release what no lease has."""
+    """Release the binding of a row, which no lease has."""
     tools, row = worker.tools, job.row
     file, lost = backing_file(row.number), None
     if file is not None:
@@ -148,7 +150,7 @@ def sweep(worker: Worker, job: Sweep, fds: FdSet) -> bool:
 
 
 def _of_row(number: int, dev: int, inode: int, diskseq: int | None) -> Binding:
-    """What is known of a binding of which there is no record."""
+    """A binding of which the row is all that is known."""
     file = f"{os.major(dev)}:{os.minor(dev)}"
     return Binding(number, f"loop{number}", 0, 0, diskseq, 0, 0, 0, 512, False, False, False, "", file, inode, "")
 
@@ -156,7 +158,7 @@ def _of_row(number: int, dev: int, inode: int, diskseq: int | None) -> Binding:
 # Partitions -------------------------------------------------------------------------------------------------------
 
 UNREAD = -1
-"""In place of a checksum of the table: the kernel was asked to read it, and has not."""
+"""In place of a checksum of the table: the kernel was asked to read the table, and did not."""
 
 
 def revoke(worker: Worker, job: Revoke, fds: FdSet) -> bool:
@@ -195,7 +197,7 @@ def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int 
         try:
             _reread(tools, binding, directory, there)
         except Refusal as error:
-            # A partition is in use, most likely: once more when the node is closed the next time.
+            # Most likely a partition is in use. The next close of the node has the table looked at again.
             refusal, table = (error, UNREAD) if job.rescan else (None, job.table)
     if directory is None:
         found = tuple(devices.partitions(binding.devname, room))
@@ -213,8 +215,8 @@ def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int 
 
 
 def _limit(tools: Tools, binding: Binding, room: int) -> tuple[int, int]:
-    """Delete the partitions beyond those that the device may have, its client's own too, who can look for partitions
-    without partscan; how many there are now, and how many were too many.
+    """Delete the partitions beyond those that the device may have, also where the client has looked for partitions
+    itself without partscan. How many there are now, and how many were too many.
     """
     count = len(devices.partitions(binding.devname))
     # Opened only then: an open of loopd's may keep a client's close from being the last.
@@ -226,9 +228,11 @@ def _limit(tools: Tools, binding: Binding, room: int) -> tuple[int, int]:
 
 
 def _reread(tools: Tools, binding: Binding, directory: Directory | None, there: list[Node]) -> None:
-    """Have the kernel read the table. While it does, which may take long, the numbers of the partitions are free for
-    others' partitions: so the nodes are closed for that time. Where the number is the same afterwards, the node is
-    opened again, and was never away.
+    """Have the kernel read the table.
+
+    While the kernel reads, which may take long, the numbers of the partitions are free for other disks' partitions. So
+    their nodes have mode 0 for that time. A node whose partition has the same number afterwards gets its mode back, and
+    was never away.
     """
     with _device(tools, binding) as loop:
         if loop is None:
@@ -248,7 +252,8 @@ def _reread(tools: Tools, binding: Binding, directory: Directory | None, there: 
 
 
 def _check_claims(tools: Tools, binding: Binding) -> None:
-    """Refuse where a partition is mounted, or claimed in another way: the kernel would, and nothing is touched then."""
+    """Refuse where a partition is mounted or claimed otherwise: the kernel would refuse too, after nodes were closed.
+    """
     try:
         with tools.access.reopened(binding.number, exclusive=True):
             pass
@@ -259,7 +264,7 @@ def _check_claims(tools: Tools, binding: Binding) -> None:
 
 
 def resize(worker: Worker, job: Resize, fds: FdSet) -> bool:
-    """Have the device take over its file's size, as far as there is room for it."""
+    """Have the device take over its file's size, if that is within the account's limit."""
     try:
         with _device(worker.tools, job.binding, write=not job.binding.read_only) as loop:
             if loop is None:
