@@ -176,11 +176,23 @@ def beside(box: Box, script: str) -> tuple[Result, Result]:
     there.mkdir()
     environment = {**box.environment, "PATH": path}
     programs = {letter: shutil.which(name, path=path) or name for letter, name in PROGRAMS.items()}
+    programs["L"] = patient(programs["L"], box.folder.parent / "losetup")
     theirs = run("unshare", "--mount", "bash", "-c", script, cwd=here, env={**environment, **programs})
     ours = run(
         *box.inside, "sh", "-c", 'cd "$0" && exec bash -c "$1"', there, script, env={**box.environment, **PROGRAMS}
     )
     return plainly(theirs, here), plainly(ours, there)
+
+
+def patient(losetup: str, path: Path) -> str:
+    """The real losetup, which tries again where the device that it found is taken or removed by another test."""
+    path.write_text(f"""#!/bin/sh
+case " $* " in *" -f "*) ;; *) exec {losetup} "$@" ;; esac
+for try in 1 2 3 4 5; do {losetup} "$@" 2>"$0.said" && break; done
+code=$?; cat "$0.said" >&2; exit $code
+""")
+    path.chmod(0o755)
+    return str(path)
 
 
 def plainly(result: Result, folder: Path) -> Result:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from conftest import ROOT, require
 
-SECTIONS = ("attach", "crowd", "leases", "release", "start", "drop-in", "io", "flood", "hang")
+SECTIONS = ("attach", "crowd", "leases", "release", "start", "drop-in", "io", "flood", "hang", "share")
 
 
 def test_every_section_measures_something(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_too_many_at_the_attach(
     """As the kernel finds them in a table. The reply says so."""
     limited.hello()
     # The worker notes that the device is bound, and then looks at its partitions.
-    with injected(helpers(limited), "sendto:delay_enter=1s"), ThreadPoolExecutor(1) as pool:
+    with injected(helpers(limited), "sendto:delay_enter=1s", "sendmsg:delay_enter=1s"), ThreadPoolExecutor(1) as pool:
         attached = pool.submit(lambda: limited.attach(image, directory, partscan=True))
         (name,) = eventually(lambda: bound_to(tmp_path / "image"), "it is bound")
         add(int(name[4:]), 1, 2, 3, 4, 5)

@@ -34,6 +34,7 @@ from report import Row, alone, compared, load, plot, save, table, write_into
 from untouched import LONG_QUEUE, cgroup, pair, reply_of, send
 
 import loopd
+from loopd.loop import Loop
 from loopd.protocol import wire
 
 FLOOR = "C floor"
@@ -656,9 +657,89 @@ def hang(bench: Bench) -> list[Row]:
     ]  # fmt: skip
 
 
+def _lists(
+    path: str, image: Path, nodes: Path, devices: int, partitions: int
+) -> Callable[[Callable[[Any], None]], None]:
+    def act(tell: Callable[[Any], None]) -> None:
+        fds = [os.open(image, os.O_RDWR), os.open(nodes, os.O_DIRECTORY)]
+        held = [ask(path, wire.encode_request(wire.Attach(0, 1, 2, partscan=True)), fds, timeout=60)
+                for _ in range(devices)]  # fmt: skip
+        for reply in held:
+            with Loop(int(reply.fields["devname"][4:])) as loop:
+                for number in range(1, partitions + 1):
+                    loop.add_partition(number, number << 13, 1 << 13)
+        time.sleep(2)  # loopd has made the nodes by then
+        tell("ready")
+        waiting: list[Any] = []
+        while True:
+            ours, theirs = pair()
+            with theirs:
+                send(path, wire.encode_request(wire.Leases(0)), [theirs.fileno()]).close()
+            waiting.append(ours)
+            if len(waiting) == LISTS:
+                with waiting.pop(0) as first, contextlib.suppress(OSError):
+                    reply_of(first, 60)
+
+    return act
+
+
+LISTS = 16
+"""Requests that the client which lists all the time has under way."""
+
+
+def _storm(path: str, image: Path, nodes: Path, partitions: int) -> Callable[[Callable[[Any], None]], None]:
+    def act(tell: Callable[[Any], None]) -> None:
+        fds = [os.open(image, os.O_RDWR), os.open(nodes, os.O_DIRECTORY)]
+        reply = ask(path, wire.encode_request(wire.Attach(0, 1, 2, partscan=True)), fds)
+        with Loop(int(reply.fields["devname"][4:])) as loop:
+            for number in range(1, partitions + 1):
+                loop.add_partition(number, number << 13, 1 << 13)
+            tell("ready")
+            while True:
+                loop.set_capacity()
+
+    return act
+
+
+def share(bench: Bench) -> list[Row]:
+    """Honest clients while another account has main do what it can be made to do."""
+    count = bench.size(300, 3)
+    few, many, most = bench.size(18, 2), bench.size(250, 4), bench.size(255, 8)
+    others: dict[str, Callable[[str], Callable[[Callable[[Any], None]], None]]] = {
+        f"another lists {few} devices with {most} partitions":
+            lambda path: _lists(path, bench.image, bench.nodes, few, most),
+        f"another lists {many} devices": lambda path: _lists(path, bench.image, bench.nodes, many, 0),
+        f"another makes uevents of a device with {most} partitions":
+            lambda path: _storm(path, bench.image, bench.nodes, most),
+    }  # fmt: skip
+    quiet: list[list[float]] = []
+    found: dict[str, list[list[float]]] = {name: [] for name in others}
+    with bench.daemon(Daemon, idle_timeout=600, requests=32) as daemon:
+
+        def hello() -> list[float]:
+            took = []
+            for _ in range(count):
+                took += timed(1, lambda: ask(daemon.path, wire.encode_request(wire.Hello(0)), [], timeout=60).close())
+                time.sleep(0.002)
+            return took
+
+        for _ in range(bench.size(3, 1)):
+            quiet.append(hello())
+            for name, act in others.items():
+                with _other(act(daemon.path)) as child:
+                    assert child.hear() == "ready"
+                    found[name].append(hello())
+                eventually(lambda: not bound_to(bench.image), "everything is released", 60)
+    return [
+        compared("share", f"hello while {name}", found[name], "alone", quiet, percent,
+                 reach=3.0 if percent == 50 else None)
+        for name in others for percent in (50, 99)
+    ]  # fmt: skip
+
+
 SECTIONS = {
     "attach": attach, "crowd": crowd, "leases": leases, "release": release, "start": start, "drop-in": drop_in,
-    "io": io, "flood": flood, "hang": hang,
+    "io": io, "flood": flood, "hang": hang, "share": share,
 }  # fmt: skip
 
 
