@@ -477,3 +477,33 @@ def test_it_has_ended_before_the_lease_is_booked(
         with contextlib.closing(reply_of(socket.socket(fileno=ours))) as reply:
             assert "devname" in reply.fields
             eventually(lambda: not bound_to(tmp_path), "the file is free", SOON)
+
+
+def test_another_cgroup_of_its_name(make_cgroup: Callable[[str], Cgroup]) -> None:
+    """The name may come again before the end of the first has been read."""
+
+    def stay(cgroup: Cgroup, watcher: cgroups.Watcher, name: str) -> Child:
+        def body(tell: Callable[[Any], None]) -> None:
+            cgroup.enter()
+            tell("there")
+            signal.pause()
+
+        child = Child(body)
+        assert child.hear() == "there"
+        events = cgroups.open_events(name)
+        assert events is not None
+        watcher.watch(name, events)
+        return child
+
+    ended: list[str] = []
+    watcher = cgroups.Watcher(ended.append)
+    cgroup = make_cgroup("again")
+    name = f"/{cgroup.path.name}"
+    with stay(cgroup, watcher, name) as child:
+        assert watcher.watches(name)
+        child.kill()
+    cgroup.remove()
+    cgroup.path.mkdir()
+    with stay(cgroup, watcher, name):
+        assert ended == [name]
+        assert not watcher.watches(name), "an attach of the new one is refused, and watches it the next time"

@@ -88,6 +88,9 @@ class Watcher:
         """
         if account in self._watches:
             os.close(events)
+            # The new file may be of another cgroup that has the name now, and the end of the first be told later.
+            if not _populated(self._watches[account][1]):
+                self._end(account)
             return
         try:
             watch = self._inotify.add(f"/proc/self/fd/{events}", IN_MODIFY)
