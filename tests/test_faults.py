@@ -277,7 +277,8 @@ def rig(start_daemon: Callable[..., Daemon], image: int, directory: int, tmp_pat
     """A daemon that may be broken."""
     require(shutil.which("strace"), "needs strace")
     config = tmp_path / "loopd.toml"
-    config.write_text("idle_timeout = 600\nrequest_timeout = 2\nlimits.new_numbers = 100000\nallow.lock = true\n")
+    times = "idle_timeout = 600\nrequest_timeout = 2\nwrite_back_timeout = 2\n"
+    config.write_text(f"{times}limits.new_numbers = 100000\nallow.lock = true\n")
     started: list[Daemon] = []
 
     def start() -> Daemon:

@@ -71,7 +71,7 @@ def never(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Iterator[Never
 def quick(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Callable[..., Daemon]:
     """Start daemons that write a helper off soon."""
     config = tmp_path / "loopd.toml"
-    config.write_text(f"request_timeout = {WRITTEN_OFF}\n")
+    config.write_text(f"request_timeout = {WRITTEN_OFF}\nwrite_back_timeout = {WRITTEN_OFF}\n")
 
     def start(*options: str, name: str = "loopd") -> Daemon:
         return start_daemon(f"--config={config}", *options, name=name)

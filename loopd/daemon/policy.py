@@ -154,6 +154,8 @@ class Policy(NamedTuple):
     """Answer a request without reply_fd at its sender's address: only where every client shares the host's network."""
     request_timeout: float = 30.0
     """Seconds after which a worker process that is not done with a request hangs: it is killed, and charged."""
+    write_back_timeout: float = 300.0
+    """The same for a worker that writes back what was written to a device: some GiB on a slow disk."""
     number_wait: float = 5.0
     """How long an attach waits for one of its account's own device numbers to come free. At most half of
     `request_timeout`: its worker waits, and does not hang.
@@ -253,6 +255,7 @@ KEYS: dict[str, Callable[[Any], Any]] = {
     "idle_timeout": _number(0.1),
     "reply_to_address": _boolean,
     "request_timeout": _number(1),
+    "write_back_timeout": _number(1),
     "number_wait": _number(0),
 }
 LIMIT_KEYS: dict[str, Callable[[Any], Any]] = {

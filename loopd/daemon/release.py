@@ -18,8 +18,6 @@ from loopd.worker.messages import Clear, Displace, Displaced, Unbind, Unbound
 
 HELD_PAUSE = 0.05
 """Seconds after which a device that is still open counts as held: before that it may be udev."""
-WRITE_BACK = 10
-"""Times `request_timeout` that a write-back may take: some GiB on a slow disk."""
 HELD_CHECK = 5.0
 """Seconds between looks at devices that others keep open, in case a uevent was missed."""
 
@@ -69,7 +67,7 @@ class Releases:
             lease.sure = False
             return True
         lease.nodes = displaced.nodes
-        patience = WRITE_BACK * books.policy.request_timeout
+        patience = books.policy.write_back_timeout
         unbound = await books.work(lease, Unbind(lease.binding, lease.slot.row, lease.cleared), patience)
         if not isinstance(unbound, Unbound):
             lease.lost = lease.lost or f"the write-back had not ended after {patience:g} seconds"

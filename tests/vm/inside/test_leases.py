@@ -336,7 +336,8 @@ def test_a_main_loop_that_stops_is_restarted(disk: Path) -> None:
 def test_stuck_workers_do_not_trip_it(disk: Path, folder: Path, journal: Journal) -> None:
     """Helpers that hang in a file system which never answers, for more than twice the watchdog's time."""
     configuration = folder / "loopd.toml"
-    configuration.write_text("request_timeout = 8\nlimits.stuck = 8\n")  # else this account would be served no more
+    times = "request_timeout = 8\nwrite_back_timeout = 8\n"
+    configuration.write_text(f"{times}limits.stuck = 8\n")  # else this account would be served no more
     OPTIONS.write_text(f"OPTIONS=--config={configuration}\n")
     run("modprobe", "fuse")
     never = Never(folder / "never")
