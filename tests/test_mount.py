@@ -82,10 +82,10 @@ end() {
 } >/dev/null 2>&1
 try() {
     echo "== $1"; echo "== $1" >&2
-    mkdir run; cd run; mkdir m m2 src; cp --sparse=always ../fs.img ../sq.img .
+    n=$((n + 1)); mkdir run$n; cd run$n; mkdir m m2 src; cp --sparse=always ../fs.img ../sq.img .
     eval "$1"; said; end; mine
     e2fsck -fn fs.img >/dev/null 2>&1 || echo damaged
-    cd ..; rm -r run
+    cd ..; rm -r run$n
 }
 """
 FORMS = """
