@@ -179,7 +179,7 @@ def revoke(directory: Directory, nodes: Iterable[Node]) -> None:
 
 
 def revoke_partitions(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> None:
-    """In a directory of loopd's own, close every node of a partition that is not `wanted`. It waits for nobody either."""
+    """In a directory of loopd's own, close every node of a partition that is not `wanted`; waits for nobody either."""
     if not directory.own:
         return
     for number in range(1, MOST_PARTITIONS + 1):
