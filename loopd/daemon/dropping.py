@@ -1,9 +1,9 @@
 """Unwanted datagrams: have a child take them off the queue, for releasing the files in them may take for ever.
 
 One child for each listener drops. When it hangs it is killed, and charged to the account whose datagram it hangs in
-until it is reaped. Further datagrams of that account are parked: another child takes them and closes none of their
-files. An account has at most `MOST_PARKERS` such children, full ones included; beyond that its datagrams are dropped as
-everybody's are.
+until it is reaped. Until then further datagrams of that account are parked: another child takes them and closes none of
+their files before that. An account has at most `MOST_PARKERS` such children that have not been reaped; beyond that its
+datagrams are dropped as everybody's are.
 """
 
 from __future__ import annotations
@@ -38,18 +38,22 @@ class Parker:
         role = Role("park", lambda channel: park(channel, listener), lambda: [listener.fileno()])
         self.listener = listener
         self.full = False
+        self._busy = False
         self._children = children
         self._answer: Promise[Dropped | None] = Promise()
         self._child = Child(children, role, self._heard, self._ended)
+        self.reaped = self._child.reaped
         self._charge = Job(None, [], math.inf, account.jobs)
         self._child.reaped.then(self._charge.finish)
 
     async def drop(self, order: Drop) -> Dropped | None:
         """Have datagrams parked; None when that is not done in time."""
         answer = self._answer = Promise()
+        self._busy = True
         self._child.send(order)
         deadline = self._children.poller.later(PATIENCE_PARKING, lambda: answer.keep(None))
         found = await answer
+        self._busy = False
         deadline.cancel()
         self.full = found is None or found.full
         if found is None:
@@ -64,8 +68,10 @@ class Parker:
         self._answer.keep(None)
 
     def end(self) -> None:
-        """Have the child close what it keeps. It is charged until it has."""
-        self._child.close()
+        """Have the child close what it keeps, unless it is at work. It is charged until it has."""
+        if not self._busy:
+            self.full = True
+            self._child.close()
 
 
 class Dropping:
@@ -96,13 +102,26 @@ class Dropping:
         parker = self._parker(self._listeners[index], account) if hangs else None
         if parker is not None:
             parked = await parker.drop(Drop((pid,), MOST_PARKED if run else 1))
+            self._settle(account)
             return (sum(parked.counts.values()), False) if parked else (1, True)
         job = Job(Drop((pid,), MOST if run else 1), [], PATIENCE, account.jobs)
         answer = await self._pools[index].submit(job).done()
         if job.hung:
             self._hung.add(job)
-            job.over.then(lambda: self._hung.discard(job))
+            job.over.then(lambda: self._over(job, account))
         return (sum(answer.counts.values()), False) if isinstance(answer, Dropped) else (1, job.hung)
+
+    def _over(self, job: Job, account: Account) -> None:
+        self._hung.discard(job)
+        self._settle(account)
+
+    def _settle(self, account: Account) -> None:
+        """Once nothing of the account hangs, close what was parked: a child on a busy machine may only have been slow,
+        and who has sent a datagram waits for its end.
+        """
+        if self._hung.isdisjoint(account.jobs):
+            for parker in self._parkers.get(account, []):
+                parker.end()
 
     def _parker(self, listener: socket.socket, account: Account) -> Parker | None:
         parkers = self._parkers.get(account, [])
@@ -116,14 +135,15 @@ class Dropping:
         except OSError:  # TasksMax=, memory, open files
             return None
         self._parkers.setdefault(account, []).append(parker)
+        parker.reaped.then(lambda: self._reaped(parker, account))
         return parker
 
+    def _reaped(self, parker: Parker, account: Account) -> None:
+        self._parkers[account].remove(parker)
+        if not self._parkers[account]:
+            del self._parkers[account]
+
     def rest(self) -> None:
-        """End the children that have nothing to do. Those that park stay while any child hangs: theirs might too."""
+        """End the children that have nothing to do."""
         for pool in self._pools:
             pool.shrink(0)
-        if self.lost == 0:
-            for parkers in self._parkers.values():
-                for parker in parkers:
-                    parker.end()
-            self._parkers.clear()
