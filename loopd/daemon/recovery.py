@@ -165,14 +165,14 @@ class Recovery:
         worker does it: clients may keep these locked.
         """
 
-        for row in rows:
-            await self._tidy_row(row)
-        await self._by_worker(Sweep(tuple(row.number for row in rows), self._started))
+        # All at once: one that hangs keeps no other bound.
+        for row, job in [(row, self._by_worker(Tidy(row))) for row in rows]:
+            self._tidied(row, await job.done())
+        await self._by_worker(Sweep(tuple(row.number for row in rows), self._started)).done()
         # A number that lingered because its device was bound can go now.
         self._books.numbers.removals.retry()
 
-    async def _tidy_row(self, row: Row) -> None:
-        answer = await self._by_worker(Tidy(row))
+    def _tidied(self, row: Row, answer: Any) -> None:
         if not isinstance(answer, Tidied):
             return
         self._books.slots.free_rows([row.row])
@@ -184,13 +184,13 @@ class Recovery:
                 error=answer.lost,
             )  # fmt: skip
 
-    async def _by_worker(self, message: Tidy | Sweep) -> Any:
+    def _by_worker(self, message: Tidy | Sweep) -> Job:
         def stuck() -> None:
             self._books.audit.record(Event.STUCK, "What an earlier daemon left cannot be removed: it is locked")
 
         nobody = self._books.accounts.get("")
         job = Job(message, [], self._books.policy.request_timeout, nobody.jobs, stuck)
-        return await self._books.pool.submit(job).done()
+        return self._books.pool.submit(job)
 
 
 def _holder(stored: Stored) -> Holder:
