@@ -720,14 +720,14 @@ def test_sectors_of_4096_bytes_with_partitions(world: World) -> None:
 
 
 def add(loop: Loop, wanted: dict[int, tuple[int, int]]) -> bool:
-    """Make partitions, by number: start and length in bytes; whether they are still there a moment later.
+    """Make partitions, by number: start and length in bytes; whether they are still there after loopd's second look.
 
-    loopd has the table read again after a write, and a kernel without a parser for it then finds none.
+    loopd has a table that was written read again, and a kernel without a parser for it then finds none.
     """
     for number, (start, length) in wanted.items():
         if number not in loop.partitions():
             loop.add_partition(number, start, length)
-    time.sleep(0.3)
+    time.sleep(1.5)
     return set(wanted) <= set(loop.partitions())
 
 
