@@ -306,6 +306,8 @@ def boot_loader(label: str, use: str, *, changed: bool = False) -> str:
         "idle": ("", ""),
         "mounted": ("mount ${d}p1 m; echo kept >m/file", "cat m/file; umount m; : <>$d"),
     }[use]
+    if changed:  # a name in /dev for a partition more is made when a stand-in runs
+        after += "; for try in $(seq 100); do losetup --all >log; test ! -b ${d}p3 || break; sleep 0.3; done"
     script = BOOT_LOADER.format(
         label=label, first=first, end=end, before=before, after=after, changed="changed" if changed else "",
         last=3 if changed else 2,
