@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 from loopd.kernel import openat2, rights
@@ -176,8 +176,10 @@ def revoke(directory: Directory, nodes: Iterable[Node]) -> None:
         _revoke_all(directory, nodes)
 
 
-def revoke_partitions(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> None:
-    """In a directory of loopd's own, close all nodes of partitions that are not `wanted`. It waits for nobody."""
+def revoke_partitions(directory: Directory, devname: str, number_of: Callable[[str], Numbers | None]) -> None:
+    """In a directory of loopd's own, close all nodes of partitions that have not the `number_of` their name. It waits
+    for nobody. Another worker may make nodes meanwhile: a name is asked for only once its node is there.
+    """
     if not directory.own:
         return
     for number in range(1, MOST_PARTITIONS + 1):
@@ -187,7 +189,7 @@ def revoke_partitions(directory: Directory, devname: str, wanted: dict[str, Numb
             try:
                 status = os.fstat(pinned)
                 device = (os.major(status.st_rdev), os.minor(status.st_rdev))
-                if stat.S_ISBLK(status.st_mode) and wanted.get(name) != device:
+                if stat.S_ISBLK(status.st_mode) and number_of(name) != device:
                     os.chmod(f"/proc/self/fd/{pinned}", 0)
             finally:
                 os.close(pinned)

@@ -54,7 +54,7 @@ def _there(directory: Directory, job: Arrange | Displace, wanted: dict[str, node
         return list(job.nodes)
     # Nodes are closed first: a look into the directory may take as long as the client likes.
     nodes.revoke(directory, (node for node in job.nodes if wanted.get(node.name) != (node.major, node.minor)))
-    nodes.revoke_partitions(directory, job.binding.devname, wanted)
+    nodes.revoke_partitions(directory, job.binding.devname, wanted.get)
     return nodes.find(directory, job.binding.devname, wanted_nodes(job.binding, devices.MOST_PARTITIONS))
 
 
@@ -165,9 +165,16 @@ def revoke(worker: Worker, job: Revoke, fds: FdSet) -> bool:
     """Close the nodes of partitions that are gone."""
     with _kept(fds.borrow(0), job.client) as (directory, _):
         if directory is not None:
-            nodes.revoke_partitions(directory, job.devname, devices.partitions(job.devname))
+            nodes.revoke_partitions(directory, job.devname, lambda name: _present(name, job.devname))
     worker.say(Finished())
     return False
+
+
+def _present(name: str, disk: str) -> nodes.Numbers | None:
+    """The number of a partition that the kernel has now."""
+    with contextlib.suppress(OSError):
+        return devices.device_number(name, disk)
+    return None
 
 
 def arrange(worker: Worker, job: Arrange, fds: FdSet) -> bool:
