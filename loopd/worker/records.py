@@ -3,7 +3,7 @@
 A slot is a datagram socket connected to itself. A service manager keeps the slots in its fd store, and they outlive the
 daemon. The lease is in the slot's queue: first the record with the lease's fds, which one system call writes before the
 device is bound; after it small notes of what has happened since. Owns the format: a field may be added, a change of
-meaning raises `VERSION`, and a record of another version is kept untouched.
+meaning raises `VERSION`, and a record of a newer version is kept untouched.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from loopd.kernel.transport import FdSet
 from loopd.worker.devices import Binding
 
 VERSION = 3
+OLDEST = 3
+"""Records from this version on are read, so that leases outlive an upgrade."""
 MAX_RECORD = 32768
 FDS = ("keeper", "reply", "cgroup", "directory", "file", "lock")
 """Which fds a record may have along, in the order in which they are sent; the record says which it has."""
@@ -120,7 +122,7 @@ def _payloads(channel: socket.socket) -> list[bytes]:
 def read(slot: int, *, every_fd: bool = False) -> Stored | None:
     """What the slot holds, which stays there; None when the slot is empty. Opens the fds of `OF_MAIN`, or `every_fd`.
 
-    Raises ValueError for a record of another version, which is to be left as it is.
+    Raises ValueError for a record of a newer version, which is to be left as it is.
     """
     with transport.borrowed(slot) as channel:
         notes = [json.loads(payload) for payload in _payloads(channel)]
@@ -128,7 +130,7 @@ def read(slot: int, *, every_fd: bool = False) -> Stored | None:
             return None
         # A release that was cut short leaves two records; the later one counts.
         record: dict[str, Any] = next((note for note in reversed(notes) if "version" in note), {})
-        if record["version"] != VERSION:
+        if not OLDEST <= record["version"] <= VERSION:
             raise ValueError(f"record of version {record['version']}")
         released = bool(record.get("released"))
         names = [] if released else [name for name in record["fds"] if every_fd or name in OF_MAIN]
