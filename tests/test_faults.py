@@ -230,6 +230,7 @@ class Rig:
         return [call for call in recordings[0] if call.nth <= least[call.name] and call.name not in NEWS]
 
     def _record(self, role: str) -> list[Call]:
+        time.sleep(0.3)  # uevents of what was before are looked at a moment later
         with Tracer(self.place / "trace", self.pids(role)) as tracer:
             reply = self.attach()
             time.sleep(0.05)  # what comes after the reply belongs to the attach as well
