@@ -179,8 +179,8 @@ def processes(daemon: Kept, role: str, site: Site) -> list[int]:
 
 
 def recorded(daemon: Kept, role: str, kind: str, site: Site, tmp_path: Path) -> list[Point]:
-    """Every system call of that role in each attach and detach. The main process also looks at what uevents name, of all
-    the machine, now more often and now less.
+    """Every system call of that role in each attach and detach. The main process also looks at what uevents name, now
+    more often and now less.
     """
     runs = [_recorded(daemon, role, kind, site, tmp_path) for _ in range(4 if role == "main" else 1)]
     return [point for point in runs[0] if all(point in run for run in runs)]
