@@ -777,7 +777,7 @@ $L -j a.img; $L -d $d; echo $?
 """,
     "several devices of a file": """
 truncate -s 4M a.img; d=$($L -f --show a.img); e=$($L -f --show -o 1M a.img); $L -a 2>/dev/null | grep -c $PWD/a.img
-$L -l -n -O OFFSET -j a.img | xargs; $L -d $d; $L -d $e; echo $?; $L -j a.img
+$L -l -n -O OFFSET -j a.img | sort -n | xargs; $L -d $d; $L -d $e; echo $?; $L -j a.img
 """,
 }
 
