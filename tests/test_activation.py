@@ -50,10 +50,13 @@ def in_namespace(prepare: str) -> tuple[str, ...]:
     return (*IN_NAMESPACE, f'{prepare}; exec "$@"', "sh")
 
 
-def numbers_of(devname: str) -> list[str]:
-    """The devices that exist of the block of numbers that this one is of: a daemon takes them by blocks of 64."""
+def numbers_of(devname: str, before: list[str]) -> list[str]:
+    """The devices that exist of the block of numbers that this one is of: a daemon takes them by blocks of 64.
+
+    `before`: those that were there before it. A daemon that was killed earlier may have left some of the same block.
+    """
     first = int(devname.removeprefix("loop")) // 64 * 64
-    return [name for number in range(first, first + 64) if exists(name := f"loop{number}")]
+    return [name for number in range(first, first + 64) if exists(name := f"loop{number}") and name not in before]
 
 
 # Sockets, idleness, signals ---------------------------------------------------------------------------------------
@@ -62,6 +65,7 @@ def numbers_of(devname: str) -> list[str]:
 def test_idle_exit_and_the_next_datagram(
     activated: Callable[..., Activated], image: int, directory: int, tmp_path: Path
 ) -> None:
+    before = os.listdir("/sys/block")
     daemon = activated("--idle-timeout", "0.5")
     daemon.start()
     lease = daemon.attach(image, directory)
@@ -69,7 +73,7 @@ def test_idle_exit_and_the_next_datagram(
     lease.close()
     assert daemon.wait() == 0
     assert not bound_to(tmp_path)
-    eventually(lambda: not numbers_of(lease.fields["devname"]), "what was made ahead of need is gone too")
+    eventually(lambda: not numbers_of(lease.fields["devname"], before), "what was made ahead of need is gone too")
 
     # Nobody is there; the socket is. This is what systemd waits for.
     with Child(lambda tell: tell(ask(daemon.path, HELLO, []).fields)) as client:
