@@ -93,7 +93,6 @@ def whose(pid: int) -> tuple[Membership, bool] | None:
 
 
 _OF_MANY = re.compile(r".\.service$|^session-[^.]+\.scope$")
-_HOSTS_UIDS = [b"0", b"0", b"4294967295"]
 
 
 def counts_by_uid(cgroup: str, member: Membership, pid: int) -> bool:
@@ -107,7 +106,7 @@ def counts_by_uid(cgroup: str, member: Membership, pid: int) -> bool:
         return False
     try:
         status = proc.read(f"/proc/{pid}/status")
-        in_hosts = proc.read(f"/proc/{pid}/uid_map").split() == _HOSTS_UIDS
+        in_hosts = proc.in_hosts_user_namespace(pid)
     except OSError:  # gone
         return False
     return in_hosts and re.search(rb"(?m)^NStgid:\t\d+$", status) is not None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 from collections.abc import Iterator
+
+from loopd.kernel import libc
 
 IN_MODIFY = 0x2
 IN_CLOSE_WRITE = 0x8
@@ -17,21 +18,13 @@ OVERFLOW = -1
 """The watch of an event that says that others were lost: fs.inotify.max_queued_events."""
 
 _EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name: struct inotify_event
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _checked(result: int, what: str) -> int:
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error), what)
-    return result
 
 
 class Inotify:
     """One inotify instance; every event is of a single watched file, never of a directory's entries."""
 
     def __init__(self) -> None:
-        self.fd = _checked(_libc.inotify_init1(IN_NONBLOCK | IN_CLOEXEC), "inotify_init1")
+        self.fd = libc.call("inotify_init1", IN_NONBLOCK | IN_CLOEXEC)
 
     def add(self, path: str, mask: int) -> int:
         """Watch a file; the number of the watch, the same again for a file that has one. OSError as
@@ -41,7 +34,7 @@ class Inotify:
 
     def remove(self, watch: int) -> None:
         """Watch it no longer; one that the kernel has removed already is no error."""
-        _libc.inotify_rm_watch(self.fd, watch)
+        libc.library.inotify_rm_watch(self.fd, watch)
 
     def events(self) -> Iterator[tuple[int, int]]:
         """What happened since the last call: (watch, mask)."""
@@ -61,4 +54,4 @@ class Inotify:
 
 def add_watch(fd: int, path: str, mask: int) -> int:
     """As `Inotify.add`, on the fd of an instance that is another process's."""
-    return _checked(_libc.inotify_add_watch(fd, os.fsencode(path), mask), path)
+    return libc.call("inotify_add_watch", fd, os.fsencode(path), mask)

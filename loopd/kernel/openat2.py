@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
+
+from loopd.kernel import libc
 
 SYS_OPENAT2 = 437  # the same on every architecture; Linux 5.6
 RESOLVE_CACHED = 0x20  # <linux/openat2.h>; Linux 5.12, EINVAL before
 
 _OPEN_HOW = struct.Struct("<QQQ")  # flags, mode, resolve
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def pin_cached(name: str, directory: int) -> int:
@@ -20,8 +20,4 @@ def pin_cached(name: str, directory: int) -> int:
     before Linux 5.12. A name on tmpfs that is there is always cached.
     """
     how = _OPEN_HOW.pack(os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0, RESOLVE_CACHED)
-    fd = int(_libc.syscall(SYS_OPENAT2, directory, os.fsencode(name), how, len(how)))
-    if fd < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error), name)
-    return fd
+    return libc.call("syscall", SYS_OPENAT2, directory, os.fsencode(name), how, len(how))

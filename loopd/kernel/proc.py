@@ -38,6 +38,11 @@ def read(path: str, most: int = MOST) -> bytes:
         os.close(fd)
 
 
+def in_hosts_user_namespace(pid: int) -> bool:
+    """Whether the uids of process `pid` are the host's. OSError as `read`: it is gone."""
+    return read(f"/proc/{pid}/uid_map").split() == [b"0", b"0", b"4294967295"]
+
+
 def lines(path: str) -> Iterator[bytes]:
     """The lines of a mount table, without the newline. OSError as open(2) and read(2); `TooLong`.
 

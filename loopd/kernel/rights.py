@@ -14,7 +14,7 @@ import signal
 import struct
 from collections.abc import Iterator
 
-from loopd.kernel import proc
+from loopd.kernel import libc, proc
 
 CAP_MKNOD = 27
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
@@ -24,21 +24,11 @@ _DATA = struct.Struct(
     "=6I"
 )  # low and high words of effective, permitted and inheritable, interleaved as the kernel has it
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _call(name: str, *arguments: object) -> int:
-    result = int(getattr(_libc, name)(*arguments))
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"{name}: {os.strerror(error)}")
-    return result
-
 
 def _sets(pid: int = 0) -> tuple[int, int]:
     """Permitted and inheritable set of a process, or of this thread, as bit masks."""
     data = ctypes.create_string_buffer(_DATA.size)
-    _call("capget", _HEADER.pack(_CAPABILITY_VERSION_3, pid), data)
+    libc.call("capget", _HEADER.pack(_CAPABILITY_VERSION_3, pid), data)
     _, p0, i0, _, p1, i1 = _DATA.unpack(data.raw)
     return p0 | p1 << 32, i0 | i1 << 32
 
@@ -56,7 +46,7 @@ def drop_groups() -> None:
 
 def die_with_parent(parent: int) -> None:
     """Be killed when the parent process ends, or end now if it has ended already."""
-    _call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    libc.call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)
 
@@ -72,7 +62,7 @@ def can_make_nodes(pid: int) -> bool:
     try:
         if not _sets(pid)[0] & 1 << CAP_MKNOD:
             return False
-        return proc.read(f"/proc/{pid}/uid_map").split() == [b"0", b"0", b"4294967295"]
+        return proc.in_hosts_user_namespace(pid)
     except OSError:  # gone
         return False
 
@@ -97,21 +87,21 @@ class Rights:
         returns what is in force. Raises PermissionError when the ids could not be taken.
         """
         try:
-            _libc.setfsgid(gid)
-            _libc.setfsuid(uid)
+            libc.library.setfsgid(gid)
+            libc.library.setfsuid(uid)
             # After setfsuid: leaving or reaching fsuid 0 makes the kernel change the effective set by itself.
-            _call("capset", self._header, self._mknod)
-            if _libc.setfsuid(-1) & _ID != uid or _libc.setfsgid(-1) & _ID != gid:
+            libc.call("capset", self._header, self._mknod)
+            if libc.library.setfsuid(-1) & _ID != uid or libc.library.setfsgid(-1) & _ID != gid:
                 raise PermissionError(f"the file system rights of {uid}:{gid} cannot be taken")
             yield
         finally:
-            _call("capset", self._header, self._all)  # first: CAP_SETUID is needed to go back
-            _libc.setfsuid(self._uid)
-            _libc.setfsgid(self._gid)
-            _call("capset", self._header, self._all)
+            libc.call("capset", self._header, self._all)  # first: CAP_SETUID is needed to go back
+            libc.library.setfsuid(self._uid)
+            libc.library.setfsgid(self._gid)
+            libc.call("capset", self._header, self._all)
             die_with_parent(self._parent)  # the kernel forgets the wish with every change of fsuid or capabilities
             # It also gives /proc/self to root then: /proc/self/fdinfo would be out of reach (until Linux 5.14).
-            _call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
+            libc.call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
 
 
 _ID = 0xFFFFFFFF

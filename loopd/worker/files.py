@@ -19,7 +19,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from loopd.kernel import proc
+from loopd.kernel import libc, proc
 from loopd.protocol.wire import Attach, Code, Refusal
 
 ANSWERING = frozenset(
@@ -38,8 +38,6 @@ AT_STATX_DONT_SYNC = 0x4000
 STATX_TYPE, STATX_INO, STATX_MNT_ID, STATX_MNT_ID_UNIQUE = 0x1, 0x100, 0x1000, 0x4000  # Linux 5.8; the last 6.8
 _STATX = struct.Struct("=I24xH2xQ88xIIIIQ104x")  # mask, mode, ino, rdev, dev, mount id of struct statx
 F_GET_SEALS = 1034
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Identity(NamedTuple):
@@ -66,9 +64,7 @@ class FileSystem(NamedTuple):
 
 def _statx(fd: int, mask: int) -> tuple[int, ...]:
     buffer = ctypes.create_string_buffer(_STATX.size)
-    if _libc.statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, mask, buffer) < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
+    libc.call("statx", fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, mask, buffer)
     return _STATX.unpack(buffer.raw)
 
 

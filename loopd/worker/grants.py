@@ -8,7 +8,6 @@ nodes are made in `nodes`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -17,6 +16,7 @@ import stat
 import struct
 from collections.abc import Callable
 
+from loopd.kernel import libc
 from loopd.protocol.wire import Code, Refusal
 from loopd.worker.files import identify
 from loopd.worker.nodes import READ, SEARCH, WRITE, access_list, listed, names
@@ -178,8 +178,6 @@ MOUNT_ATTR_RDONLY = 0x1
 _READ_ONLY = struct.pack("=QQQQ", MOUNT_ATTR_RDONLY, 0, 0, 0)  # struct mount_attr: set, clear, propagation, namespace
 AT_EMPTY_PATH = 0x1000
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def detached_mount(directory: int) -> int:
     """A mount of the directory that is attached nowhere yet: a client with CAP_SYS_ADMIN in its own user namespace can
@@ -187,15 +185,18 @@ def detached_mount(directory: int) -> int:
     mount is read-only, because root of a container may be the host's (mount_setattr(2), Linux 5.12; before that it is
     not).
     """
-    fd = int(_libc.syscall(SYS_OPEN_TREE, directory, b"", OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH))
-    if fd < 0:
-        error = ctypes.get_errno()
-        raise Refusal(Code.UNDELIVERABLE, f"deliver: the directory cannot be made a mount: {os.strerror(error)}")
-    if _libc.syscall(SYS_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, _READ_ONLY, len(_READ_ONLY)) < 0:
-        error = ctypes.get_errno()
-        if error != errno.ENOSYS:
+    try:
+        fd = libc.call("syscall", SYS_OPEN_TREE, directory, b"", OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH)
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise Refusal(Code.UNDELIVERABLE, f"deliver: the directory cannot be made a mount: {why}") from error
+    try:
+        libc.call("syscall", SYS_MOUNT_SETATTR, fd, b"", AT_EMPTY_PATH, _READ_ONLY, len(_READ_ONLY))
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
             os.close(fd)
-            raise Refusal(Code.UNDELIVERABLE, f"deliver: the mount cannot be made read-only: {os.strerror(error)}")
+            why = os.strerror(error.errno or 0)
+            raise Refusal(Code.UNDELIVERABLE, f"deliver: the mount cannot be made read-only: {why}") from error
     return fd
 
 
