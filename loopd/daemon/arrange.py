@@ -98,17 +98,14 @@ class Arrangements:
             return
         lease.revoking = True
         while lease.revoking:
-            await lease.account.revoking.take()
-            lease.revoking = False
-            if lease.state not in (State.BOUND, State.RELEASING):  # the slot is another's, or about to be
-                lease.account.revoking.give()
-                break
-            message = Revoke(lease.binding.devname, lease.holder.client)
-            patience = self._books.policy.request_timeout
-            job = Job(message, [lease.slot.fd], patience, lease.account.jobs, lambda: self._books.stuck(lease))
-            self._books.pool.submit(job)
-            job.over.then(lease.account.revoking.give)
-            await job.over
+            async with lease.account.revoking:
+                lease.revoking = False
+                if lease.state not in (State.BOUND, State.RELEASING):  # the slot is another's, or about to be
+                    break
+                message = Revoke(lease.binding.devname, lease.holder.client)
+                patience = self._books.policy.request_timeout
+                job = Job(message, [lease.slot.fd], patience, lease.account.jobs, lambda: self._books.stuck(lease))
+                await self._books.pool.submit(job).over
         lease.revoking = None
         async with lease.turn:
             # A partition may have come back with its old number while its node was closed.

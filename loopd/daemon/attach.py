@@ -11,12 +11,12 @@ import resource
 import time
 
 from loopd.children.flow import start
-from loopd.children.pool import ENDED, HUNG, Job
+from loopd.children.pool import Job
 from loopd.daemon.accounts import Owner
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
 from loopd.daemon.counter import Exhausted
-from loopd.daemon.exchange import Answers, Exchange
+from loopd.daemon.exchange import Answers, Exchange, answered
 from loopd.daemon.leases import Holder, Lease
 from loopd.daemon.policy import Allow
 from loopd.daemon.recovery import Recovery, attached
@@ -224,14 +224,10 @@ class Attaches:
         """Have the worker bind and make the nodes. What it says at the end, with its fds. Raises Refusal."""
         while True:
             message, fds = await job.answer()
-            if message is ENDED:
-                raise Refusal(Code.INTERNAL, "the worker process of this request ended")
-            if message is HUNG:
-                raise Refusal(Code.TIMEOUT, "the request was not done in time: do its files answer?")
             if isinstance(message, Done):
                 return message, fds
             fds.close()
-            assert isinstance(message, NumberPlease)
+            assert isinstance(answered(message), NumberPlease)
             try:
                 job.send(UseNumber(await self._another_number(mine, job)))
             except Refusal as refusal:

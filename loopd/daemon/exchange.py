@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from typing import Any
 
+from loopd.children.pool import ENDED, HUNG
 from loopd.daemon.accounts import NOBODY, Account, Membership, Owner, owner_of
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
@@ -55,6 +57,15 @@ class Exchange:
     def owns(self, holder: Holder) -> bool:
         """Whether a lease of that holder is the sender's."""
         return self.owner != NOBODY and self.owner == holder.owner
+
+
+def answered(message: Any) -> Any:
+    """What the worker of a request says. Raises Refusal where it ended or hangs."""
+    if message is ENDED:
+        raise Refusal(Code.INTERNAL, "the worker process of this request ended")
+    if message is HUNG:
+        raise Refusal(Code.TIMEOUT, "the request was not done in time: do its files answer?")
+    return message
 
 
 class Answers:

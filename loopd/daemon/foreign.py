@@ -191,9 +191,7 @@ class Foreign:
             text = f"A worker process hangs in {devname}: it was killed, and is charged until it ends"
             self._books.audit.record(Event.STUCK, text, device=devname, number=number, account=account.name or None)
 
-        await account.turns.take()
-        job = Job(Nudge(number, diskseq), [], self._books.policy.request_timeout, account.jobs, hangs)
-        self._books.pool.submit(job)
-        await job.over
-        account.turns.give()
+        async with account.turns:
+            job = Job(Nudge(number, diskseq), [], self._books.policy.request_timeout, account.jobs, hangs)
+            await self._books.pool.submit(job).over
         self._nudged.discard(devname)

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 from loopd.children.bugs import described
 from loopd.children.flow import start
-from loopd.children.pool import ENDED, HUNG, Job
+from loopd.children.pool import Job
 from loopd.daemon import accounts
 from loopd.daemon.accounts import Account, Membership
 from loopd.daemon.attach import Attaches, Reservation
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
 from loopd.daemon.dropping import Dropping
-from loopd.daemon.exchange import Answers, Exchange
+from loopd.daemon.exchange import Answers, Exchange, answered
 from loopd.daemon.operations import Operations
 from loopd.daemon.policy import Limits
 from loopd.kernel import transport
@@ -239,7 +239,7 @@ class Service:
         """The datagram is off the queue: keep the fds that were vetted, and let the next datagram come."""
         message, fds = await job.answer()
         exchange.fds = FdSet(fds.steal(index) for index in range(len(fds)))
-        taken: Taken = _answer(message)
+        taken: Taken = answered(message)
         given = iter(exchange.fds)
         pidfd = next(given) if taken.pidfd else None
         exchange.reply_fd = next(given) if taken.reply else None
@@ -250,13 +250,13 @@ class Service:
 
     async def _recognise(self, job: Job) -> str:
         """The name of the grant that was sent along; empty where it is none."""
-        message: Recognised = _answer(await job.done())
+        message: Recognised = answered(await job.done())
         if message.refusal is not None:
             raise message.refusal
         return message.grant
 
     async def _change(self, job: Job) -> wire.Granted:
-        message = _answer(await job.done())
+        message = answered(await job.done())
         if not isinstance(message, Changed):
             raise message.refusal
         return wire.Granted(message.path)
@@ -276,12 +276,3 @@ def _unwanted(account: Account, limits: Limits) -> bool:
     answered = any(request.finished for request in account.requests)
     crowded = len(account.requests) >= limits.requests + answered
     return crowded or account.hung >= limits.stuck or account.hanging >= Account.MOST_HANGING
-
-
-def _answer(message: Any) -> Any:
-    """What a worker says. Raises Refusal where it ended or hangs."""
-    if message is ENDED:
-        raise Refusal(Code.INTERNAL, "the worker process of this request ended")
-    if message is HUNG:
-        raise Refusal(Code.TIMEOUT, "the request was not done in time: do its files answer?")
-    return message
