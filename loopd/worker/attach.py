@@ -110,7 +110,7 @@ class Attaching:
                 records.write(self._slot, holder, kept_by, expected, self._row, kept)
             except OSError as error:  # ETOOMANYREFS, ENOBUFS: too many fds are in flight
                 raise Refusal(Code.NO_DEVICE, f"the lease cannot be booked: {error}") from error
-            self._tools.bindings.intend(self._row, expected)
+            self._tools.bindings.note(self._row, expected)
 
         try:
             return bind.bind(self._tools.control, self._tools.access, request, next_number, intend, self._note)
@@ -123,7 +123,7 @@ class Attaching:
             records.note_bound(self._slot, binding)
         except OSError as error:  # ENOBUFS, ENOMEM
             raise Refusal(Code.NO_DEVICE, f"the lease cannot be booked: {error}") from error
-        self._tools.bindings.bound(self._row, binding)
+        self._tools.bindings.note(self._row, binding)
 
     def _ask_for_number(self) -> Number:
         # The last number is lost: without a record of it, for the main process gives it away.

@@ -236,5 +236,4 @@ def carries(loop: Loop, binding: Binding) -> bool:
         info = loop.get_status()
     except OSError:  # ENXIO
         return False
-    major, _, minor = binding.backing_dev.partition(":")
-    return (info.lo_device, info.lo_inode) == (os.makedev(int(major), int(minor)), binding.backing_inode)
+    return (info.lo_device, info.lo_inode) == binding.backing

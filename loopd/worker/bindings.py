@@ -60,15 +60,10 @@ class Bindings:
         with contextlib.suppress(OSError):
             os.pwrite(self.fd, _ROW.pack(number, dev, inode, diskseq), _HEADER.size + row * _ROW.size)
 
-    def intend(self, row: int, binding: Binding) -> None:
-        """The file is about to be bound to the number."""
-        major, _, minor = binding.backing_dev.partition(":")
+    def note(self, row: int, binding: Binding) -> None:
+        """The file is bound to the number; where the diskseq is not known, it is about to be."""
         diskseq = 0 if binding.diskseq is None else binding.diskseq + 1
-        self._write(row, binding.number + 1, os.makedev(int(major), int(minor)), binding.backing_inode, diskseq)
-
-    def bound(self, row: int, binding: Binding) -> None:
-        """The file is bound to the number."""
-        self.intend(row, binding)
+        self._write(row, binding.number + 1, *binding.backing, diskseq)
 
     def forget(self, row: int) -> None:
         """Empty the row: loopd has let go of the device."""

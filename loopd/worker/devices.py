@@ -46,6 +46,12 @@ class Binding(NamedTuple):
     ref: str
     backing_view: str = CLIENT
 
+    @property
+    def backing(self) -> tuple[int, int]:
+        """Device and inode number of the backing file, as stat(2) and LOOP_GET_STATUS64 have them."""
+        major, _, minor = self.backing_dev.partition(":")
+        return os.makedev(int(major), int(minor)), self.backing_inode
+
 
 def device_number(name: str, disk: str | None = None) -> tuple[int, int]:
     """Major and minor of a disk, or of partition `name` of `disk`. Never derived from the name: loop.max_part shifts
