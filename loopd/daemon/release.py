@@ -66,7 +66,7 @@ class Releases:
         if not isinstance(displaced, Displaced):
             lease.sure = False
             return True
-        lease.nodes = displaced.nodes
+        lease.nodes, lease.sure = displaced.nodes, True
         patience = books.policy.write_back_timeout
         unbound = await books.work(lease, Unbind(lease.binding, lease.slot.row, lease.cleared), patience)
         if not isinstance(unbound, Unbound):
@@ -88,8 +88,9 @@ class Releases:
                 continue
             if lease.become(State.HELD):
                 self._books.record(Event.HELD, lease, "is still open elsewhere and goes at its last close")
-            else:
-                # A client that has the device open may have cleared autoclear: then its last close would not unbind.
+            elif lease.nodes or not lease.cleared or devices.autoclear(lease.binding.devname) is False:
+                # Something is left to do, or a client that has the device open has cleared autoclear: then its last
+                # close would not unbind.
                 bound = await self._let_go(lease)
             looked = time.monotonic()
 
