@@ -19,10 +19,12 @@ from loopd.losetup import (
     MAPPER,
     NAME,
     S_IFBLK,
+    S_IFREG,
     VERSION,
     Failure,
     Options,
     attach,
+    attached,
     backing_file,
     backs,
     become,
@@ -41,14 +43,12 @@ from loopd.losetup import (
     say,
     tidy,
 )
-from loopd.table import read_table
+from loopd.table import table_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from loopd.losetup import Lease
     from loopd.table import Partition
-
-S_IFREG = 0o100000
 
 USAGE = """Usage:
   kpartx [-a|-d|-u|-l] [-r] [-p] [-f] [-g] [-s|-n] [-v] wholedisk
@@ -203,11 +203,7 @@ class Disk:
     def partitions(self, kind: str, force_gpt: bool) -> list[Partition]:
         """The partitions in its table."""
         try:
-            fd = posix.open(self.path, posix.O_RDONLY | posix.O_CLOEXEC)
-            try:
-                found, partitions = read_table(fd, self.lease["sector_size"], force_gpt)
-            finally:
-                posix.close(fd)
+            found, partitions = table_of(self.path, self.lease["sector_size"], force_gpt)
         except OSError as error:
             raise Failure(f"{self.path}: {error.strerror}") from None
         return partitions if kind in ("", found) else []
@@ -229,12 +225,7 @@ def attached_disk(arguments: Arguments) -> Lease:
     """Attach the file, as losetup without options does."""
     options = Options()
     options.read_only = arguments.read_only
-    try:
-        name = attach(open_image(arguments.disk, options.read_only), options)["devname"]
-    except OSError as error:
-        raise Failure(f"can't set up loop: {arguments.disk}: {error.strerror}") from None
-    except Failure as failure:
-        raise Failure(f"can't set up loop: {arguments.disk}: {failure}") from None
+    name = attached(arguments.disk, options, f"can't set up loop: {arguments.disk}")["devname"]
     make_flat(name)
     return next(lease for lease in leases() if lease["devname"] == name)
 

@@ -60,7 +60,7 @@ def mode(path: str) -> int:
         return 0
 
 
-S_IFDIR, S_IFBLK = 0o040000, 0o060000
+S_IFDIR, S_IFBLK, S_IFREG = 0o040000, 0o060000, 0o100000
 
 VERSION = "0.1.0"
 SPEAKS = "2.42"
@@ -721,6 +721,16 @@ def checked_reference(text: str) -> str:
     return text
 
 
+def attached(file: str, options: Options, failed: str) -> Lease:
+    """Attach a file; Failure that begins with `failed`."""
+    try:
+        return attach(open_image(file, options.read_only), options)
+    except OSError as error:
+        raise Failure(f"{failed}: {error.strerror}") from None
+    except Failure as failure:
+        raise Failure(f"{failed}: {failure}") from None
+
+
 def create(options: Options) -> None:
     file = options.file or ""
     lease = overlapping(options) if options.no_overlap else None
@@ -729,12 +739,7 @@ def create(options: Options) -> None:
             raise Failure(f"{file}: overlapping read-only loop device exists")
         path = keep(lease)
     else:
-        try:
-            reply = attach(open_image(file, options.read_only), options)
-        except OSError as error:
-            raise Failure(f"{file}: failed to set up loop device: {error.strerror}") from None
-        except Failure as failure:
-            raise Failure(f"{file}: failed to set up loop device: {failure}") from None
+        reply = attached(file, options, f"{file}: failed to set up loop device")
         path = make_flat(reply["devname"], options.partscan and not reply.get("partitions"))
         tidy()
         if options.partscan:

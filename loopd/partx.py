@@ -16,11 +16,12 @@ from loopd.losetup import (
     DIRECTORY,
     NAME,
     S_IFBLK,
+    S_IFREG,
     VERSION,
     Failure,
     Options,
     ask_about,
-    attach,
+    attached,
     become,
     devname,
     environment,
@@ -29,7 +30,6 @@ from loopd.losetup import (
     make_flat,
     mode,
     node,
-    open_image,
     put,
     real,
     say,
@@ -37,7 +37,7 @@ from loopd.losetup import (
     tell_of_partitions,
     tidy,
 )
-from loopd.table import read_table
+from loopd.table import table_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from loopd.losetup import Lease
     from loopd.table import Partition
 
-S_IFREG = 0o100000
 NODE_WAIT = 1.0
 """Seconds for loopd to make the node of a partition that the kernel has."""
 
@@ -65,14 +64,10 @@ def ours(device: str) -> Lease | None:
     return next((lease for lease in leases() if lease["devname"] == name), None)
 
 
-def table_of(path: str, lease: Lease) -> tuple[str, list[Partition]]:
+def table(path: str, lease: Lease) -> tuple[str, list[Partition]]:
     """What the device's table has."""
     try:
-        fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
-        try:
-            return read_table(fd, lease["sector_size"])
-        finally:
-            posix.close(fd)
+        return table_of(path, lease["sector_size"])
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}") from None
 
@@ -108,7 +103,7 @@ def in_the_kernel(lease: Lease) -> dict[int, tuple[int, int]]:
 
 def bring(path: str, lease: Lease) -> int:
     """Have the kernel's partitions, and their nodes, be those of the table; 1 where some are missing then."""
-    _, partitions = table_of(path, lease)
+    _, partitions = table(path, lease)
     right = {number: (start, size) for number, start, size, _ in partitions}
     refusal = "the kernel did not find them"
     # What is right already stays: to read the table again takes every node away for a moment.
@@ -189,7 +184,7 @@ def partx(words: list[str]) -> int:
         become(real("partx"))
     disk = operands[-1]
     if mode(disk) == S_IFREG and actions[0] == "a":
-        disk = attached(disk, verbose="v" in letters)
+        disk = attached_disk(disk, verbose="v" in letters)
     lease = ours(disk)
     if lease is None:
         become(real("partx"))
@@ -202,15 +197,11 @@ def partx(words: list[str]) -> int:
     return 0
 
 
-def attached(file: str, verbose: bool) -> str:
+def attached_disk(file: str, verbose: bool) -> str:
     """The device of a file, which partx attaches as losetup does."""
     options = Options()
     options.partscan = True
-    try:
-        path = make_flat(attach(open_image(file, False), options)["devname"])
-    except (Failure, OSError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise Failure(f"{file}: failed to set up loop device: {why}") from None
+    path = make_flat(attached(file, options, f"{file}: failed to set up loop device")["devname"])
     if verbose:
         put(f"Trying to use '{path}' for the loop device\n")
     return path
@@ -224,7 +215,7 @@ KINDS = {"gpt": "gpt", "dos": "msdos"}
 
 def summary(path: str, lease: Lease) -> str:
     """The line of --summary: logical partitions in brackets behind the one that they are in."""
-    kind, partitions = table_of(path, lease)
+    kind, partitions = table(path, lease)
     text = f"{path}: {KINDS.get(kind, kind)} partitions"
     for number, _, _, container in partitions:
         inside = [str(row[0]) for row in partitions if row[3] == number]

@@ -45,6 +45,15 @@ def read_table(fd: int, sector: int, force_gpt: bool = False) -> tuple[str, list
     return ("dos", read_dos(fd, sector, first)) if is_mbr and not protective else ("", [])
 
 
+def table_of(path: str, sector: int, force_gpt: bool = False) -> tuple[str, list[Partition]]:
+    """`read_table` of a device. OSError as open(2) and pread(2)."""
+    fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
+    try:
+        return read_table(fd, sector, force_gpt)
+    finally:
+        posix.close(fd)
+
+
 def entries_of(block: bytes, count: int) -> list[bytes]:
     """The entries of a block of an MBR."""
     return [block[446 + 16 * index : 462 + 16 * index] for index in range(count)]
