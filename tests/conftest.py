@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -242,6 +242,33 @@ class Daemon:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         eventually(lambda: not bound_to(self.directory.parent), "no file of the test is bound", 10)
+
+
+D = TypeVar("D", bound=Daemon)
+
+
+@contextlib.contextmanager
+def grants_at(path: Path) -> Iterator[Path]:
+    """A tmpfs for directory grants, as run-loopd\\x2ddev.mount has one."""
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "loopd-test", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+@contextlib.contextmanager
+def granted(start: Callable[..., D], place: Path, name: str) -> Iterator[tuple[D, Path, int]]:
+    """A daemon with a directory grant of that name: the daemon, where the grant is, and the client's fd of it."""
+    with grants_at(place / "grants") as grants:
+        daemon = start(f"--grant-directory={grants}")
+        path = Path(daemon.ask(wire.Directory(name, 0), []).fields["path"])
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield daemon, path, directory
+        finally:
+            os.close(directory)
 
 
 LOCKS = "allow.lock = true\n"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LOCKS, ROOT, Daemon, Reply, bound_to, eventually, exists, require
+from conftest import LOCKS, ROOT, Daemon, Reply, bound_to, eventually, exists, granted, require
 from kept import KINDS, Kept, hold, kept_fixture, start_kept_fixture  # noqa: F401
 from processes import injected
 from untouched import children
@@ -115,20 +115,10 @@ def needs_nodes() -> None:
     require(os.path.exists("/dev/loop-control"), "needs a devtmpfs, for the host's own nodes")
 
 
-@pytest.fixture
-def granted(tmp_path: Path, start_daemon: Callable[..., Daemon]) -> Iterator[tuple[Daemon, int, Path]]:
-    """A daemon with a directory for a client: the client's fd of it, and where it is."""
-    grants = tmp_path / "grants"
-    grants.mkdir()
-    with contextlib.ExitStack() as stack:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "loopd-test", grants], check=True)
-        stack.callback(lambda: subprocess.run(["umount", "--lazy", grants], check=True))
-        found = start_daemon(f"--grant-directory={grants}")
-        path = Path(found.ask(wire.Directory("holders", 0), []).fields["path"])
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        stack.callback(os.close, directory)
-        stack.callback(found.stop)
-        yield found, directory, path
+@pytest.fixture(name="granted")
+def granted_fixture(tmp_path: Path, start_daemon: Callable[..., Daemon]) -> Iterator[tuple[Daemon, Path, int]]:
+    with granted(start_daemon, tmp_path, "holders") as found:
+        yield found
 
 
 # While a lease lives ----------------------------------------------------------------------------------------------
@@ -171,10 +161,10 @@ def test_whatever_was_asked_for(
 
 @pytest.mark.parametrize("deliver", [("node",), ("fd",), ("mount",), ("node", "fd"), ("mount", "fd")], ids="+".join)
 def test_however_it_is_handed_over(
-    granted: tuple[Daemon, int, Path], image: int, tmp_path: Path, deliver: tuple[str, ...]
+    granted: tuple[Daemon, Path, int], image: int, tmp_path: Path, deliver: tuple[str, ...]
 ) -> None:
     """An fd is the client's own: it has the device open until it closes it, and nobody but it."""
-    daemon, directory, path = granted
+    daemon, path, directory = granted
     reply = daemon.attach(image, directory if "node" in deliver else None, deliver=deliver, partscan=True)
     assert reply.code is None, reply.fields
     name = reply.fields["devname"]
@@ -335,15 +325,8 @@ def test_during_an_outage(
 
 
 def test_in_a_grant_with_partscan_after_a_kill(start_kept: Callable[..., Kept], image: int, tmp_path: Path) -> None:
-    grants = tmp_path / "grants"
-    grants.mkdir()
     with contextlib.ExitStack() as stack:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "loopd-test", grants], check=True)
-        stack.callback(lambda: subprocess.run(["umount", "--lazy", grants], check=True))
-        kept = start_kept(f"--grant-directory={grants}")
-        place = Path(kept.ask(wire.Directory("holders", 0), []).fields["path"])
-        directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-        stack.callback(os.close, directory)
+        kept, place, directory = stack.enter_context(granted(start_kept, tmp_path, "holders"))
         lease = stack.enter_context(hold(kept, "socket", image, directory, partscan=True))
         with Loop(int(lease.name[4:])) as loop:
             loop.add_partition(2, 65536, 65536)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import LOCKS, Daemon, bound_to, configured, eventually, exists, require
+from conftest import LOCKS, Daemon, bound_to, configured, eventually, exists, grants_at, require
 from kept import Kept
 from processes import stays
 
@@ -116,11 +116,8 @@ class Rig:
 def make_rig(tmp_path: Path, how: str, start_daemon: Callable[..., Daemon]) -> Iterator[Rig]:
     require(os.geteuid() == 0, "needs root: loop devices")
     require(os.path.exists("/dev/loop-control"), "needs /dev/loop-control")
-    grants = tmp_path / "grants"
-    grants.mkdir()
     with contextlib.ExitStack() as stack:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "loopd-test", grants], check=True)
-        stack.callback(lambda: subprocess.run(["umount", "--lazy", grants], check=True))
+        grants = stack.enter_context(grants_at(tmp_path / "grants"))
         daemon: Daemon
         if how == "store":
             (tmp_path / "kept").mkdir()

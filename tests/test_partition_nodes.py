@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import Daemon, eventually, require
+from conftest import Daemon, eventually, granted, require
 from processes import stays
 from untouched import stopped
 
@@ -277,20 +277,10 @@ def test_with_large_sectors(daemon: Daemon, image: int, directory: int, devices:
 def test_in_a_directory_of_loopds(
     start_daemon: Callable[..., Daemon], image: int, tmp_path: Path, deliver: str
 ) -> None:
-    grants = tmp_path / "grants"
-    grants.mkdir()
-    with contextlib.ExitStack() as stack:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "loopd-test", grants], check=True)
-        stack.callback(lambda: subprocess.run(["umount", "--lazy", grants], check=True))
-        daemon = start_daemon(f"--grant-directory={grants}")
-        stack.callback(daemon.stop)
-        place = Path(daemon.ask(wire.Directory("nodes", 0), []).fields["path"])
-        directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-        stack.callback(os.close, directory)
+    with granted(start_daemon, tmp_path, "nodes") as (daemon, place, directory):
         given = directory if deliver == "node" else None
-        disk = stack.enter_context(make_disk(daemon, image, given, place, deliver=deliver))
-        stack.enter_context(disk.node(1).open("rb"))
-        disk.stays(lambda: boot_loader(disk, 512, MIB))
+        with make_disk(daemon, image, given, place, deliver=deliver) as disk, disk.node(1).open("rb"):
+            disk.stays(lambda: boot_loader(disk, 512, MIB))
 
 
 def test_what_is_written_into_a_partition(dos: Disk) -> None:

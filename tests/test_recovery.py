@@ -10,7 +10,6 @@ import random
 import signal
 import socket
 import stat
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LOCKS, ask, bound_to, eventually, exists
+from conftest import LOCKS, ask, bound_to, eventually, exists, granted
 from kept import KINDS, Holding, Kept, Record, hold, once_there, start_kept_fixture, traced  # noqa: F401
 from processes import NOBODY, Child, become, stays
 from untouched import children, helpers, maker, pair, reply_of, send, state
@@ -267,19 +266,11 @@ def test_left_over_partitions_go_with_the_device(
     kept.end()
 
 
-@pytest.fixture
-def granted(start_kept: Callable[..., Kept], tmp_path: Path) -> Iterator[tuple[Kept, Path, int]]:
-    """A daemon with a directory of its own for a client: where it is, and the client's fd of it."""
-    grants = tmp_path / "grants"
-    grants.mkdir()
-    with contextlib.ExitStack() as stack:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "loopd-test", grants], check=True)
-        stack.callback(lambda: subprocess.run(["umount", "--lazy", grants], check=True))
-        kept = start_kept("--grant-directory", str(grants))
-        directory = os.open(kept.ask(wire.Directory("build", 0), []).fields["path"], os.O_RDONLY)
-        stack.callback(os.close, directory)
-        yield kept, grants / "0-build", directory
-        eventually(lambda: not list((grants / "0-build").iterdir()), "nothing is left")
+@pytest.fixture(name="granted")
+def granted_fixture(start_kept: Callable[..., Kept], tmp_path: Path) -> Iterator[tuple[Kept, Path, int]]:
+    with granted(start_kept, tmp_path, "build") as (kept, place, directory):
+        yield kept, place, directory
+        eventually(lambda: not list(place.iterdir()), "nothing is left")
         kept.end()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import shutil
@@ -17,15 +16,14 @@ from typing import Any
 
 import pytest
 from conftest import Daemon, bound_to, eventually, require
-from processes import CLONE_NEWPID, CLONE_NEWUSER, Child, become
-from untouched import cgroup, pair, reply_of, send
+from processes import CLONE_NEWPID, CLONE_NEWUSER, Child, become, unshare
+from untouched import needed_cgroup, pair, reply_of, send
 
 from loopd.protocol import wire
 
 ALICE = 20001
 ATTACH = wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",)))
 
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def ask_as(path: str, payload: bytes, image: int, pid: int | None = None) -> dict[str, Any]:
@@ -48,17 +46,13 @@ def outcome(fields: dict[str, Any]) -> str:
 
 @pytest.fixture
 def tenant() -> Iterator[Callable[[], None]]:
-    with cgroup(f"loopd-test-tenant-{os.getpid()}") as enter:
-        require(enter, "needs a cgroup hierarchy to make a cgroup in")
-        assert enter is not None
+    with needed_cgroup(f"loopd-test-tenant-{os.getpid()}") as enter:
         yield enter
 
 
 @pytest.fixture
 def session() -> Iterator[Callable[[], None]]:
-    with cgroup(f"loopd-test-session-{os.getpid()}") as enter:
-        require(enter, "needs a cgroup hierarchy to make a cgroup in")
-        assert enter is not None
+    with needed_cgroup(f"loopd-test-session-{os.getpid()}") as enter:
         yield enter
 
 
@@ -73,8 +67,7 @@ def container(
         os.chdir(daemon.directory)
         enter()
         become(ALICE)
-        if _libc.unshare(CLONE_NEWUSER | CLONE_NEWPID) < 0:
-            raise OSError(ctypes.get_errno(), "unshare")
+        unshare(CLONE_NEWUSER | CLONE_NEWPID)
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {ALICE} 1")
         Path("/proc/self/gid_map").write_text(f"0 {ALICE} 1")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Daemon, Reply, bound_to, eventually, exists, require
+from conftest import Daemon, Reply, bound_to, eventually, exists, granted, require
 from kept import Kept, hold, kept_fixture, start_at, start_kept_fixture  # noqa: F401
 from processes import stays
 from untouched import leases, stopped
@@ -110,16 +110,7 @@ def test_with_its_partition_nodes(daemon: Daemon, image: int, directory: int, de
 def test_however_it_was_handed_over(
     start_daemon: Callable[..., Daemon], image: int, tmp_path: Path, deliver: str
 ) -> None:
-    grants = tmp_path / "grants"
-    grants.mkdir()
-    with contextlib.ExitStack() as stack:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "loopd-test", grants], check=True)
-        stack.callback(lambda: subprocess.run(["umount", "--lazy", grants], check=True))
-        daemon = start_daemon(f"--grant-directory={grants}")
-        stack.callback(daemon.stop)
-        place = Path(daemon.ask(wire.Directory("unbind", 0), []).fields["path"])
-        directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-        stack.callback(os.close, directory)
+    with granted(start_daemon, tmp_path, "unbind") as (daemon, place, directory):
         with attached(daemon, image, directory if deliver == "node" else None, deliver=(deliver,)) as reply:
             name = reply.fields["devname"]
             if deliver == "fd":

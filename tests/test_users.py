@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Daemon, ask, eventually, require
+from conftest import Daemon, ask, eventually
 from kept import Kept, start_kept_fixture  # noqa: F401
 from processes import CLONE_NEWPID, Child, become, end_with_parent, mapped, unshare
-from untouched import cgroup
+from untouched import cgroup, needed_cgroup
 
 from loopd.protocol import wire
 
@@ -23,9 +23,7 @@ ATTACH = wire.encode_request(wire.Attach(0, reply_fd=1, deliver=("fd",)))
 @pytest.fixture
 def service() -> Iterator[Callable[[], None]]:
     """Enter the cgroup of a service."""
-    with cgroup(f"loopd-test-{os.getpid()}.service") as enter:
-        require(enter, "needs a cgroup hierarchy to make a cgroup in")
-        assert enter is not None
+    with needed_cgroup(f"loopd-test-{os.getpid()}.service") as enter:
         yield enter
 
 

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conftest import Daemon, Reply, bound_to, eventually
+from conftest import Daemon, Reply, bound_to, eventually, require
 
 from loopd.protocol import wire
 
@@ -348,6 +348,15 @@ def become(uid: int) -> Callable[[], None]:
         os.setresuid(uid, uid, uid)
 
     return act
+
+
+@contextlib.contextmanager
+def needed_cgroup(name: str) -> Iterator[Callable[[], None]]:
+    """As `cgroup`, for a test that cannot do without."""
+    with cgroup(name) as enter:
+        require(enter, "needs a cgroup hierarchy to make a cgroup in")
+        assert enter is not None
+        yield enter
 
 
 @contextlib.contextmanager
