@@ -11,6 +11,7 @@ from loopd.children.pool import Job
 from loopd.daemon.books import Books
 from loopd.daemon.leases import Lease, State
 from loopd.daemon.watches import Watches
+from loopd.daemon.windows import Windows
 from loopd.protocol.wire import Code, Refusal
 from loopd.worker.messages import Arrange, Arranged, Resize, Resized, Revoke
 
@@ -28,7 +29,8 @@ class Arrangements:
     def __init__(self, books: Books) -> None:
         self._books = books
         self.watches: Watches
-        """Set later: the watches need the arrangements, too."""
+        self.windows: Windows
+        """Both set later: the watches need the arrangements, too, and a window needs what comes after."""
 
     # Flows ------------------------------------------------------------------------------------------------------------
 
@@ -89,6 +91,9 @@ class Arrangements:
             self._books.partitioned(lease, answer.partitions, answer.excess)
             if not (answer.excess or limits.room(lease.account.partitions - lease.charged) >= lease.charged):
                 start(self._look(lease, 0, table=False))  # its account's other devices have got more meanwhile
+            if lease.binding.windows:
+                missing = await self.windows.arrange(lease, answer.extents)
+                return answer.refusal or missing
         return answer.refusal
 
     async def _revoke(self, lease: Lease) -> None:
@@ -133,7 +138,7 @@ class Arrangements:
         # Without a pause: the number of a partition that is gone is another's after some milliseconds (RCU). In a
         # client's own directory the client can open them again, and have a name looked up for ever.
         busy = lease.turn.waited_for or lease.account.turns.waited_for
-        if busy and lease.holder.grant:
+        if busy and lease.holder.grant and lease.binding.whole:
             start(self._revoke(lease))
         if lease.state is State.BOUND:
             start(self._look(lease, 0, table=False))

@@ -20,6 +20,9 @@ from loopd.kernel.poller import Poller
 from loopd.protocol.wire import Code
 from loopd.worker.files import HOST
 
+WARN_AT = 0.8
+"""How much of what the daemon has room for is taken when the administrator is warned."""
+
 
 class Books:
     """Accounts, leases, numbers and slots of one daemon, with its policy, its audit and its workers."""
@@ -43,6 +46,14 @@ class Books:
         self.instance = instance
         self.accounts = Accounts()
         self.leases = Leases()
+        self.warned: set[str] = set()
+        """What the administrator was warned of."""
+
+    def warn(self, what: str, text: str, **details: object) -> None:
+        """Tell the administrator, once."""
+        if what not in self.warned:
+            self.warned.add(what)
+            self.audit.record(Event.WARNED, text, **details)
 
     async def sleep(self, seconds: float) -> None:
         """Go on later."""

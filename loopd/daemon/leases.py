@@ -86,8 +86,9 @@ class Lease:
     """
 
     __slots__ = (
-        "_changed", "account", "binding", "charged", "cleared", "holder", "keeper", "kept_by", "lost", "names", "nodes",
-        "reason", "revoking", "slot", "state", "sure", "table", "told", "turn", "wanted_looks", "watch",
+        "_changed", "account", "binding", "charged", "cleared", "holder", "keeper", "kept_by", "lost", "names",
+        "nodes", "reason", "revoking", "slot", "state", "sure", "table", "told", "turn", "wanted_looks", "watch",
+        "windows",
     )  # fmt: skip
 
     def __init__(
@@ -111,6 +112,8 @@ class Lease:
         self.turn = Turns()
         self.revoking: bool | None = None
         """Closing of nodes: wanted (True), under way (False), neither (None)."""
+        self.windows: dict[str, Lease] = {}
+        """Its windows, by the names of the partitions."""
         self.charged = 0
         """Partitions that its account is charged with."""
         self.told = False
@@ -118,6 +121,10 @@ class Lease:
         self.wanted_looks: set[bool] = set()
         """Looks at its nodes that are due: with a look at the table (True), and without."""
         self._changed: Promise[None] = Promise()
+
+    def adopt(self, window: Lease) -> None:
+        """The window is one of this disk's."""
+        self.windows[window.binding.window] = window
 
     def become(self, state: State) -> bool:
         """Change the state, and wake the flows that wait for that; False where `NEXT` does not have it."""
@@ -140,7 +147,14 @@ class Lease:
     @property
     def partitions(self) -> tuple[str, ...]:
         """Names of the partition nodes that are there; of the partitions, where the lease has no directory."""
+        if self.binding.windows:
+            return tuple(sorted(self.windows, key=lambda name: int(name.rpartition("p")[2])))
         return self.names or tuple(node.name for node in self.nodes if node.name != self.binding.devname)
+
+    @property
+    def bytes(self) -> int:
+        """What its account is charged with: those of a window are the disk's."""
+        return 0 if self.binding.window else self.binding.size
 
     @property
     def age(self) -> float:
@@ -178,7 +192,7 @@ class Leases:
         for owner in (lease.holder.owner, _ANYBODY):
             bisect.insort(self._numbers.setdefault(owner, []), lease.binding.number)
         lease.account.devices += 1
-        lease.account.bytes += lease.binding.size
+        lease.account.bytes += lease.bytes
 
     def drop(self, lease: Lease) -> None:
         """Forget a lease whose device is gone."""
@@ -189,13 +203,14 @@ class Leases:
             if not numbers:
                 del self._numbers[owner]
         lease.account.devices -= 1
-        lease.account.bytes -= lease.binding.size
+        lease.account.bytes -= lease.bytes
         self.partitioned(lease, 0)
 
     def resized(self, lease: Lease, binding: Binding) -> None:
         """The device has another size."""
-        lease.account.bytes += binding.size - lease.binding.size
+        lease.account.bytes -= lease.bytes
         lease.binding = binding
+        lease.account.bytes += lease.bytes
 
     def partitioned(self, lease: Lease, count: int) -> None:
         """The device has so many partitions."""

@@ -129,6 +129,8 @@ class Operations:
         if lease is None or not (exchange.admin or exchange.owns(lease.holder)):
             # The same words for a device that is not there and for another's.
             raise Refusal(Code.NOT_FOUND, f"no device {devname} of yours")
+        if lease.binding.window:
+            raise Refusal(Code.INVALID, f"{devname} is {lease.binding.window}, a window that goes with its disk")
         return lease
 
     def _bound(self, exchange: Exchange, devname: str) -> Lease:
@@ -147,7 +149,8 @@ def _most_bytes(row: wire.LeaseInfo) -> int:
 def _row(lease: Lease, admin: bool) -> wire.LeaseInfo:
     binding, holder = lease.binding, lease.holder
     shared = binding._asdict()
-    del shared["number"], shared["backing_view"]
+    del shared["number"], shared["backing_view"], shared["windows"]
+    shared["window"] = binding.window or None
     return wire.LeaseInfo(
         **shared,
         state=lease.state.value,

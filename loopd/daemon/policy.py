@@ -71,6 +71,8 @@ class Allow(NamedTuple):
     """Use a block device as a backing file."""
     mknod: bool = True
     """Attach although it has CAP_MKNOD and could make nodes of other devices; if so, the reply warns."""
+    kernel_partitions: bool = False
+    """Have nodes of the kernel's partitions, also where the client could keep them and read another's data later."""
     file_systems: frozenset[str] = ANSWERING
     """Types of the file systems on which its files and directories may lie."""
     sector_sizes: frozenset[int] = frozenset(wire.SECTOR_SIZES)

@@ -31,10 +31,12 @@ from loopd.daemon.operations import Operations
 from loopd.daemon.recovery import Recovery
 from loopd.daemon.release import Releases
 from loopd.daemon.report import Reporter, collect_garbage
+from loopd.daemon.reserve import Reservations
 from loopd.daemon.service import Listener, Service
 from loopd.daemon.slots import Slots
 from loopd.daemon.uevents import Uevents
 from loopd.daemon.watches import Watches
+from loopd.daemon.windows import Windows
 from loopd.kernel import sysfs
 from loopd.kernel.inotify import Inotify
 from loopd.kernel.poller import Poller
@@ -147,11 +149,15 @@ class Daemon:
         self._releases = releases
         self._foreign = Foreign(books, releases)
         self._recovery = Recovery(books, self._watches, releases, self._arrangements, bindings)
+        reservations = Reservations(books, self._watches, self._recovery.abandon)
+        windows = self._arrangements.windows = Windows(books, reservations, releases)
         answers = Answers(books, sockets, by_hand=os.geteuid() == 0)
         self._dropping = Dropping(self._children, sockets)
         self._operations = Operations(books, releases, self._arrangements, lambda: self._hanging)
-        attaches = Attaches(books, answers, self._watches, releases, self._recovery)
-        self._service = Service(books, listeners, self._dropping, answers, attaches, self._operations)
+        attaches = Attaches(books, answers, self._watches, releases, reservations, windows)
+        self._service = Service(
+            books, listeners, self._dropping, answers, attaches, reservations, self._operations
+        )
 
     # Policy and signals -----------------------------------------------------------------------------------------------
 

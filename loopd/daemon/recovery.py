@@ -116,9 +116,14 @@ class Recovery:
                     text = f"The end of {account} cannot be watched: {error}"
                     self._books.audit.record(Event.WARNED, text, account=account)
         found, self._found = self._found, []
-        for lease, stored, fds in found:
+        released = {lease.binding.devname for lease, stored, _ in found if stored.released}
+        # Windows first: what becomes of a disk is about its windows, too.
+        for lease, stored, fds in sorted(found, key=lambda lease: not lease[0].binding.window):
             with FdSet(fds.values()):
-                self._carry_on(lease, stored, fds.get("reply", lease.keeper))
+                if lease.binding.window and not stored.released:
+                    self._carry_on_window(lease, stored, released)
+                else:
+                    self._carry_on(lease, stored, fds.get("reply", lease.keeper))
         with contextlib.suppress(OSError):  # an attach that needs a slot is told
             self._books.slots.top_up()
         numbers = self._books.numbers
@@ -149,6 +154,15 @@ class Recovery:
             if stored.answer == "sending":
                 self._answer_again(lease, reply)
             start(self._arrangements.restore(lease))
+
+    def _carry_on_window(self, window: Lease, stored: Stored, released: set[str]) -> None:
+        """The window goes on with its disk; without the disk it ends."""
+        disk = self._books.leases.get(window.binding.window.rpartition("p")[0])
+        there = disk is not None and disk.binding.devname not in released
+        if disk is not None and there and stored.bound and devices.still_bound(window.binding):
+            disk.adopt(window)
+        else:
+            start(self._releases.release(window, "failed"))
 
     def _answer_again(self, lease: Lease, reply: int | None) -> None:
         """Answer an attach once more: the daemon ended just when it answered. A client that has the answer ignores

@@ -8,7 +8,9 @@ RELEASING -> HELD -> RELEASED: somebody else still has the device open; the kern
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
+from loopd.children.flow import start
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
 from loopd.daemon.leases import Lease, State
@@ -42,12 +44,32 @@ class Releases:
         lease.reason = reason
         self.watches.forget(lease)
         async with lease.turn:
+            windows = list(lease.windows.values())
+            await self.let_go_of(windows, reason)
             bound = await self._let_go(lease)
+        lease.lost = next((window.lost for window in windows if window.lost), lease.lost)
         if lease.lost is not None:
             text = f"has lost data: the image lacks what was written to it: {lease.lost}"
             self._books.record(Event.LOST, lease, text, error=lease.lost)
         await self._wait_until_unbound(lease, bound=bound)
+        for window in windows:
+            await self._end_of(window, lease)
         await self._finish(lease)
+
+    async def let_go_of(self, windows: Iterable[Lease], reason: str) -> None:
+        """End windows. Returns when their nodes are gone; the kernel unbinds them at their last close."""
+        ending = list(windows)
+        for window in ending:
+            start(self.release(window, reason))
+        for window in ending:
+            while window.state in (State.BOUND, State.RELEASING):
+                await self._books.change(window, HELD_CHECK)
+
+    async def _end_of(self, window: Lease, disk: Lease) -> None:
+        """Wait until the kernel has let go of a window: its disk is in use until then."""
+        while window.state is not State.RELEASED:
+            disk.become(State.HELD)
+            await self._books.change(window, HELD_CHECK)
 
     async def resume(self, lease: Lease) -> None:
         """Go on with a release of an earlier daemon, which had let go of the device."""

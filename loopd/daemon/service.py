@@ -17,13 +17,14 @@ from loopd.children.flow import start
 from loopd.children.pool import Job
 from loopd.daemon import accounts
 from loopd.daemon.accounts import Account, Membership
-from loopd.daemon.attach import Attaches, Reservation
+from loopd.daemon.attach import Attaches
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
 from loopd.daemon.dropping import Dropping
 from loopd.daemon.exchange import Answers, Exchange, answered
 from loopd.daemon.operations import Operations
 from loopd.daemon.policy import Limits
+from loopd.daemon.reserve import Reservation, Reservations
 from loopd.kernel import transport
 from loopd.kernel.poller import ONCE
 from loopd.kernel.transport import FdSet, Sender
@@ -56,9 +57,10 @@ class Service:
 
     def __init__(
         self, books: Books, listeners: list[Listener], dropping: Dropping, answers: Answers, attaches: Attaches,
-        operations: Operations,
+        reservations: Reservations, operations: Operations,
     ) -> None:  # fmt: skip
         self._books = books
+        self._reservations = reservations
         self._listeners = listeners
         self._dropping = dropping
         self._answers = answers
@@ -165,7 +167,7 @@ class Service:
         terms = self._books.policy.terms(self._books.instance, member.account, sender.uid, sender.gid)
         if member.account == accounts.SHARED:
             terms = terms.for_strangers()
-            self._attaches.warn("shared", SHARED_WARNING)
+            self._books.warn("shared", SHARED_WARNING)
         if _unwanted(account, terms.limits):
             self._drop(index, sender, member, account, "too many of its requests are under way or hang", run=True)
             return
@@ -230,7 +232,7 @@ class Service:
         job.slow_at = min(job.slow_at, time.monotonic() + self.CLOSING)
         try:
             if mine is not None:
-                await self._attaches.end(mine, job)
+                await self._reservations.end(mine, job)
             await job.over
         finally:
             account.requests.discard(exchange)

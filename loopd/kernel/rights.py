@@ -67,6 +67,14 @@ def can_make_nodes(pid: int) -> bool:
         return False
 
 
+def may_count(pid: int) -> bool:
+    """Whether capabilities of process `pid` count on the host: it is in the host's user namespace, or gone."""
+    try:
+        return proc.in_hosts_user_namespace(pid)
+    except OSError:
+        return True
+
+
 class Rights:
     """loopd's own rights, to which a worker returns, and the way to a client's. Made once in each worker."""
 

@@ -212,6 +212,7 @@ class Detached(NamedTuple):
 class LeaseInfo(NamedTuple):
     """One row of the reply to ``list``. Times in seconds, sizes in bytes; the owner is for the admin socket. The
     client fills in `openers` and `backing_file_at_attach`, and puts the file's present name into `backing_file`.
+    `window`: the partition that the device is a window on; it goes with its disk.
     """
 
     devname: str
@@ -240,6 +241,7 @@ class LeaseInfo(NamedTuple):
     unit: str | None = None
     openers: tuple[str, ...] | None = None
     backing_file_at_attach: str | None = None
+    window: str | None = None
 
 
 class LeaseList(NamedTuple):

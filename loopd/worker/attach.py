@@ -12,12 +12,13 @@ from loopd.kernel import inotify, peers, rights
 from loopd.kernel.transport import FdSet, Packet
 from loopd.loop import Loop
 from loopd.protocol.wire import Attach, Code, Refusal
-from loopd.worker import access, bind, devices, files, nodes, partitions, records
+from loopd.worker import access, bind, devices, files, nodes, partitions
 from loopd.worker.bind import Bound
-from loopd.worker.devices import Binding, Number
+from loopd.worker.booking import Booking
+from loopd.worker.devices import Binding
 from loopd.worker.files import Backing
 from loopd.worker.grants import detached_mount
-from loopd.worker.messages import Done, NumberPlease, Take, Terms, UseNumber
+from loopd.worker.messages import Done, Take, Terms
 from loopd.worker.nodes import Client, Directory, Node
 from loopd.worker.process import Worker
 
@@ -36,11 +37,9 @@ class Attaching:
         self._tools = worker.tools
         self._request: Attach = job.attach
         self._terms: Terms = job.terms
-        self._holder = job.holder or {}
-        self._row = job.row
         self._packet = packet
         self._pidfd = pidfd
-        self._slot = slot
+        self._booking = Booking(worker, slot, job.row, job.holder or {}, job.terms.number)
         self._client = Client(packet.sender.uid, packet.sender.gid, False)
         self._grant = ""
         self._directory: Directory | None = None
@@ -53,13 +52,15 @@ class Attaching:
         if self._pidfd is None or peers.ended(self._pidfd):  # another process may have its pid by now
             backing = backing._replace(view=files.CLIENT)
         self._grant = grant
+        self._booking.kept_by = kept_by
         self._directory = self._vet_directory(mounts, grant)
         if self._directory is not None:
             self.harmless.update((self._directory.fd, self._directory.view))
         kept = fds | {"file": fd if self._request.partscan else None}
+        windows = self._request.partscan and self._directory is not None and self._needs_windows(mounts)
         with contextlib.ExitStack() as undo:
             undo.callback(self._unmake_mount)
-            bound = self._bind(bind.Request(fd, self._request, backing), kept_by, kept)
+            bound = self._bind(bind.Request(fd, self._request, backing, windows), kept)
             with FdSet((bound.lock,)), bound.device as device:
                 done, client = self._deliver(device, bound.binding)
             undo.pop_all()
@@ -91,54 +92,28 @@ class Attaching:
 
     # Bind -------------------------------------------------------------------------------------------------------------
 
-    def _bind(self, request: bind.Request, kept_by: str, fds: dict[str, int | None]) -> Bound:
-        numbers = iter(() if self._terms.number is None else (self._terms.number,))
+    def _needs_windows(self, mounts: files.Mounts) -> bool:
+        """Whether the client gets windows in place of nodes of the kernel's partitions.
 
-        def next_number() -> Number:
-            return next(numbers, None) or self._ask_for_number()
+        The kernel gives the number of a partition that is gone to the next one of whatever disk. A node of loopd's is
+        closed by then (mode 0), which stops a client in a user namespace of its own, but neither who has
+        CAP_DAC_OVERRIDE on the host nor who owns the node. Root of the host itself can open every device as it is.
+        """
+        if self._terms.kernel_partitions or (mounts.on_host and self._client.uid == 0):
+            return False
+        own = self._directory is not None and self._directory.own
+        return not own or rights.may_count(self._packet.sender.pid)
 
-        def intend(expected: Binding, lock_fd: int) -> None:
-            records.clear(self._slot)
+    def _bind(self, request: bind.Request, fds: dict[str, int | None]) -> Bound:
+        def prepare(expected: Binding, lock_fd: int) -> dict[str, int | None]:
             if "mount" in self._request.deliver:
                 self._unmake_mount()
                 self._make_mount(expected.devname)
-            lock = lock_fd if self._request.lock else None
+            self._booking.holder["grant"] = self._grant
             directory = None if self._directory is None else self._directory.fd
-            kept = fds | {"directory": directory, "lock": lock}
-            holder = self._holder | {"grant": self._grant}
-            try:
-                records.write(self._slot, holder, kept_by, expected, self._row, kept)
-            except OSError as error:  # ETOOMANYREFS, ENOBUFS: too many fds are in flight
-                raise Refusal(Code.NO_DEVICE, f"the lease cannot be booked: {error}") from error
-            self._tools.bindings.note(self._row, expected)
+            return fds | {"directory": directory, "lock": lock_fd if self._request.lock else None}
 
-        try:
-            return bind.bind(self._tools.control, self._tools.access, request, next_number, intend, self._note)
-        except BaseException:
-            self._forget()
-            raise
-
-    def _note(self, binding: Binding) -> None:
-        try:
-            records.note_bound(self._slot, binding)
-        except OSError as error:  # ENOBUFS, ENOMEM
-            raise Refusal(Code.NO_DEVICE, f"the lease cannot be booked: {error}") from error
-        self._tools.bindings.note(self._row, binding)
-
-    def _ask_for_number(self) -> Number:
-        # The last number is lost: without a record of it, for the main process gives it away.
-        self._forget()
-        self._worker.say(NumberPlease())
-        answer = self._worker.hear()
-        assert isinstance(answer, UseNumber)
-        if answer.refusal is not None:
-            raise answer.refusal
-        assert answer.number is not None
-        return answer.number
-
-    def _forget(self) -> None:
-        records.clear(self._slot)
-        self._tools.bindings.forget(self._row)
+        return self._booking.bind(request, prepare)
 
     # Deliver ----------------------------------------------------------------------------------------------------------
 
@@ -165,12 +140,15 @@ class Attaching:
             # Where nodes cannot be removed the record stays, and the device: the main process has both released.
             if directory is None or not nodes.displace(directory, made):
                 bind.let_go(device, sync=False)
-                self._forget()
+                self._booking.forget()
             raise
         fds = list(client)
         client.release()
         names = tuple(devices.partitions(binding.devname, room)) if directory is None and room else ()
-        done = Done(None, binding, tuple(made), (), watch, table, grant, names, partitions=count, excess=excess)
+        extents = devices.extents(binding.devname, room) if binding.windows else ()
+        done = Done(
+            None, binding, tuple(made), (), watch, table, grant, names, partitions=count, excess=excess, extents=extents
+        )
         return done, fds
 
     def _make_mount(self, devname: str) -> None:
@@ -214,9 +192,9 @@ def limit_partitions(device: Loop, room: int) -> tuple[int, int]:
 
 
 def wanted_nodes(binding: Binding, room: int) -> dict[str, nodes.Numbers]:
-    """The nodes that a binding has, by name: the disk's, and those of its first `room` partitions."""
-    disk = {binding.devname: (binding.major, binding.minor)}
-    return disk | devices.partitions(binding.devname, room) if room else disk
+    """The nodes that a binding has, by name: its own, and if `whole` those of its first `room` partitions."""
+    own = {binding.node: (binding.major, binding.minor)}
+    return own | devices.partitions(binding.devname, room) if room and binding.whole else own
 
 
 def _check_mknod(pid: int, terms: Terms, mounts: files.Mounts) -> tuple[str, ...]:

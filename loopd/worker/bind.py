@@ -64,11 +64,15 @@ class Bound(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is to be bound, and how: the open file, what was asked, and what is known of the file."""
+    """What is to be bound, and how: the open file, what was asked, and what is known of the file. `windows` and
+    `window` are `Binding`'s.
+    """
 
     fd: int
     attach: Attach
     backing: Backing
+    windows: bool = False
+    window: str = ""
 
     def expected(self, loop: Loop) -> Binding:
         """The binding as it will be if the kernel does what it is asked; its size and direct I/O are not known yet."""
@@ -91,6 +95,8 @@ class Request(NamedTuple):
             backing_inode=backing.inode,
             backing_view=backing.view,
             ref=attach.ref,
+            windows=self.windows,
+            window=self.window,
         )
 
 

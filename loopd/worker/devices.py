@@ -26,6 +26,9 @@ class Number(NamedTuple):
 class Binding(NamedTuple):
     """One backing file on one device, as the kernel reports it. Sizes in bytes. `diskseq` is its identity; None before
     Linux 5.15.
+
+    `windows`: the partitions of the disk are given as windows, and not as the kernel's partition devices. `window` is
+    the name of the partition that this device is a window on: the same file, from the partition's start to its end.
     """
 
     number: int
@@ -45,6 +48,18 @@ class Binding(NamedTuple):
     backing_inode: int
     ref: str
     backing_view: str = CLIENT
+    windows: bool = False
+    window: str = ""
+
+    @property
+    def node(self) -> str:
+        """The name of the device's node."""
+        return self.window or self.devname
+
+    @property
+    def whole(self) -> bool:
+        """Whether the nodes of the kernel's partitions belong to it, too."""
+        return not (self.windows or self.window)
 
     @property
     def backing(self) -> tuple[int, int]:
@@ -66,8 +81,7 @@ def device_number(name: str, disk: str | None = None) -> tuple[int, int]:
 def size(devname: str) -> int | None:
     """Bytes of a device, as the kernel has it now; None without a device."""
     try:
-        with open(f"{lo.sysfs}/block/{devname}/size", encoding="ascii") as attribute:
-            return int(attribute.read()) * 512  # whatever the sector size is
+        return _sectors(f"{lo.sysfs}/block/{devname}/size") * 512
     except OSError:
         return None
 
@@ -95,6 +109,30 @@ def partitions(devname: str, most: int = MOST_PARTITIONS) -> dict[str, tuple[int
                 with _gone():
                     found[name] = device_number(name, devname)
     return dict(sorted(found.items(), key=lambda item: int(item[0].rpartition("p")[2]))[:most])
+
+
+class Extent(NamedTuple):
+    """Where a partition lies: its name, and start and size on the disk, in bytes."""
+
+    name: str
+    start: int
+    size: int
+
+
+def extents(devname: str, most: int) -> tuple[Extent, ...]:
+    """Where the partitions lie that the kernel has for `devname` now, the first so many."""
+    found = []
+    for name in partitions(devname, most):
+        with _gone():
+            start, size = (_sectors(f"{lo.sysfs}/block/{devname}/{name}/{which}") for which in ("start", "size"))
+            found.append(Extent(name, start * 512, size * 512))
+    return tuple(found)
+
+
+def _sectors(path: str) -> int:
+    """A number of sectors of 512 bytes, whatever the device's sector size is."""
+    with open(path, encoding="ascii") as attribute:
+        return int(attribute.read())
 
 
 def sequence(devname: str) -> int | None:

@@ -6,8 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 from loopd.kernel.transport import FdSet
-from loopd.worker import take, upkeep
-from loopd.worker.messages import Arrange, Clear, Displace, Nudge, Resize, Revoke, Sweep, Take, Tidy, Unbind
+from loopd.worker import take, upkeep, window
+from loopd.worker.messages import (
+    Arrange,
+    Clear,
+    Displace,
+    Nudge,
+    OpenWindow,
+    Resize,
+    Revoke,
+    Sweep,
+    Take,
+    Tidy,
+    Unbind,
+)
 from loopd.worker.process import Worker
 
 JOBS: dict[type[Any], Callable[[Worker, Any, FdSet], bool]] = {
@@ -17,6 +29,7 @@ JOBS: dict[type[Any], Callable[[Worker, Any, FdSet], bool]] = {
     Clear: upkeep.clear,
     Arrange: upkeep.arrange,
     Revoke: upkeep.revoke,
+    OpenWindow: window.open_window,
     Resize: upkeep.resize,
     Nudge: upkeep.nudge,
     Tidy: upkeep.tidy,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from loopd.kernel.transport import Sender
 from loopd.protocol.wire import Attach, Code, Refusal
 from loopd.worker.bindings import Row
-from loopd.worker.devices import Binding, Number
+from loopd.worker.devices import Binding, Extent, Number
 from loopd.worker.nodes import Client, Node
 
 SEARCH = -1
@@ -23,7 +23,8 @@ SEARCH = -1
 
 class Terms(NamedTuple):
     """What policy lets this request do, and the first number to try; without one the worker asks when it gets there.
-    `partitions`: how many the device may have.
+    `partitions`: how many the device may have. `kernel_partitions`: their nodes may be of the kernel's partitions,
+    whoever the sender is.
     """
 
     file_systems: frozenset[str]
@@ -32,6 +33,7 @@ class Terms(NamedTuple):
     mknod: bool
     number: Number | None
     partitions: int
+    kernel_partitions: bool
 
 
 class Change(NamedTuple):
@@ -121,6 +123,19 @@ class Arrange(NamedTuple):
     rescan: bool = False
 
 
+class OpenWindow(NamedTuple):
+    """Bind a window on a partition of the disk, and make its node. `holder` and `row` are the window's, as in `Take`.
+    Fds: the slot of the disk, a free slot.
+    """
+
+    disk: Binding
+    extent: Extent
+    number: Number | None
+    client: Client
+    holder: dict[str, Any]
+    row: int
+
+
 class Resize(NamedTuple):
     """Have the device take over its file's size, if that is no more than `room`."""
 
@@ -150,7 +165,7 @@ class Sweep(NamedTuple):
     before: float
 
 
-Job = Take | Displace | Unbind | Clear | Revoke | Arrange | Resize | Nudge | Tidy | Sweep
+Job = Take | Displace | Unbind | Clear | Revoke | Arrange | OpenWindow | Resize | Nudge | Tidy | Sweep
 
 # Answers ----------------------------------------------------------------------------------------------------------
 
@@ -189,8 +204,8 @@ class Changed(NamedTuple):
 
 class Done(NamedTuple):
     """The attach is done, or refused. `names` are the partitions, where there is no directory for their nodes;
-    `partitions` is how many the kernel has, `excess` how many were too many. Fds: with `cgroup` the file that tells the
-    end of the account, then the fds for the client.
+    `partitions` is how many the kernel has, `excess` how many were too many; `extents` are those that windows are
+    wanted on. Fds: with `cgroup` the file that tells the end of the account, then the fds for the client.
     """
 
     refusal: Refusal | None
@@ -204,6 +219,7 @@ class Done(NamedTuple):
     cgroup: bool = False
     partitions: int = 0
     excess: int = 0
+    extents: tuple[Extent, ...] = ()
 
 
 class Displaced(NamedTuple):
@@ -225,7 +241,7 @@ class Unbound(NamedTuple):
 class Arranged(NamedTuple):
     """The nodes that are there now (None: not known), or the names of the partitions where there is no directory; the
     watch on the node, and the table's checksum. `partitions` is how many the kernel has, `excess` how many were too
-    many.
+    many; `extents` are those that windows are wanted on.
     """
 
     refusal: Refusal | None
@@ -235,6 +251,7 @@ class Arranged(NamedTuple):
     names: tuple[str, ...] = ()
     partitions: int = 0
     excess: int = 0
+    extents: tuple[Extent, ...] = ()
 
 
 class Resized(NamedTuple):
@@ -259,7 +276,7 @@ class Finished(NamedTuple):
 for _code, _kind in enumerate((
     Take, Displace, Unbind, Clear, Arrange, Resize, Nudge, Revoke, Tidy, Sweep, UseNumber, Taken, NumberPlease, Done,
     Displaced, Unbound, Arranged, Resized, Finished, Terms, Attach, Sender, Binding, Number, Client, Node, Refusal,
-    Code, Change, Changed, Recognised, Tidied,
+    Code, Change, Changed, Recognised, Tidied, Extent, OpenWindow,
 ), 1):  # fmt: skip
     copyreg.add_extension(_kind.__module__, _kind.__qualname__, _code)
 

@@ -235,21 +235,22 @@ def add(directory: Directory, wanted: dict[str, Numbers], *, read_only: bool) ->
     return made
 
 
-def find(directory: Directory, devname: str, wanted: dict[str, Numbers]) -> list[Node]:
-    """The nodes of a device that a worker or daemon which ended may have left in the directory.
+def find(directory: Directory, name: str, wanted: dict[str, Numbers], *, whole: bool) -> list[Node]:
+    """The nodes of a device that a worker or daemon which ended may have left in the directory: the node `name`, and if
+    `whole` those of its partitions.
 
     In a directory of loopd's own these are all nodes of such a name, also of a partition that has gone meanwhile. In a
     client's, where such a node may be the client's, these are the `wanted` ones.
     """
     found = []
     with directory.rights():
-        for name in names(directory.fd) if directory.own else wanted:
-            if name != devname and not re.fullmatch(rf"{devname}p\d+", name):
+        for found_name in names(directory.fd) if directory.own else wanted:
+            if found_name != name and not (whole and re.fullmatch(rf"{name}p\d+", found_name)):
                 continue
             with contextlib.suppress(OSError):
-                status = os.stat(name, dir_fd=directory.fd, follow_symlinks=False)
-                node = Node(name, os.major(status.st_rdev), os.minor(status.st_rdev), status.st_ino)
-                if stat.S_ISBLK(status.st_mode) and (directory.own or wanted[name] == (node.major, node.minor)):
+                status = os.stat(found_name, dir_fd=directory.fd, follow_symlinks=False)
+                node = Node(found_name, os.major(status.st_rdev), os.minor(status.st_rdev), status.st_ino)
+                if stat.S_ISBLK(status.st_mode) and (directory.own or wanted[found_name] == (node.major, node.minor)):
                     found.append(node)
     return found
 

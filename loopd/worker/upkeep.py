@@ -39,7 +39,7 @@ from loopd.worker.process import Tools, Worker
 
 
 @contextlib.contextmanager
-def _kept(slot: int, client: Client) -> Iterator[tuple[Directory | None, int | None]]:
+def kept(slot: int, client: Client) -> Iterator[tuple[Directory | None, int | None]]:
     """The lease's directory and file, out of its slot."""
     stored = records.read(slot, every_fd=True)
     with FdSet(stored.fds.values() if stored else ()):
@@ -54,8 +54,10 @@ def _there(directory: Directory, job: Arrange | Displace, wanted: dict[str, node
         return list(job.nodes)
     # Nodes are closed first: a look into the directory may take as long as the client likes.
     nodes.revoke(directory, (node for node in job.nodes if wanted.get(node.name) != (node.major, node.minor)))
-    nodes.revoke_partitions(directory, job.binding.devname, wanted.get)
-    return nodes.find(directory, job.binding.devname, wanted_nodes(job.binding, devices.MOST_PARTITIONS))
+    binding = job.binding
+    if binding.whole:
+        nodes.revoke_partitions(directory, binding.devname, wanted.get)
+    return nodes.find(directory, binding.node, wanted_nodes(binding, devices.MOST_PARTITIONS), whole=binding.whole)
 
 
 @contextlib.contextmanager
@@ -77,7 +79,7 @@ def _device(tools: Tools, binding: Binding, *, write: bool = False) -> Iterator[
 def displace(worker: Worker, job: Displace, fds: FdSet) -> bool:
     """Remove the lease's nodes."""
     left = []
-    with _kept(fds.borrow(0), job.client) as (directory, _):
+    with kept(fds.borrow(0), job.client) as (directory, _):
         if directory is not None:
             left = list(job.nodes)
             with contextlib.suppress(OSError):
@@ -163,7 +165,7 @@ UNREAD = -1
 
 def revoke(worker: Worker, job: Revoke, fds: FdSet) -> bool:
     """Close the nodes of partitions that are gone."""
-    with _kept(fds.borrow(0), job.client) as (directory, _):
+    with kept(fds.borrow(0), job.client) as (directory, _):
         if directory is not None:
             nodes.revoke_partitions(directory, job.devname, lambda name: _present(name, job.devname))
     worker.say(Finished())
@@ -180,7 +182,7 @@ def _present(name: str, disk: str) -> nodes.Numbers | None:
 def arrange(worker: Worker, job: Arrange, fds: FdSet) -> bool:
     """Bring the nodes in line with the partitions."""
     try:
-        with _kept(fds.borrow(0), job.client) as (directory, file):
+        with kept(fds.borrow(0), job.client) as (directory, file):
             arranged = _arrange(worker.tools, job, directory, file)
     except Refusal as refusal:
         arranged = Arranged(refusal)
@@ -218,7 +220,8 @@ def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int 
     missing = {name: device for name, device in wanted.items() if name not in names}
     there += nodes.add(directory, missing, read_only=binding.read_only)
     watch = add_watch(tools.watches, directory, binding) if binding.partscan else None
-    return Arranged(refusal, tuple(there), watch, table, (), count, excess)
+    extents = devices.extents(binding.devname, room) if binding.windows else ()
+    return Arranged(refusal, tuple(there), watch, table, (), count, excess, extents)
 
 
 def _limit(tools: Tools, binding: Binding, room: int) -> tuple[int, int]:
