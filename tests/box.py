@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +69,7 @@ class Box:
 
     def __init__(self, folder: Path, daemon: Daemon, programs: Path, grant: str = "") -> None:
         self.folder = folder
+        self.daemon = daemon
         self.programs = folder / "bin"
         shutil.copytree(programs, self.programs)
         script = "mount -t tmpfs -o mode=755 tmpfs /dev; mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/zero c 1 5;"
@@ -141,10 +142,12 @@ def plain_fixture(start_daemon: Callable[..., Daemon], stand_ins: Path, tmp_path
     yield from make_box(start_daemon, tmp_path, stand_ins, grant=False)
 
 
-def make_box(start_daemon: Callable[..., Daemon], tmp_path: Path, programs: Path, *, grant: bool) -> Iterator[Box]:
+def make_box(
+    start_daemon: Callable[..., Daemon], tmp_path: Path, programs: Path, *, grant: bool, options: Sequence[str] = ()
+) -> Iterator[Box]:
     grants = tmp_path / "grants"
     grants.mkdir()
-    daemon = start_daemon("--grant-directory", str(grants), name="boxed")
+    daemon = start_daemon("--grant-directory", str(grants), *options, name="boxed")
     path = daemon.ask(wire.Directory("box", 0), []).fields["path"] if grant else ""
     folder = tmp_path / "box"
     folder.mkdir()

@@ -275,7 +275,7 @@ class Kept(Daemon):
         """End it in good order after every lease is over; nothing of it may be left, neither `devices` nor records."""
         self.pid  # noqa: B018  # a start that is under way is waited for
         for name, lease in self.leases().items():
-            if lease["state"] == "bound":
+            if lease["state"] == "bound" and not lease.get("window"):  # a window goes with its disk
                 answer = self.admin(wire.Detach(name, 0, force=True, wait=5))
                 # Its client may have unbound it meanwhile.
                 assert answer.fields.get("state") == "released" or answer.code == "not-found", answer.fields

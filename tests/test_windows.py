@@ -5,16 +5,19 @@ The clients here are in boxes: root of the host's user namespace, in mount names
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from box import MIB, Box, box_fixture, granted_fixture, stand_ins_fixture  # noqa: F401
-from conftest import Daemon, bound_to, configured, eventually, exists
+from box import MIB, Box, box_fixture, granted_fixture, make_box, stand_ins_fixture  # noqa: F401
+from conftest import Daemon, Reply, bound_to, configured, eventually, exists
+from kept import Kept, start_kept_fixture  # noqa: F401
 from processes import stays
 
 from loopd.loop import Loop
@@ -59,3 +62,220 @@ def test_a_partition_is_a_window(box: Box) -> None:
     assert attribute(name, "loop/offset") == attribute(name, "loop/sizelimit") == MIB
     assert attribute(name, "size") * 512 == MIB
     assert box("dd", "if=/dev/zero", f"of={device}p1", "bs=1M", "count=1", "conv=notrunc").code == 0
+
+
+def test_disk_window_and_file_agree(box: Box) -> None:
+    """What is written and closed at one place is read at the others."""
+    image = box.folder / "image"
+    device = box.attach("-P", image)
+    add(device, 1, MIB, MIB)
+    window(box, device, 1)
+    (box.folder / "text").write_bytes(b"by the window".ljust(4096, b"."))
+    script = "dd if=text of=$0 conv=notrunc; cmp -n 4096 text $0; cmp -n 4096 -i 0:1M text $1; "
+    script += "cmp -n 4096 -i 0:1M text image"
+    inside = str(node(box, device, 1)).replace(f"/proc/{box.pid}/root", "")
+    done = box("sh", "-ec", script, inside, device)
+    assert (done.code, done.out) == (0, ""), done.err
+    script = "tr a-z A-Z <text | dd of=$1 seek=2048 conv=notrunc; dd if=$0 count=8 | head -c 13; "
+    script += "dd if=image skip=2048 count=8 | head -c 13"
+    assert box("sh", "-ec", f"({script}) 2>/dev/null", inside, device).out == "BY THE WINDOW" * 2
+
+
+def test_windows_come_go_and_stay(box: Box) -> None:
+    device = box.attach("-P", box.folder / "image")
+    add(device, 1, MIB, MIB)
+    add(device, 2, 2 * MIB, MIB)
+    kept, gone = window(box, device, 1), window(box, device, 2)
+    inode = node(box, device, 1).stat().st_ino
+    delete(device, 2)
+    eventually(lambda: not node(box, device, 2).exists(), "the node of a partition that is gone")
+    eventually(lambda: not exists(gone), "its device")
+    add(device, 2, 3 * MIB, MIB // 2)
+    moved = window(box, device, 2)
+    assert (attribute(moved, "loop/offset"), attribute(moved, "size")) == (3 * MIB, MIB // 1024)
+    assert (window(box, device, 1), node(box, device, 1).stat().st_ino) == (kept, inode)
+    assert box.losetup("-d", device).code == 0
+    for name in (kept, moved, Path(device).name):
+        eventually(lambda name=name: not exists(name), "all go with the disk")  # type: ignore[misc]
+    assert box.names() == set()
+
+
+def test_a_window_in_use_goes_at_its_last_close(granted: Box) -> None:
+    device = granted.attach("-P", granted.folder / "image")
+    add(device, 1, MIB, 2 * MIB)
+    name = window(granted, device, 1)
+    inside = f"/dev/loopd/{Path(device).name}p1"
+    assert granted("sh", "-ec", f"mkfs.ext4 -q {inside}; mkdir m; mount {inside} m; echo text >m/text").code == 0
+    delete(device, 1)
+    eventually(lambda: not node(granted, device, 1).exists(), "the node")
+    assert granted("cat", "m/text").out == "text\n"
+    # The disk can be used meanwhile, and another partition be made in the same place.
+    add(device, 1, MIB, MIB)
+    assert window(granted, device, 1) != name
+    assert granted.losetup("-d", device).code == 0
+    assert granted("cat", "m/text").out == "text\n"
+    assert granted("umount", "m").code == 0
+    eventually(lambda: not bound_to(granted.folder), "nothing is left")
+    eventually(lambda: not exists(name), "nor its device")
+
+
+def test_detach_waits_for_windows_in_use(granted: Box) -> None:
+    """As it does for a partition: the disk counts as in use."""
+    device = granted.attach("-P", granted.folder / "image")
+    add(device, 1, MIB, 2 * MIB)
+    window(granted, device, 1)
+    inside = f"/dev/loopd/{Path(device).name}p1"
+    assert granted("sh", "-ec", f"mkfs.ext4 -q {inside}; mkdir m; mount {inside} m").code == 0
+    assert detached(granted, Path(device).name).fields["state"] == "busy"
+    assert not node(granted, device, 1).exists()
+    assert granted("umount", "m").code == 0
+    eventually(lambda: not bound_to(granted.folder), "nothing is left")
+
+
+def of_grant(box: Box, request: Callable[[int], wire.Request]) -> Reply:
+    """Ask about the devices of the box's grant."""
+    grant = os.open(box.dev("loopd"), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return box.daemon.ask(request(0), [grant])
+    finally:
+        os.close(grant)
+
+
+def detached(box: Box, devname: str) -> Reply:
+    return of_grant(box, lambda grant: wire.Detach(devname, 1, dir_fd=grant))
+
+
+def test_a_window_is_listed_and_goes_with_its_disk_alone(granted: Box) -> None:
+    device = granted.attach("-P", granted.folder / "image")
+    add(device, 1, MIB, MIB)
+    name = window(granted, device, 1)
+    rows = of_grant(granted, lambda grant: wire.Leases(1, dir_fd=grant)).fields["leases"]
+    assert [(row["devname"], row.get("window")) for row in rows] == [
+        (Path(device).name, None), (name, f"{Path(device).name}p1")
+    ]  # fmt: skip
+    assert rows[0]["partitions"] == [f"{Path(device).name}p1"]
+    assert granted.losetup("-n", "-O", "NAME").out.split() == [device], "losetup shows disks"
+    refused = detached(granted, name)
+    assert (refused.code, "goes with its disk" in refused.fields["error"]["message"]) == (wire.Code.INVALID, True)
+    assert of_grant(granted, lambda grant: wire.Resize(name, 1, dir_fd=grant)).code == wire.Code.INVALID
+
+
+def test_windows_are_as_their_disk(granted: Box) -> None:
+    image = granted.folder / "image"
+    device = granted.attach("-P", "-r", "-o", MIB, "-b", 4096, image)
+    add(device, 1, MIB, MIB)
+    name = window(granted, device, 1)
+    assert (attribute(name, "ro"), attribute(name, "queue/logical_block_size")) == (1, 4096)
+    assert attribute(name, "loop/offset") == 2 * MIB
+    assert attribute(name, "loop/dio") == attribute(Path(device).name, "loop/dio")
+    assert granted("dd", "if=/dev/zero", f"of=/dev/loopd/{Path(device).name}p1", "bs=4k", "count=1").code != 0
+
+
+@pytest.fixture(name="make")
+def make_fixture(
+    start_daemon: Callable[..., Daemon], stand_ins: Path, tmp_path: Path
+) -> Iterator[Callable[[str], Box]]:
+    """A box with a grant, whose loopd has this configuration."""
+    with contextlib.ExitStack() as stack:
+        yield lambda policy: stack.enter_context(
+            contextlib.contextmanager(make_box)(
+                start_daemon, tmp_path, stand_ins, grant=True, options=configured(tmp_path, policy)
+            )
+        )
+
+
+def test_windows_are_devices_of_the_account(make: Callable[[str], Box]) -> None:
+    box = make("limits.devices = 3\n")
+    device = box.attach("-P", box.folder / "image")
+    for number in (1, 2, 3):
+        add(device, number, number * MIB // 2, MIB // 2)
+    window(box, device, 1)
+    window(box, device, 2)
+    stays(lambda: not node(box, device, 3).exists(), 0.5, "there is room for two")
+    said = [record["MESSAGE"] for record in box.daemon.records("warned")]
+    said = [text for text in said if "has a partition without a device" in text]
+    assert len(said) == 1
+    assert "its limit is 3" in said[0]
+    delete(device, 1)
+    window(box, device, 3)
+
+
+def test_the_kernels_partitions_where_the_administrator_allows_them(make: Callable[[str], Box]) -> None:
+    box = make("allow.kernel_partitions = true\n")
+    device = box.attach("-P", box.folder / "image")
+    add(device, 1, MIB, MIB)
+    path = node(box, device, 1)
+    eventually(path.exists, "a node")
+    assert os.major(path.stat().st_rdev) != 7
+
+
+def test_windows_are_there_with_the_answer(box: Box) -> None:
+    """Of a kernel that reads tables; of another none is there, and none is made up."""
+    image = box.folder / "image"
+    subprocess.run(["sfdisk", "-q", image], input="2048,1024\n4096,1024\n", text=True, check=True)
+    device = box.attach("-P", image)
+    found = {name for name in os.listdir(f"/sys/block/{Path(device).name}") if name.startswith(Path(device).name)}
+    folder = node(box, device, 1).parent
+    there = {path.name for path in folder.iterdir() if path.name.startswith(f"{Path(device).name}p")}
+    assert {name for name in there if (folder / name).is_block_device()} == found
+
+
+# Nothing is lost, and nothing left ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="kept", params=[True, False], ids=["grant", "own /dev"])
+def kept_fixture(
+    request: pytest.FixtureRequest, start_kept: Callable[..., Kept], stand_ins: Path, tmp_path: Path
+) -> Iterator[Box]:
+    """A box whose loopd is started again when it was killed, with what it had stored."""
+    yield from make_box(start_kept, tmp_path, stand_ins, grant=request.param)
+
+
+def test_windows_outlive_the_daemon(kept: Box) -> None:
+    daemon = kept.daemon
+    assert isinstance(daemon, Kept)
+    device = kept.attach("-P", kept.folder / "image")
+    add(device, 1, MIB, MIB)
+    add(device, 2, 2 * MIB, MIB)
+    names = [window(kept, device, number) for number in (1, 2)]
+    inode = node(kept, device, 1).stat().st_ino
+    with daemon.outage():
+        delete(device, 2)
+    eventually(lambda: not node(kept, device, 2).exists(), "what changed meanwhile is seen")
+    assert (window(kept, device, 1), node(kept, device, 1).stat().st_ino) == (names[0], inode)
+    eventually(lambda: not exists(names[1]), "its device is gone")
+    assert sorted(daemon.in_store()) == sorted([Path(device).name, names[0]])
+    daemon.kill()
+    add(device, 2, 2 * MIB, MIB)
+    window(kept, device, 2)
+    assert kept.losetup("-d", device).code == 0
+    daemon.end()
+
+
+def test_killed_at_any_time(kept: Box) -> None:
+    """At some moment of an attach, of windows that come, or of a release: nothing is left in the end."""
+    daemon = kept.daemon
+    assert isinstance(daemon, Kept)
+    assert kept.losetup("-a").code == 0
+    devices: list[str] = []
+    for turn in range(12):
+        killer = threading.Timer(0.02 + turn * 0.02, os.kill, (daemon.pid, signal.SIGKILL))
+        killer.start()
+        attached = kept.losetup("-f", "--show", "-P", kept.folder / "image")
+        here = attached.out.split()
+        for device in here:
+            with contextlib.suppress(OSError):
+                add(device, 1, MIB, MIB)
+                add(device, 2, 2 * MIB, MIB)
+            kept.losetup("-d", device)
+        killer.join()
+        eventually(lambda: daemon.ready, "the next daemon", 30)
+        for device in here:
+            kept.losetup("-d", device)
+        devices += here
+        eventually(lambda: not bound_to(kept.folder), f"nothing is bound after turn {turn}")
+    assert devices
+    eventually(lambda: not daemon.leases(), "no lease")
+    folder = node(kept, "/dev/loop0", 1).parent
+    assert not [path for path in folder.iterdir() if path.is_block_device() and path.name.startswith("loop")]
+    daemon.end()

@@ -117,7 +117,7 @@ class Lease:
         self.charged = 0
         """Partitions that its account is charged with."""
         self.told = False
-        """Whether the administrator was told that it had too many partitions."""
+        """Whether the administrator was told that partitions have no nodes."""
         self.wanted_looks: set[bool] = set()
         """Looks at its nodes that are due: with a look at the table (True), and without."""
         self._changed: Promise[None] = Promise()

@@ -274,6 +274,7 @@ ALLOW_KEYS: dict[str, Callable[[Any], Any]] = {
     "attach": _boolean,
     "write": _boolean,
     "partscan": _boolean,
+    "kernel_partitions": _boolean,
     "lock": _boolean,
     "direct_io": _boolean,
     "block_devices": _boolean,

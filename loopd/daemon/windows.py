@@ -43,7 +43,11 @@ class Windows:
             try:
                 await self._open(disk, extent)
             except Refusal as refusal:
-                return Refusal(refusal.code, f"{name} has no device: {refusal.message}")
+                text = f"{name} has no device: {refusal.message}"
+                if not disk.told:
+                    disk.told = True
+                    self._books.record(Event.WARNED, disk, f"has a partition without a device: {text}")
+                return Refusal(refusal.code, text)
         return None
 
     async def _open(self, disk: Lease, extent: Extent) -> None:
