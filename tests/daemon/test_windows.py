@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from box import MIB, Box, box_fixture, granted_fixture, make_box, stand_ins_fixture  # noqa: F401
-from conftest import Daemon, Reply, bound_to, configured, eventually, exists
-from kept import Kept, start_kept_fixture  # noqa: F401
-from processes import stays
+from support.box import MIB, Box, box_fixture, granted_fixture, make_box, stand_ins_fixture  # noqa: F401
+from support.daemon import Daemon, Reply, bound_to, configured, eventually, exists
+from support.kept import Kept, start_kept_fixture  # noqa: F401
+from support.processes import stays
 
 from loopd.loop import Loop
 from loopd.protocol import wire
