@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,12 @@ from support.box import (  # noqa: F401
     beside,
     box_fixture,
     granted_fixture,
+    make_box,
     plain_fixture,
     run,
     stand_ins_fixture,
 )
-from support.daemon import bound_to, eventually, require
+from support.daemon import Daemon, bound_to, configured, eventually, require
 from support.scripted import Loop, Peer, Request, loop  # noqa: F401
 from test_kpartx import prepared
 
@@ -183,7 +184,23 @@ def test_losetup_says_that_partitions_do_not_open(denied: Path, loop: Loop, tmp_
             os.unlink(f"{path}p1")
 
 
-def test_partprobe_says_that_partitions_do_not_open(denied: Path, granted: Box) -> None:
+@pytest.fixture(name="kernels")
+def kernels_fixture(start_daemon: Callable[..., Daemon], stand_ins: Path, tmp_path: Path) -> Iterator[Box]:
+    """A box that gets nodes of the kernel's partitions."""
+    policy = configured(tmp_path, "allow.kernel_partitions = true\n")
+    yield from make_box(start_daemon, tmp_path, stand_ins, grant=True, options=policy)
+
+
+def test_partitions_open_where_the_kernels_do_not(denied: Path, granted: Box) -> None:
+    assert granted("bash", "-c", prepared("gpt")).code == 0
+    granted.inside[:0] = ["sh", "-c", f'echo $$ >{denied}/cgroup.procs; exec "$@"', "sh"]
+    device = granted.attach("-P", "disk.img")
+    assert granted("partprobe", device) == Result(0, "", "")
+    assert granted("dd", "if=/dev/zero", f"of={device}p1", "bs=512", "count=1").code == 0
+
+
+def test_partprobe_says_that_partitions_do_not_open(denied: Path, kernels: Box) -> None:
+    granted = kernels
     assert granted("bash", "-c", prepared("gpt")).code == 0
     device = granted.attach("-P", "disk.img")
     assert granted("partprobe", device) == Result(0, "", "")
