@@ -85,6 +85,7 @@ class Arrangements:
         if not isinstance(answer, Arranged):
             lease.sure = False  # the worker may have made nodes before it ended or hung
             return _LATE
+        lease.binding = lease.binding._replace(partscan=lease.binding.partscan or answer.partscan)
         if answer.nodes is not None:
             lease.nodes, lease.names, lease.sure, lease.table = answer.nodes, answer.names, True, answer.table
             self.watches.watch_node(lease, answer.watch)

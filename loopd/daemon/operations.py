@@ -101,7 +101,10 @@ class Operations:
         return wire.Detached("released", lease.lost)
 
     async def _rescan(self, exchange: Exchange, request: Rescan) -> Reply:
-        return wire.Rescanned(await self._arrangements.rescan(self._bound(exchange, request.devname)))
+        lease = self._bound(exchange, request.devname)
+        if not (lease.binding.partscan or exchange.terms.allow.partscan):
+            raise Refusal(Code.NOT_PERMITTED, "the administrator does not allow this client partscan (loopd.toml)")
+        return wire.Rescanned(await self._arrangements.rescan(lease))
 
     async def _resize(self, exchange: Exchange, request: Resize) -> Reply:
         lease = self._bound(exchange, request.devname)

@@ -56,8 +56,8 @@ class Attaching:
         self._directory = self._vet_directory(mounts, grant)
         if self._directory is not None:
             self.harmless.update((self._directory.fd, self._directory.view))
-        kept = fds | {"file": fd if self._request.partscan else None}
-        windows = self._request.partscan and self._directory is not None and self._needs_windows(mounts)
+        kept = fds | {"file": fd}
+        windows = self._directory is not None and self._needs_windows(mounts)
         with contextlib.ExitStack() as undo:
             undo.callback(self._unmake_mount)
             bound = self._bind(bind.Request(fd, self._request, backing, windows), kept)
@@ -145,7 +145,7 @@ class Attaching:
         fds = list(client)
         client.release()
         names = tuple(devices.partitions(binding.devname, room)) if directory is None and room else ()
-        extents = devices.extents(binding.devname, room) if binding.windows else ()
+        extents = devices.extents(binding.devname, room) if binding.windows and room else ()
         done = Done(
             None, binding, tuple(made), (), watch, table, grant, names, partitions=count, excess=excess, extents=extents
         )

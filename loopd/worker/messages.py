@@ -241,7 +241,7 @@ class Unbound(NamedTuple):
 class Arranged(NamedTuple):
     """The nodes that are there now (None: not known), or the names of the partitions where there is no directory; the
     watch on the node, and the table's checksum. `partitions` is how many the kernel has, `excess` how many were too
-    many; `extents` are those that windows are wanted on.
+    many; `extents` are those that windows are wanted on. `partscan`: the kernel looks for partitions now.
     """
 
     refusal: Refusal | None
@@ -252,6 +252,7 @@ class Arranged(NamedTuple):
     partitions: int = 0
     excess: int = 0
     extents: tuple[Extent, ...] = ()
+    partscan: bool = False
 
 
 class Resized(NamedTuple):

@@ -112,9 +112,7 @@ def reread(loop: Loop) -> None:
 
 _REREAD = {
     errno.EBUSY: (Code.BUSY, "a partition is in use: {}"),
-    errno.EINVAL: (
-        Code.UNSUPPORTED, "the device was attached without partscan: detach it, and attach it with partscan"
-    ),
+    errno.EINVAL: (Code.UNSUPPORTED, "the kernel looks for no partitions on this device: {}"),
     errno.EACCES: (Code.UNSUPPORTED, "this loopd runs without CAP_SYS_ADMIN: {}"),
     errno.EPERM: (Code.UNSUPPORTED, "this loopd runs without CAP_SYS_ADMIN: {}"),
 }  # fmt: skip

@@ -76,6 +76,12 @@ def note_bound(slot: int, binding: Binding) -> None:
     _send(slot, {"bound": {"diskseq": binding.diskseq, "size": binding.size, "direct_io": binding.direct_io}})
 
 
+def note_partscan(slot: int) -> None:
+    """The kernel looks for partitions on the device from now on."""
+    with contextlib.suppress(OSError):
+        _send(slot, {"partscan": True})
+
+
 def note_answer(slot: int, progress: str) -> None:
     """The answer to the attach is about to be sent, or was sent: see `Stored`."""
     with contextlib.suppress(OSError):
@@ -143,6 +149,7 @@ def read(slot: int, *, every_fd: bool = False) -> Stored | None:
         bound = next((note["bound"] for note in notes if note.get("bound")), None)
         # A field that a later edition of this version adds is not known here, and not needed.
         known = {name: value for name, value in record["binding"].items() if name in Binding._fields}
+        known["partscan"] = known["partscan"] or any("partscan" in note for note in notes)
         found = Stored(
             dict(record["holder"]), str(record["kept_by"]), Binding(**known | (bound or {})), int(record["row"]),
             bound is not None, next((note["answer"] for note in reversed(notes) if "answer" in note), ""),

@@ -183,7 +183,11 @@ def arrange(worker: Worker, job: Arrange, fds: FdSet) -> bool:
     """Bring the nodes in line with the partitions."""
     try:
         with kept(fds.borrow(0), job.client) as (directory, file):
-            arranged = _arrange(worker.tools, job, directory, file)
+            if job.rescan and not job.binding.partscan:
+                _begin_to_look(worker.tools, job.binding)
+                records.note_partscan(fds.borrow(0))
+                job = job._replace(binding=job.binding._replace(partscan=True))
+            arranged = _arrange(worker.tools, job, directory, file)._replace(partscan=job.binding.partscan)
     except Refusal as refusal:
         arranged = Arranged(refusal)
     except OSError as error:
@@ -222,6 +226,14 @@ def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int 
     watch = add_watch(tools.watches, directory, binding) if binding.partscan else None
     extents = devices.extents(binding.devname, room) if binding.windows else ()
     return Arranged(refusal, tuple(there), watch, table, (), count, excess, extents)
+
+
+def _begin_to_look(tools: Tools, binding: Binding) -> None:
+    """Have the kernel look for partitions on a device that was attached without partscan."""
+    with _device(tools, binding, write=not binding.read_only) as loop:
+        if loop is None:
+            raise Refusal(Code.NOT_FOUND, f"{binding.devname} carries another binding by now")
+        loop.set_status(partscan=True)
 
 
 def _limit(tools: Tools, binding: Binding, room: int) -> tuple[int, int]:

@@ -252,6 +252,27 @@ def test_windows_outlive_the_daemon(kept: Box) -> None:
     daemon.end()
 
 
+def test_on_a_device_attached_without_partscan(kept: Box) -> None:
+    """They come once somebody asks, and go on coming after a restart."""
+    daemon = kept.daemon
+    assert isinstance(daemon, Kept)
+    device = kept.attach(kept.folder / "image")
+    add(device, 1, MIB, MIB)
+    stays(lambda: not node(kept, device, 1).exists(), 0.3, "nobody has asked")
+    if node(kept, device, 1).parent.name == "loopd":
+        of_grant(kept, lambda grant: wire.Rescan(Path(device).name, 1, dir_fd=grant))
+    else:
+        kept("partprobe", device)
+    add(device, 1, MIB, MIB)
+    name = window(kept, device, 1)
+    daemon.kill()
+    add(device, 2, 2 * MIB, MIB)
+    window(kept, device, 2)
+    assert window(kept, device, 1) == name
+    assert kept.losetup("-d", device).code == 0
+    daemon.end()
+
+
 def test_killed_at_any_time(kept: Box) -> None:
     """At some moment of an attach, of windows that come, or of a release: nothing is left in the end."""
     daemon = kept.daemon

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.daemon import Daemon, bound_to, eventually, exists, prompt
 
+from loopd.loop import Loop
 from loopd.protocol import wire
 
 
@@ -96,11 +97,27 @@ def test_an_empty_file(daemon: Daemon, make_image: Callable[..., int], directory
     assert (error["code"], "the file is empty" in error["message"]) == ("invalid", True)
 
 
-def test_a_rescan_without_partscan_says_what_to_do(daemon: Daemon, image: int, directory: int) -> None:
+def test_a_rescan_without_partscan_begins_to_look(
+    daemon: Daemon, image: int, directory: int, devices: Path
+) -> None:
     name = daemon.attach(image, directory).fields["devname"]
-    refusal = daemon.ask(wire.Rescan(name, 0), [])
-    message = "the device was attached without partscan: detach it, and attach it with partscan"
-    assert refusal.fields["error"] == {"code": "unsupported", "message": message}
+    (row,) = daemon.ask(wire.Leases(0), []).fields["leases"]
+    assert row["partscan"] is False
+    assert daemon.ask(wire.Rescan(name, 0), []).fields == {"partitions": []}
+    (row,) = daemon.ask(wire.Leases(0), []).fields["leases"]
+    assert row["partscan"] is True
+    assert Path(f"/sys/block/{name}/loop/partscan").read_text() == "1\n"
+    with Loop(int(name[4:])) as loop:
+        loop.add_partition(1, 4096, 4096)
+    eventually((devices / f"{name}p1").exists, "its node")
+
+
+def test_a_rescan_without_partscan_where_that_is_not_allowed(
+    start_daemon: Callable[..., Daemon], image: int, directory: int
+) -> None:
+    daemon = start_daemon(policy="allow.partscan = false\n")
+    name = daemon.attach(image, directory).fields["devname"]
+    assert daemon.ask(wire.Rescan(name, 0), []).code == wire.Code.NOT_PERMITTED
 
 
 def test_read_only(daemon: Daemon, make_image: Callable[..., int], directory: int, devices: Path) -> None:
