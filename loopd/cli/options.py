@@ -156,7 +156,7 @@ def directory_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--cdi-dir",
         metavar="DIR",
-        help="where the specification is (default: root's /run/cdi, else $XDG_RUNTIME_DIR/cdi)",
+        help="where that is (default: /run/cdi, or a user's $XDG_RUNTIME_DIR/cdi)",
     )
     add("--losetup", action="store_true", help="with --cdi: the container's losetup, mount, kpartx, ... are loopd's")
     add("--force", action="store_true", help="with --cdi: also where max_loop is not in force")

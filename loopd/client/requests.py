@@ -65,6 +65,9 @@ class Requests(Exchange):
                 # Root binds the path into containers, so accept only what a loopd would answer.
                 if not os.path.isabs(path) or os.path.basename(path) != f"{os.getuid()}-{name}":
                     raise BadReply(f"{path} is no directory {name} of loopd's")
+                # And writes the numbers into what runtimes let containers open.
+                if not all(type(number) is int and 0 <= number < 1 << 20 for number in granted.numbers):
+                    raise BadReply(f"{granted.numbers} are no numbers of devices")
                 return granted
             except NotFound as error:
                 error.hint = "as root, `ls /run/loopd-dev` shows those that there are"
