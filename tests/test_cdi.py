@@ -8,19 +8,25 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import bound_to, eventually, require
 from test_deliveries import UID, World, as_user, world
 from test_install import install
 
 from loopd.cli import cdi
 from loopd.cli.output import Failure
+from loopd.protocol import wire
 from loopd.protocol.wire import Granted
 
 __all__ = ["world"]  # a fixture
+
+Command = Callable[..., str]
 
 PARTS = cdi.Parts("/run/loopd/loopd.sock", 991, "/usr/bin/loopctl", "/usr/lib/loopd")
 GRANTED = Granted("/run/loopd-dev/0-build", (4096, 4100), False)
@@ -232,3 +238,182 @@ def test_what_names_other_numbers_goes(tmp_path: Path) -> None:
     (folder / "loopd-0-build.json").write_text("[]")
     assert cdi.remove([str(folder)], 0, "build", unless=GRANTED.numbers) == [str(folder / "loopd-0-build.json")]
     assert cdi.remove([str(folder), str(tmp_path / "none")], 0, "build") == []
+
+
+# The command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loopctl(world: World) -> Command:
+    """An installed one."""
+    install("DESTDIR=/", f"PREFIX={world.folder}/usr", "MANUAL=")
+
+    def call(*arguments: object, uid: int = 0, code: int = 0, **env: str) -> str:
+        command = [*as_user(uid), f"{world.folder}/usr/bin/loopctl", *map(str, arguments)]
+        done = world.run(command, check=False, **env)
+        assert done.returncode == code, done.stderr
+        return done.stdout.rstrip("\n") if code == 0 else done.stderr
+
+    return call
+
+
+def asked(world: World, name: str) -> Granted:
+    """What the daemon says of root's directory."""
+    fields = world.daemon.ask(wire.Directory(name, 0), []).fields
+    return Granted(fields["path"], tuple(fields["numbers"]), fields["remade"])
+
+
+def test_root_has_a_specification_written(world: World, loopctl: Command) -> None:
+    folder, prefix = world.folder / "cdi", world.folder / "usr"
+    assert loopctl("directory", "--cdi", "--cdi-dir", folder, "--force", "build") == "loopd.alt/loop=build"
+    edits = check(json.loads((folder / "loopd-0-build.json").read_text()))
+    granted = asked(world, "build")
+    assert len(granted.numbers) == 8
+    assert [node["path"] for node in edits["deviceNodes"]] == [f"/dev/loop{number}" for number in granted.numbers]
+    assert {(mount["hostPath"], mount["containerPath"]) for mount in edits["mounts"]} == {
+        (os.path.dirname(world.daemon.path), "/run/loopd"),
+        (granted.path, "/dev/loopd"),
+        (f"{prefix}/bin/loopctl", f"{prefix}/bin/loopctl"),
+        (f"{prefix}/lib/loopd", f"{prefix}/lib/loopd"),
+    }
+    assert "additionalGids" not in edits  # everybody may write to this socket
+
+    os.chmod(world.daemon.path, 0o660)
+    os.chown(world.daemon.path, 0, UID)
+    loopctl("directory", "--cdi", "--cdi-dir", folder, "--force", "--losetup", "build")
+    edits = check(json.loads((folder / "loopd-0-build.json").read_text()))
+    assert edits["additionalGids"] == [UID]
+    stand_ins = {mount["containerPath"]: Path(mount["hostPath"]) for mount in edits["mounts"]}["/usr/local/sbin"]
+    assert {path.name for path in stand_ins.iterdir()} == STAND_INS
+
+    assert loopctl("directory", "build") == granted.path
+    assert (folder / "loopd-0-build.json").exists()
+    loopctl("directory", "--remove", "--cdi-dir", folder, "build")
+    assert not list(folder.iterdir())
+    assert not Path(granted.path).exists()
+
+
+def test_what_it_brings_works(world: World, loopctl: Command) -> None:
+    """The mounts and the environment, as a runtime makes them, and nothing else of the host's."""
+    folder = world.folder / "cdi"
+    loopctl("directory", "--cdi", "--cdi-dir", folder, "--force", "--losetup", "build")
+    edits = check(json.loads((folder / "loopd-0-build.json").read_text()))
+    command = ["bwrap", "--unshare-pid", "--unshare-net", "--die-with-parent", "--clearenv", "--setenv", "PATH"]
+    command += ["/usr/local/sbin:/usr/bin:/bin:/usr/sbin", "--ro-bind", "/usr", "/usr", "--tmpfs", "/usr/local/sbin"]
+    command += ["--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"]
+    command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/run", "--tmpfs", "/tmp"]
+    for mount in edits["mounts"]:
+        # --ro-bind sets nodev
+        bind = "--dev-bind" if "nodev" not in mount["options"] else "--ro-bind"
+        command += [bind, mount["hostPath"], mount["containerPath"]]
+    for variable in edits["env"]:
+        command += ["--setenv", *variable.split("=", 1)]
+    require(shutil.which("bwrap"), "needs bubblewrap")
+    script = (
+        "truncate -s 1M /tmp/a /tmp/b; loopctl attach /tmp/a; loopctl list -n -o NAME; losetup -f --show /tmp/b; "
+        "command -v mount"
+    )
+    path = f"PATH={world.folder}/usr/bin:$PATH; {script}"
+    attached, listed, flat, mount = world.run([*command, "sh", "-ec", path]).stdout.split()
+    numbers = asked(world, "build").numbers
+    assert attached == f"/dev/loopd/{listed}"
+    assert {int(re.findall(r"\d+$", device)[0]) for device in (attached, flat)} < set(numbers)
+    assert mount == "/usr/local/sbin/mount"
+    eventually(lambda: not bound_to(Path("/tmp")), "the devices have ended with their container")
+
+
+def test_it_is_refused_without_max_loop(world: World, loopctl: Command) -> None:
+    folder = world.folder / "cdi"
+    remade = asked(world, "build").remade
+    told = loopctl("directory", "--cdi", "--cdi-dir", folder, "build", code=1) if remade is not False else None
+    if told is None:
+        assert loopctl("directory", "--cdi", "--cdi-dir", folder, "build") == "loopd.alt/loop=build"
+    else:
+        assert "max_loop is not in force" in told
+        assert "loop.max_loop=8 on the kernel's command line" in told
+        assert not folder.exists()
+
+
+def test_a_user_has_one_written(world: World, loopctl: Command) -> None:
+    """For a rootless runtime, where such runtimes look; max_loop is no matter, for it has no nodes."""
+    runtime = world.work / "run"
+    runtime.mkdir()
+    os.chown(runtime, UID, UID)
+    name = loopctl("directory", "--cdi", "build", uid=UID, XDG_RUNTIME_DIR=str(runtime))
+    assert name == f"loopd.alt/loop-{UID}=build"
+    file = runtime / f"cdi/loopd-{UID}-build.json"
+    edits = check(json.loads(file.read_text()))
+    assert not {"deviceNodes", "additionalGids"} & set(edits)
+    assert file.stat().st_uid == UID
+    loopctl("directory", "--remove", "build", uid=UID, XDG_RUNTIME_DIR=str(runtime))
+    assert not file.exists()
+
+
+def test_root_has_one_written_for_a_user(world: World, loopctl: Command) -> None:
+    folder = world.folder / "cdi"
+    os.chmod(world.daemon.path, 0o660)  # root alone may ask
+    name = loopctl("directory", "--cdi", "--cdi-dir", folder, "--user", UID, "build")
+    assert name == f"loopd.alt/loop-{UID}=build"
+    edits = check(json.loads((folder / f"loopd-{UID}-build.json").read_text()))
+    path = world.grants / f"{UID}-build"
+    assert str(path) in {mount["hostPath"] for mount in edits["mounts"]}
+    assert "deviceNodes" not in edits
+    # The directory is the user's to enter.
+    world.run([*as_user(UID), "ls", str(path)])
+    assert loopctl("directory", "--user", UID, "build") == str(path)
+    loopctl("directory", "--remove", "--cdi-dir", folder, "--user", UID, "build")
+    assert not list(folder.iterdir())
+    assert not path.exists()
+    assert "only root" in loopctl("directory", "--user", "root", "build", uid=UID, code=1)
+    assert "no user nobody-here" in loopctl("directory", "--user", "nobody-here", "build", code=1)
+
+
+def test_a_directory_that_is_gone_leaves_its_specification_to_be_removed(world: World, loopctl: Command) -> None:
+    """As after a boot, for one in /etc/cdi."""
+    folder = world.folder / "cdi"
+    loopctl("directory", "--cdi", "--cdi-dir", folder, "--force", "build")
+    loopctl("directory", "--remove", "build")
+    loopctl("directory", "--remove", "--cdi-dir", folder, "build")
+    assert not list(folder.iterdir())
+    assert "build" in loopctl("directory", "--remove", "--cdi-dir", folder, "build", code=1)
+
+
+def test_one_with_a_device_in_it_keeps_its_specification(world: World, loopctl: Command) -> None:
+    folder = world.folder / "cdi"
+    loopctl("directory", "--cdi", "--cdi-dir", folder, "--force", "build")
+    device = loopctl("attach", "--directory", world.grants / "0-build", world.image())
+    loopctl("directory", "--remove", "--cdi-dir", folder, "build", code=1)
+    assert (folder / "loopd-0-build.json").exists()
+    loopctl("detach", device)
+    loopctl("directory", "--remove", "--cdi-dir", folder, "build")
+
+
+def test_no_container_gets_the_administrators_socket(world: World, loopctl: Command) -> None:
+    folder = world.folder / "cdi"
+    told = loopctl("--socket", world.daemon.admin, "directory", "--cdi", "--cdi-dir", folder, "build", code=1)
+    assert "administrator's" in told
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--losetup"], "--losetup needs --cdi"),
+        (["--force"], "--force needs --cdi"),
+        (["--cdi-dir", "/x"], "--cdi-dir needs --cdi"),
+        (["--cdi", "--remove"], "--remove takes the specification away"),
+        (["--cdi", "--admin"], "not for --admin's"),
+    ],
+)
+def test_wrong_options(loopctl: Command, options: list[str], told: str) -> None:
+    assert told in loopctl("directory", *options, "build", code=2)
+
+
+def test_names_that_a_runtime_does_not_take(world: World, loopctl: Command) -> None:
+    assert "ends with ." in loopctl("directory", "--cdi", "--cdi-dir", world.folder / "cdi", "--force", "a.", code=1)
+
+
+def test_a_tree_is_no_installation(world: World) -> None:
+    done = world.ctl("directory", "--cdi", "--cdi-dir", world.folder / "cdi", "--force", "build", check=False)
+    assert done.returncode == 1
+    assert "`make install`, or a package" in done.stderr

@@ -129,17 +129,15 @@ def test_the_rules_outlive_a_reload_of_systemd(
     device: str, folder: Path, engine: str, request: pytest.FixtureRequest
 ) -> None:
     """systemd puts its own list of devices in the place of the runtime's then."""
-    script = "truncate -s 8M disk.img; until [ -e reloaded ]; do sleep 0.2; done; loopctl run disk.img -- mkfs.ext4 -q {}"
-    options = [f"--device={device}", f"--volume={folder}:/work", "--workdir=/work", "--detach", "--name=reload"]
-    if engine == "docker":
-        image = [f"--volume={USR}", request.getfixturevalue("docker_image")]
-        run("docker", "run", "--network=none", *options, *image, "sh", "-ec", script)
-    else:
-        run("podman", "run", "--log-driver=none", "--network=none", *options, "--rootfs", f"{ROOT}:O", "sh", "-ec", script)
+    script = "truncate -s 8M disk.img; until [ -e go ]; do sleep 0.2; done; loopctl run disk.img -- mkfs.ext4 -q {}"
+    podmans = ["--log-driver=none", "--rootfs", f"{ROOT}:O"]
+    image = podmans if engine == "podman" else [f"--volume={USR}", request.getfixturevalue("docker_image")]
+    options = ["--detach", "--name=reload", "--network=none", f"--volume={folder}:/work", "--workdir=/work"]
+    run(engine, "run", f"--device={device}", *options, *image, "sh", "-ec", script)
     try:
         wait_for("it runs", (folder / "disk.img").exists)
         run("systemctl", "daemon-reload")
-        (folder / "reloaded").touch()
+        (folder / "go").touch()
         assert run(engine, "wait", "reload").strip() == "0"
         run("e2fsck", "-fn", folder / "disk.img")
     finally:
