@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +244,22 @@ def test_what_names_other_numbers_goes(tmp_path: Path) -> None:
 # The command --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def prefix() -> Iterator[Path]:
+    """An installation that every user reaches."""
+    folder = Path(tempfile.mkdtemp(prefix="loopd-test-", dir="/tmp"))
+    folder.chmod(0o755)
+    install("DESTDIR=/", f"PREFIX={folder}", "MANUAL=")
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.fixture
-def loopctl(world: World) -> Command:
-    """An installed one."""
-    install("DESTDIR=/", f"PREFIX={world.folder}/usr", "MANUAL=")
+def loopctl(world: World, prefix: Path) -> Command:
+    """The installed one."""
 
     def call(*arguments: object, uid: int = 0, code: int = 0, **env: str) -> str:
-        command = [*as_user(uid), f"{world.folder}/usr/bin/loopctl", *map(str, arguments)]
+        command = [*as_user(uid), f"{prefix}/bin/loopctl", *map(str, arguments)]
         done = world.run(command, check=False, **env)
         assert done.returncode == code, done.stderr
         return done.stdout.rstrip("\n") if code == 0 else done.stderr
@@ -263,8 +273,8 @@ def asked(world: World, name: str) -> Granted:
     return Granted(fields["path"], tuple(fields["numbers"]), fields["remade"])
 
 
-def test_root_has_a_specification_written(world: World, loopctl: Command) -> None:
-    folder, prefix = world.folder / "cdi", world.folder / "usr"
+def test_root_has_a_specification_written(world: World, loopctl: Command, prefix: Path) -> None:
+    folder = world.folder / "cdi"
     assert loopctl("directory", "--cdi", "--cdi-dir", folder, "--force", "build") == "loopd.alt/loop=build"
     edits = check(json.loads((folder / "loopd-0-build.json").read_text()))
     granted = asked(world, "build")
@@ -293,13 +303,13 @@ def test_root_has_a_specification_written(world: World, loopctl: Command) -> Non
     assert not Path(granted.path).exists()
 
 
-def test_what_it_brings_works(world: World, loopctl: Command) -> None:
+def test_what_it_brings_works(world: World, loopctl: Command, prefix: Path) -> None:
     """The mounts and the environment, as a runtime makes them, and nothing else of the host's."""
     folder = world.folder / "cdi"
     loopctl("directory", "--cdi", "--cdi-dir", folder, "--force", "--losetup", "build")
     edits = check(json.loads((folder / "loopd-0-build.json").read_text()))
     command = ["bwrap", "--unshare-pid", "--unshare-net", "--die-with-parent", "--clearenv", "--setenv", "PATH"]
-    command += ["/usr/local/sbin:/usr/bin:/bin:/usr/sbin", "--ro-bind", "/usr", "/usr", "--tmpfs", "/usr/local/sbin"]
+    command += ["/usr/local/sbin:/usr/bin:/bin:/usr/sbin", "--ro-bind", "/usr", "/usr"]
     command += ["--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"]
     command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/run", "--tmpfs", "/tmp"]
     for mount in edits["mounts"]:
@@ -313,7 +323,7 @@ def test_what_it_brings_works(world: World, loopctl: Command) -> None:
         "truncate -s 1M /tmp/a /tmp/b; loopctl attach /tmp/a; loopctl list -n -o NAME; losetup -f --show /tmp/b; "
         "command -v mount"
     )
-    path = f"PATH={world.folder}/usr/bin:$PATH; {script}"
+    path = f"PATH={prefix}/bin:$PATH; {script}"
     attached, listed, flat, mount = world.run([*command, "sh", "-ec", path]).stdout.split()
     numbers = asked(world, "build").numbers
     assert attached == f"/dev/loopd/{listed}"
