@@ -43,7 +43,9 @@ class Reservation:
         self.exchange = exchange
         self.holder: Holder | None = None
         self.slot: Slot | None = None
-        self.number: int | None = None
+        self.number: Number | None = None
+        self.granted: tuple[int, ...] | None = None
+        """The numbers that the client's directory grant owns, and none but which it gets."""
         self.fresh = False
         """Whether the number was charged to the account's new ones."""
         self.again = True
@@ -84,7 +86,12 @@ class Attaches:
         self._check_room()
         mine = Reservation(exchange)
         try:
-            number = self._number(mine)
+            number = None
+            try:
+                number = self._number(mine)
+            except Refusal:
+                if request.dir_fd is None:  # else it may lead to a grant, and the worker asks once that is known
+                    raise
             try:
                 mine.slot = self._books.slots.take()
             except OSError as error:  # EMFILE, ENFILE, ENOMEM
@@ -125,7 +132,7 @@ class Attaches:
                 self.warn(what, f"More than {WARN_AT:.0%} of the {what} are used by {count} leases")
             if used >= 1:
                 raise Refusal(Code.NO_DEVICE, f"loopd has no more {what}")
-        if books.numbers.few:
+        if books.numbers.fresh.few:
             self.warn("few numbers", f"More than {WARN_AT:.0%} of the device numbers are in use or in quarantine")
         if books.pool.no_room is not None:
             self.warn("processes", f"loopd could make no more worker processes (TasksMax=): {books.pool.no_room}")
@@ -140,6 +147,8 @@ class Attaches:
 
     def _number(self, mine: Reservation) -> Number | None:
         """A number, the reservation's from now on; None when one is about to come free. Raises Refusal."""
+        if mine.granted is not None:
+            return self._granted_number(mine, mine.granted)
         exchange, numbers = mine.exchange, self._books.numbers
         account, limits = exchange.account, exchange.terms.limits
         number, none = None, None
@@ -159,11 +168,30 @@ class Attaches:
                 self.warn("numbers", f"There is no new device number: {error}", code=Code.NO_DEVICE.value)
                 none = Refusal(Code.NO_DEVICE, "no device number is free; the journal of the host says more")
         if number is not None:
-            mine.number = number.number
+            mine.number = number
         elif not coming:
             limit = f"{limits.new_numbers} and {limits.new_numbers_per_minute:g} a minute"
             raise none or Refusal(Code.QUOTA, f"this account has used up its new device numbers ({limit}); detach some")
         return number
+
+    def _granted_number(self, mine: Reservation, granted: tuple[int, ...]) -> Number | None:
+        """The same where the client's grant owns numbers: one of these, and it costs nothing."""
+        numbers = self._books.numbers
+        mine.fresh = False
+        mine.number = numbers.next_of(granted)
+        if mine.number is None and not any(numbers.removals.has(number) for number in granted):
+            raise _all_in_use(granted)
+        return mine.number
+
+    def _own(self, mine: Reservation, granted: tuple[int, ...] | None) -> None:
+        """What was sent along is a grant. The worker asks for a number of its own ones, so the first goes back."""
+        mine.granted = granted
+        if granted is None or mine.number is None:
+            return
+        self._books.numbers.put_back(mine.number, mine.exchange.person, fresh=mine.fresh)
+        if mine.fresh:
+            mine.exchange.account.numbers.unspend()
+        mine.number, mine.fresh = None, False
 
     async def _another_number(self, mine: Reservation, job: Job) -> Number:
         """Another number where the first one was lost to somebody else, or none was free yet. Raises Refusal."""
@@ -172,8 +200,10 @@ class Attaches:
             books.metrics.retries += 1
             if mine.fresh:
                 exchange.account.numbers.unspend()
-            # It is removed: it may have been made, and the account may have open a number that it had before.
-            books.numbers.retire(mine.number, None if mine.fresh else self._heir(exchange))
+            # It is removed: it may have been made, and the account may have open a number that it had before. A grant's
+            # number comes free for the grant as soon as the device that somebody else has made is gone.
+            nobodys = mine.fresh or mine.granted is not None
+            books.numbers.retire(mine.number.number, None if nobodys else self._heir(exchange))
             mine.number = None
         deadline = exchange.started + min(books.policy.number_wait, books.policy.request_timeout / 2)
         while True:
@@ -181,6 +211,8 @@ class Attaches:
             if number is not None:
                 return number
             if job.answered or time.monotonic() >= deadline:  # its worker has ended, or nobody waits any more
+                if mine.granted is not None:
+                    raise _all_in_use(mine.granted)
                 raise Refusal(Code.TIMEOUT, "no device number came free in time")
             await books.sleep(0.01)
 
@@ -190,8 +222,11 @@ class Attaches:
 
     # The flow ---------------------------------------------------------------------------------------------------------
 
-    async def attach(self, exchange: Exchange, mine: Reservation, taken: Taken, job: Job) -> None:
-        """From `Taken` to the reply. Raises Refusal."""
+    async def attach(
+        self, exchange: Exchange, mine: Reservation, taken: Taken, job: Job, granted: tuple[int, ...] | None
+    ) -> None:
+        """From `Taken` to the reply. `granted` are the numbers that the client's grant owns. Raises Refusal."""
+        self._own(mine, granted)
         done, fds = await self._bind(mine, job)
         with fds:
             if done.cgroup:
@@ -237,7 +272,7 @@ class Attaches:
         """Put the lease into the books: it takes over what was reserved."""
         assert exchange.keeper is not None and mine.slot is not None  # noqa: PT018
         assert mine.holder is not None and done.binding is not None  # noqa: PT018
-        holder = mine.holder._replace(grant=done.grant)
+        holder = mine.holder._replace(grant=done.grant, numbered=mine.granted is not None)
         keeper = exchange.fds.steal(list(exchange.fds).index(exchange.keeper))
         lease = Lease(done.binding, holder, exchange.account, mine.slot, taken.kept_by, keeper)
         lease.nodes, lease.names, lease.sure = done.nodes, done.names, True
@@ -279,11 +314,21 @@ class Attaches:
         mine.uncount()
         if mine.slot is not None:
             slot, mine.slot = mine.slot, None
-            if self._recovery.abandon(slot, mine.exchange.account) == mine.number:
+            left = self._recovery.abandon(slot, mine.exchange.account)
+            if mine.number is not None and left == mine.number.number:
                 mine.number = None  # the lease that ends gives it back
         if mine.number is not None:
-            self._books.numbers.retire(mine.number, self._heir(mine.exchange) if mine.again else None)
+            self._books.numbers.retire(mine.number.number, self._heir(mine.exchange) if mine.again else None)
             mine.number = None
+
+
+def _all_in_use(granted: tuple[int, ...]) -> Refusal:
+    """For a client whose grant has no number free."""
+    return Refusal(
+        Code.QUOTA,
+        f"all {len(granted)} device numbers of this directory are in use; detach one, or have the host's administrator"
+        " make the directory anew with more (loopctl directory --devices)",
+    )
 
 
 def _check_allowed(request: Attach, allow: Allow) -> None:

@@ -25,7 +25,8 @@ class Holder(NamedTuple):
     """For whom a lease was made, as the kernel attested then; part of its record. `since`: seconds since 1970.
 
     `grant` names the directory of loopd's that the nodes are in, and begins with a dot where that was made for this
-    lease. `by_uid`: the lease is charged to the user, and not to all of the account.
+    lease. `by_uid`: the lease is charged to the user, and not to all of the account. `numbered`: its device number is
+    one of the grant's own.
     """
 
     account: str
@@ -38,6 +39,7 @@ class Holder(NamedTuple):
     grant: str = ""
     deliver: tuple[str, ...] | list[str] = ()
     by_uid: bool = False
+    numbered: bool = False
 
     @property
     def owner(self) -> Owner:

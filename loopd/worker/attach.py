@@ -43,16 +43,19 @@ class Attaching:
         self._slot = slot
         self._client = Client(packet.sender.uid, packet.sender.gid, False)
         self._grant = ""
+        self._numbered = False
         self._directory: Directory | None = None
 
-    def run(self, grant: str, kept_by: str, fds: dict[str, int | None]) -> tuple[Done, list[int]]:
-        """Attach. Returns the answer, and the fds for the client, which are the caller's. `fds` go into the record."""
+    def run(self, grant: str, kept_by: str, fds: dict[str, int | None], *, numbered: bool) -> tuple[Done, list[int]]:
+        """Attach. Returns the answer, and the fds for the client, which are the caller's. `fds` go into the record.
+        `numbered`: the grant owns numbers, and the main process gives one of these when it is asked.
+        """
         mounts = files.Mounts(self._packet.sender.pid)
         warnings = _check_mknod(self._packet.sender.pid, self._terms, mounts)
         backing, fd = self._vet_file(mounts)
         if self._pidfd is None or peers.ended(self._pidfd):  # another process may have its pid by now
             backing = backing._replace(view=files.CLIENT)
-        self._grant = grant
+        self._grant, self._numbered = grant, numbered
         self._directory = self._vet_directory(mounts, grant)
         if self._directory is not None:
             self.harmless.update((self._directory.fd, self._directory.view))
@@ -92,7 +95,7 @@ class Attaching:
     # Bind -------------------------------------------------------------------------------------------------------------
 
     def _bind(self, request: bind.Request, kept_by: str, fds: dict[str, int | None]) -> Bound:
-        numbers = iter(() if self._terms.number is None else (self._terms.number,))
+        numbers = iter(() if self._terms.number is None or self._numbered else (self._terms.number,))
 
         def next_number() -> Number:
             return next(numbers, None) or self._ask_for_number()
@@ -105,7 +108,7 @@ class Attaching:
             lock = lock_fd if self._request.lock else None
             directory = None if self._directory is None else self._directory.fd
             kept = fds | {"directory": directory, "lock": lock}
-            holder = self._holder | {"grant": self._grant}
+            holder = self._holder | {"grant": self._grant, "numbered": self._numbered}
             try:
                 records.write(self._slot, holder, kept_by, expected, self._row, kept)
             except OSError as error:  # ETOOMANYREFS, ENOBUFS: too many fds are in flight

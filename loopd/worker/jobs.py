@@ -7,7 +7,7 @@ from typing import Any
 
 from loopd.kernel.transport import FdSet
 from loopd.worker import take, upkeep
-from loopd.worker.messages import Arrange, Clear, Displace, Nudge, Resize, Revoke, Sweep, Take, Tidy, Unbind
+from loopd.worker.messages import Arrange, Clear, Displace, Inspect, Nudge, Resize, Revoke, Sweep, Take, Tidy, Unbind
 from loopd.worker.process import Worker
 
 JOBS: dict[type[Any], Callable[[Worker, Any, FdSet], bool]] = {
@@ -21,4 +21,5 @@ JOBS: dict[type[Any], Callable[[Worker, Any, FdSet], bool]] = {
     Nudge: upkeep.nudge,
     Tidy: upkeep.tidy,
     Sweep: upkeep.sweep,
+    Inspect: upkeep.inspect,
 }
