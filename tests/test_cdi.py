@@ -269,7 +269,12 @@ def loopctl(world: World, prefix: Path) -> Command:
 
 def asked(world: World, name: str) -> Granted:
     """What the daemon says of root's directory."""
-    fields = world.daemon.ask(wire.Directory(name, 0), []).fields
+
+    def known() -> dict[str, Any] | None:
+        fields = world.daemon.ask(wire.Directory(name, 0), []).fields
+        return fields if "remade" in fields else None
+
+    fields = eventually(known, "the daemon knows whether max_loop is in force")
     return Granted(fields["path"], tuple(fields["numbers"]), fields["remade"])
 
 

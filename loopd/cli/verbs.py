@@ -217,6 +217,11 @@ def directory(args: argparse.Namespace) -> int:
         raise Failure(f"--cdi gives a container the socket, and {asked.socket} is an administrator's")
     with user.acting_as(args.user, asked.socket):
         granted = asked.granted(args.name)
+        # A daemon that has just been started does not know yet whether max_loop is in force.
+        deadline = time.monotonic() + min(args.timeout, 10)
+        while args.cdi and granted.remade is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            granted = asked.granted(args.name)
     if args.cdi:
         spec = cdi.checked(uid, args.name, granted, cdi.parts(asked.socket, args.losetup), args.force)
         cdi.write(args.cdi_dir or within[0], uid, args.name, spec)
