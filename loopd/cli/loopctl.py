@@ -96,6 +96,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     behind.parse_args(rest, args)  # leaves be what was given in front of the verb
     if args.verb == "detach":
         _check_detach(args, behind)
+    elif args.verb == "directory":
+        _check_directory(args, behind)
     return args
 
 
@@ -106,6 +108,16 @@ def _check_detach(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         parser.error("--force needs --admin")
     if args.all and args.admin and not args.force:
         parser.error("--all with --admin is everybody's: it needs --force")
+
+
+def _check_directory(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    for option in ("losetup", "force", *(() if args.remove else ("cdi_dir",))):
+        if getattr(args, option) and not args.cdi:
+            parser.error(f"--{option.replace('_', '-')} needs --cdi")
+    if args.cdi and args.remove:
+        parser.error("--remove takes the specification away by itself: --cdi is not for it")
+    if args.cdi and args.admin:
+        parser.error("--cdi gives a container the socket, so it is not for --admin's")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

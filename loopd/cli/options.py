@@ -146,6 +146,20 @@ def directory_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", metavar="NAME", help="its name, of letters, digits and any of _.-")
     add("--remove", action="store_true", help="remove it; there may be no device in it")
+    add("--user", metavar="USER", help="as root: the directory of another user, for that user's rootless containers")
+    add(
+        "--cdi",
+        action="store_true",
+        help="write a specification for container runtimes, too, and print the device to name: "
+        "podman run --device DEVICE",
+    )
+    add(
+        "--cdi-dir",
+        metavar="DIR",
+        help="where that is (default: /run/cdi, or a user's $XDG_RUNTIME_DIR/cdi)",
+    )
+    add("--losetup", action="store_true", help="with --cdi: the container's losetup, mount, kpartx, ... are loopd's")
+    add("--force", action="store_true", help="with --cdi: also where max_loop is not in force")
 
 
 def device_option(parser: argparse.ArgumentParser) -> None:

@@ -201,10 +201,46 @@ def listed(args: argparse.Namespace) -> int:
 
 
 def directory(args: argparse.Namespace) -> int:
-    path = _client(args).directory(args.name, remove=args.remove)
-    if not args.remove:
-        put(path)
+    from loopd.cli import cdi, user  # noqa: PLC0415  # nobody else needs them
+
+    asked = _client(args)
+    uid = user.uid_of(args.user)
+    within = [*cdi.folders(uid), *([args.cdi_dir] if args.cdi_dir else [])]
+    if args.remove:
+        with user.acting_as(args.user, asked.socket):
+            missing = _removed(asked, args.name)
+        # A directory that is gone, as after a boot, may have left its specification.
+        if not cdi.remove(within, uid, args.name) and missing is not None:
+            raise missing
+        return 0
+    if args.cdi and "metrics" in asked.hello().operations:
+        raise Failure(f"--cdi gives a container the socket, and {asked.socket} is an administrator's")
+    with user.acting_as(args.user, asked.socket):
+        granted = asked.granted(args.name)
+        # A daemon that has just been started does not know yet whether max_loop is in force.
+        deadline = time.monotonic() + min(args.timeout, 10)
+        while args.cdi and granted.remade is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            granted = asked.granted(args.name)
+    if args.cdi:
+        spec = cdi.checked(uid, args.name, granted, cdi.parts(asked.socket, args.losetup), args.force)
+        cdi.write(args.cdi_dir or within[0], uid, args.name, spec)
+        cdi.remove([folder for folder in within if folder != (args.cdi_dir or within[0])], uid, args.name)
+        put(f"{cdi.kind(uid)}={args.name}")
+        return 0
+    for stale in cdi.remove(within, uid, args.name, unless=granted.numbers):
+        warn(f"warning: {stale} named devices that are not this directory's, and is removed: --cdi writes it anew")
+    put(granted.path)
     return 0
+
+
+def _removed(asked: client.Client, name: str) -> client.NotFound | None:
+    """Remove a directory; what there is to say where there is none."""
+    try:
+        asked.directory(name, remove=True)
+    except client.NotFound as error:
+        return error
+    return None
 
 
 def rescan(args: argparse.Namespace) -> int:

@@ -54,13 +54,21 @@ class Requests(Exchange):
 
         A directory that exists stays as it is. `Busy` where the directory to remove has a device in it.
         """
+        return self.granted(name, remove=remove).path
+
+    def granted(self, name: str, *, remove: bool = False) -> Granted:
+        """As `directory`; with all that the daemon says of it."""
         with ExitStack() as stack:
             try:
-                path = parsed(Granted, self._ask(stack, wire.Directory(name, remove=remove)).fields).path
+                granted = parsed(Granted, self._ask(stack, wire.Directory(name, remove=remove)).fields)
+                path = granted.path
                 # Root binds the path into containers, so accept only what a loopd would answer.
                 if not os.path.isabs(path) or os.path.basename(path) != f"{os.getuid()}-{name}":
                     raise BadReply(f"{path} is no directory {name} of loopd's")
-                return path
+                # And writes the numbers into what runtimes let containers open.
+                if not all(type(number) is int and 0 <= number < 1 << 20 for number in granted.numbers):
+                    raise BadReply(f"{granted.numbers} are no numbers of devices")
+                return granted
             except NotFound as error:
                 error.hint = "as root, `ls /run/loopd-dev` shows those that there are"
                 raise

@@ -138,15 +138,15 @@ class Bucket:
         self._spent = 0.0
         self.at = 0.0
 
-    def spend(self, burst: float, per_second: float) -> bool:
-        """Charge one: `burst` at once, and then `per_second`; False when the allowance is used up."""
+    def spend(self, burst: float, per_second: float, count: int = 1) -> bool:
+        """Charge so many: `burst` at once, and then `per_second`; False when the allowance is used up."""
         now = max(time.monotonic(), self.at)
         self._burst, self._per_second = burst, per_second
         self._spent = max(0.0, self._spent - (now - self.at) * per_second)
         self.at = now
-        if self._spent + 1 > burst:
+        if self._spent + count > burst:
             return False
-        self._spent += 1
+        self._spent += count
         return True
 
     @property
@@ -155,9 +155,9 @@ class Bucket:
         back = max(0.0, time.monotonic() - self.at) * self._per_second
         return self._spent - back > self._burst / 2
 
-    def unspend(self) -> None:
-        """Give the charge of one back."""
-        self._spent = max(0.0, self._spent - 1)
+    def unspend(self, count: int = 1) -> None:
+        """Give the charge of so many back."""
+        self._spent = max(0.0, self._spent - count)
 
 
 class Account:

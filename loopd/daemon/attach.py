@@ -43,7 +43,7 @@ class Attaches:
         """Charge an attach before anything is allocated, or refuse it; the job of its worker."""
         account, (limits, allow) = exchange.account, exchange.terms
         _check_allowed(request, allow)
-        mine, number = self._reservations.make(account, exchange.person, limits)
+        mine, number = self._reservations.make(account, exchange.person, limits, unsure=request.dir_fd is not None)
         assert mine.slot is not None
         sender, member = exchange.sender, exchange.member
         mine.holder = Holder(
@@ -64,8 +64,11 @@ class Attaches:
 
     # The flow ---------------------------------------------------------------------------------------------------------
 
-    async def attach(self, exchange: Exchange, mine: Reservation, taken: Taken, job: Job) -> None:
-        """From `Taken` to the reply. Raises Refusal."""
+    async def attach(
+        self, exchange: Exchange, mine: Reservation, taken: Taken, job: Job, granted: tuple[int, ...]
+    ) -> None:
+        """From `Taken` to the reply. `granted` are the numbers that the client's grant owns. Raises Refusal."""
+        self._reservations.take_from(mine, granted)
         done, fds = await self._reservations.bind(mine, job)
         with fds:
             if done.cgroup:
@@ -102,7 +105,7 @@ class Attaches:
         """Put the lease into the books: it takes over what was reserved."""
         assert exchange.keeper is not None and mine.slot is not None  # noqa: PT018
         assert mine.holder is not None and done.binding is not None  # noqa: PT018
-        holder = mine.holder._replace(grant=done.grant)
+        holder = mine.holder._replace(grant=done.grant, numbers=mine.granted)
         keeper = exchange.fds.steal(list(exchange.fds).index(exchange.keeper))
         lease = Lease(done.binding, holder, exchange.account, mine.slot, taken.kept_by, keeper)
         lease.nodes, lease.names, lease.sure = done.nodes, done.names, True

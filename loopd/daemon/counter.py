@@ -12,7 +12,8 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
 from loopd.worker.make import FIRST
 
@@ -85,7 +86,7 @@ class Counter:
                 used, _ = _ENTRY.unpack_from(entries, block * _ENTRY.size)
                 rest = skip if offset == 0 else 0
                 if rest or _free(used, now):
-                    self._mark(block, now)
+                    self._mark(block, now, self._instance)
                     self._set_next((block + 1) % BLOCKS, 0)
                     os.fdatasync(self._fd)
                     return range(FIRST + block * BLOCK + rest, FIRST + (block + 1) * BLOCK)
@@ -113,22 +114,80 @@ class Counter:
     def _set_next(self, block: int, skip: int) -> None:
         os.pwrite(self._fd, _HEADER.pack(_MAGIC, block | skip << 32), 0)
 
-    def _mark(self, block: int, now: int) -> None:
-        os.pwrite(self._fd, _ENTRY.pack(now, self._instance), _HEADER.size + block * _ENTRY.size)
+    def _mark(self, block: int, now: int, instance: int) -> None:
+        os.pwrite(self._fd, _ENTRY.pack(now, instance), _HEADER.size + block * _ENTRY.size)
 
     def touch(self, number: int) -> None:
         """The number's use ends now: its quarantine is counted from here."""
+        block = (number - FIRST) // BLOCK
         with contextlib.suppress(OSError):  # the time of its reservation stays
-            self._mark((number - FIRST) // BLOCK, int(time.time()))
+            # The block of a grant's numbers may be another instance's, and stays it.
+            used, instance = self._entry(block)
+            self._mark(block, int(time.time()), instance if used else self._instance)
 
     def has(self, number: int) -> bool:
-        """Whether the number is of a block that this instance used last."""
-        entry = os.pread(self._fd, _ENTRY.size, _HEADER.size + (number - FIRST) // BLOCK * _ENTRY.size)
-        used, instance = _ENTRY.unpack(entry)
-        return bool(used) and bool(instance == self._instance)
+        """Whether the number is of a block that this instance reserved last."""
+        used, instance = self._entry((number - FIRST) // BLOCK)
+        return bool(used) and instance == self._instance
+
+    def _entry(self, block: int) -> tuple[int, int]:
+        """When a block was last used, and the instance that reserved it."""
+        used, instance = _ENTRY.unpack(os.pread(self._fd, _ENTRY.size, _HEADER.size + block * _ENTRY.size))
+        return used, instance
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+class Fresh:
+    """The numbers of the reserved blocks that nobody has had."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._numbers: deque[int] = deque()
+        self.few = False
+        """Whether few blocks are left."""
+
+    def take(self) -> int:
+        """The next number. `Exhausted` and OSError where there is none."""
+        if not self._numbers:
+            self._numbers.extend(self._counter.reserve())
+            self.few = self._counter.few()
+        return self._numbers.popleft()
+
+    def take_some(self, count: int) -> tuple[int, ...]:
+        """So many numbers, in order; or none of them, with an exception as `take`."""
+        taken: list[int] = []
+        try:
+            while len(taken) < count:
+                taken.append(self.take())
+        except BaseException:
+            self.put_back(taken)
+            raise
+        return tuple(sorted(taken))
+
+    def put_back(self, numbers: Iterable[int]) -> None:
+        """These come next: no client ever saw them."""
+        self._numbers.extendleft(sorted(numbers, reverse=True))
+
+    def keep(self, numbers: Iterable[int]) -> None:
+        """The quarantine of these numbers is counted from now on."""
+        for number in {(number - FIRST) // BLOCK: number for number in numbers}.values():
+            self._counter.touch(number)
+
+    def leave(self) -> None:
+        """Leave the rest of the block to the next daemon. Where each request starts one, all blocks would be used up.
+        """
+        unused = set(self._numbers)
+        if not unused:
+            return
+        last = max(unused)
+        while last - 1 in unused:
+            last -= 1
+        if (max(unused) + 1 - FIRST) % BLOCK == 0:
+            with contextlib.suppress(OSError):
+                self._counter.give_back(last)
+        self._numbers.clear()
 
 
 def _free(used: int, now: int) -> bool:

@@ -51,7 +51,7 @@ class Exchange:
 
     @property
     def person(self) -> Owner:
-        """The owner of what the sender attaches without a directory grant: the numbers are counted for it."""
+        """The owner of what the sender attaches without a directory grant: fresh numbers are counted for it."""
         return owner_of(self.member.account, self.sender.uid)
 
     def owns(self, holder: Holder) -> bool:

@@ -19,6 +19,7 @@ from loopd.daemon.numbers import ours
 from loopd.daemon.release import Releases
 from loopd.loop import backing_file
 from loopd.worker import devices
+from loopd.worker.bindings import Bindings
 from loopd.worker.make import is_parked
 from loopd.worker.messages import Nudge
 
@@ -31,9 +32,10 @@ LOOK_AGAIN = 5.0
 class Foreign:
     """Looks at devices that the kernel tells of, and charges those that are no lease's."""
 
-    def __init__(self, books: Books, releases: Releases) -> None:
+    def __init__(self, books: Books, releases: Releases, bindings: Bindings) -> None:
         self._books = books
         self._releases = releases
+        self._bindings = bindings
         self._charged: dict[str, Account] = {}
         self._reported: set[str] = set()
         self._suspects: dict[str, tuple[tuple[str, int | None] | None, float]] = {}
@@ -145,10 +147,12 @@ class Foreign:
             self._suspects[devname] = (seen, since)
             self._look_later(devname)
             return
-        self._report(devname, number, file)
+        self._report(devname, number, file, diskseq)
 
-    def _report(self, devname: str, number: int, file: str) -> None:
+    def _report(self, devname: str, number: int, file: str, diskseq: int | None) -> None:
         del self._suspects[devname]
+        if self._bindings.elsewhere(number, diskseq):
+            return
         self._reported.add(devname)
         account = self._charge(devname)
         owner = self._books.numbers.had(number)

@@ -25,7 +25,8 @@ class Holder(NamedTuple):
     """For whom a lease was made, as the kernel attested then; part of its record. `since`: seconds since 1970.
 
     `grant` names the directory of loopd's that the nodes are in, and begins with a dot where that was made for this
-    lease. `by_uid`: the lease is charged to the user, and not to all of the account.
+    lease. `by_uid`: the lease is charged to the user, and not to all of the account. `numbers` are the
+    grant's own, where it owns any: the device has one of these.
     """
 
     account: str
@@ -38,6 +39,7 @@ class Holder(NamedTuple):
     grant: str = ""
     deliver: tuple[str, ...] | list[str] = ()
     by_uid: bool = False
+    numbers: tuple[int, ...] | list[int] = ()
 
     @property
     def owner(self) -> Owner:

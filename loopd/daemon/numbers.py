@@ -1,7 +1,8 @@
 """Numbers: which device number the next binding gets, made ahead of need, and what becomes of a used one.
 
 A number is fresh, or the same owner had it before: nodes of it are kept by that owner, if by anybody. A used number is
-removed at once: idle, LOOP_CTL_GET_FREE could give it to the host.
+removed at once: idle, LOOP_CTL_GET_FREE could give it to the host. The numbers of a directory grant are never fresh and
+never an owner's: what attaches through the grant has them alone.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import functools
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from loopd import loop as lo
 from loopd.children.child import Children, Role
 from loopd.daemon.accounts import Owner
-from loopd.daemon.counter import BLOCK, Counter, Exhausted
+from loopd.daemon.counter import BLOCK, Counter, Exhausted, Fresh
 from loopd.daemon.maker import Maker
 from loopd.worker.devices import Number
 from loopd.worker.make import FIRST, THREADS
@@ -62,9 +63,10 @@ class Removals:
         """The owner that had the number."""
         return self.under_way.get(number) or self.lingering.get(number)
 
-    def owners(self) -> set[Owner | None]:
-        """The owners whose numbers are not removed yet."""
-        return {*self.under_way.values(), *self.lingering.values()}
+    def owners(self, but: set[int]) -> set[Owner | None]:
+        """The owners whose numbers are not removed yet, `but` these numbers."""
+        leaving = (*self.under_way.items(), *self.lingering.items())
+        return {owner for number, owner in leaving if number not in but}
 
     def forget(self, account: str) -> None:
         """Nobody gets the numbers of this account again."""
@@ -136,11 +138,12 @@ class Numbers:
         """`changed` is called when there is something to remove, and after each answer, with a number that lingers."""
         self._counter = counter
         self._changed = changed
-        self._fresh: deque[int] = deque()
+        self.fresh = Fresh(counter)
         self._made: deque[int] = deque()
         self._making: set[int] = set()
         self._used: dict[Owner, deque[int]] = {}
-        self.few = False
+        self.granted: set[int] = set()
+        """Numbers of grants that are in use, up to the moment at which their device is gone."""
         self.remade: bool | None = None
         """Whether opening a kept node of a removed device makes the device again; None when it is not known."""
         self._maker = Maker(children, role, self._heard, self._renewed)
@@ -154,7 +157,7 @@ class Numbers:
             self._making.discard(number)
             if error in (0, errno.EEXIST):
                 self.remade = error == errno.EEXIST
-                self._fresh.append(number)  # no client ever saw it
+                self.fresh.put_back([number])
             else:
                 self.removals.begin(number, None)
         elif operation == "add":
@@ -165,8 +168,10 @@ class Numbers:
                 self._made.append(number)
         elif operation.startswith("remove"):
             owner = self.removals.done(number, error, last=operation == "remove last")
-            if owner is not None:
+            if owner is not None and number not in self.granted:
                 self._keep(number, owner)
+            if not self.removals.has(number):
+                self.granted.discard(number)
         self._changed(number if number in self.removals.lingering else None)
 
     def _keep(self, number: int, owner: Owner) -> None:
@@ -202,7 +207,26 @@ class Numbers:
             return None, False
         if self._made:
             return Number(self._made.popleft(), True), True
-        return Number(self._take(), False), True
+        return Number(self.fresh.take(), False), True
+
+    def put_back(self, number: Number, owner: Owner, *, fresh: bool) -> None:
+        """A number of `next` was not used."""
+        if number.made and self.removals.stopping:
+            self.removals.begin(number.number, None)
+        elif number.made:
+            self._made.appendleft(number.number)
+        elif fresh:
+            self.fresh.put_back([number.number])
+        elif owner in self._used:  # else the account has ended, and nobody gets it
+            self._used[owner].appendleft(number.number)
+
+    def next_of(self, numbers: Iterable[int]) -> Number | None:
+        """One of a grant's numbers; None where all of them are in use."""
+        for number in numbers:
+            if number not in self.granted and not self.removals.has(number):
+                self.granted.add(number)
+                return Number(number, False)
+        return None
 
     @property
     def making(self) -> bool:
@@ -211,19 +235,13 @@ class Numbers:
 
     def expects(self, owner: Owner) -> bool:
         """Whether a number of this owner is being removed, so that `next` will have it."""
-        return owner in self.removals.owners()
-
-    def _take(self) -> int:
-        if not self._fresh:
-            self._fresh.extend(self._counter.reserve())
-            self.few = self._counter.few()
-        return self._fresh.popleft()
+        return owner in self.removals.owners(self.granted)
 
     def refill(self) -> None:
         """Have numbers made ahead of need."""
         while not self.removals.stopping and len(self._making) + len(self._made) < self.AHEAD:
             try:
-                number = self._take()
+                number = self.fresh.take()
             except (Exhausted, OSError):  # an attach that needs a number is told
                 return
             self._making.add(number)
@@ -234,7 +252,7 @@ class Numbers:
         if self.removals.stopping:
             return  # it would take the block that was given back
         with contextlib.suppress(Exhausted, OSError):
-            number = self._take()
+            number = self.fresh.take()
             self._making.add(number)
             self._maker.send("probe", number)
 
@@ -288,21 +306,7 @@ class Numbers:
         """
         self.removals.stopping = True
         if not (held or self.removals.under_way or self.removals.lingering):
-            self._give_back()
+            self.fresh.leave()
         self.removals.retry()
         while self._made:
             self.removals.begin(self._made.popleft(), None)
-
-    def _give_back(self) -> None:
-        """Leave the rest of the block to the next daemon. Where each request starts one, all blocks would be used up.
-        """
-        unused = set(self._fresh)
-        if not unused:
-            return
-        last = max(unused)
-        while last - 1 in unused:
-            last -= 1
-        if (max(unused) + 1 - FIRST) % BLOCK == 0:
-            with contextlib.suppress(OSError):
-                self._counter.give_back(last)
-        self._fresh.clear()

@@ -23,7 +23,6 @@ CONFIGURATION = "/etc/loopd/loopd.toml"
 
 class ConfigurationError(Exception):
     """What is wrong in which file; `problems` are (file, key, reason)."""
-
     def __init__(self, problems: list[tuple[str, str, str]]) -> None:
         super().__init__("; ".join(f"{file}: {key}: {reason}" for file, key, reason in problems))
         self.problems = problems

@@ -81,6 +81,8 @@ class Recovery:
         account = account or self._books.accounts.get(holder.account, holder.uid if holder.by_uid else None)
         lease = Lease(binding, holder, account, slot, stored.kept_by, fds.pop("keeper", None))
         self._books.leases.add(lease)
+        if holder.numbers:
+            self._books.numbers.granted.add(binding.number)
         return lease, fds
 
     def abandon(self, slot: Slot, account: Account) -> int | None:

@@ -39,7 +39,9 @@ class Reservation:
         self.started = time.monotonic()
         self.holder: Holder | None = None
         self.slot: Slot | None = None
-        self.number: int | None = None
+        self.number: Number | None = None
+        self.granted: tuple[int, ...] = ()
+        """The numbers that the client's directory grant owns, and none but which it gets."""
         self.fresh = False
         """Whether the number was charged to the account's new ones."""
         self.again = True
@@ -65,14 +67,24 @@ class Reservations:
         self._most_fds = limit - min(SPARE_FDS, limit // 2)
         self.under_way = 0
 
-    def make(self, account: Account, person: Owner, limits: Limits) -> tuple[Reservation, Number | None]:
-        """Reserve a device, and its number; without one the worker asks when it gets there. Raises Refusal."""
+    def make(
+        self, account: Account, person: Owner, limits: Limits, granted: tuple[int, ...] = (), *, unsure: bool = False
+    ) -> tuple[Reservation, Number | None]:
+        """Reserve a device, and its number, one of those `granted` where there are any; without one the worker asks
+        when it gets there. `unsure`: what the client has sent may be a grant that owns numbers. Raises Refusal.
+        """
         if account.devices >= limits.devices:
             raise Refusal(Code.QUOTA, f"this account has {account.devices} devices, its limit is {limits.devices}")
         self._check_room()
         mine = Reservation(account, person, limits)
+        mine.granted = granted
+        number = None
         try:
-            number = self._number(mine)
+            try:
+                number = self._number(mine)
+            except Refusal:
+                if not unsure:
+                    raise
             try:
                 mine.slot = self._books.slots.take()
             except OSError as error:  # EMFILE, ENFILE, ENOMEM
@@ -98,7 +110,7 @@ class Reservations:
                 books.warn(what, f"More than {WARN_AT:.0%} of the {what} are used by {count} leases")
             if used >= 1:
                 raise Refusal(Code.NO_DEVICE, f"loopd has no more {what}")
-        if books.numbers.few:
+        if books.numbers.fresh.few:
             books.warn("few numbers", f"More than {WARN_AT:.0%} of the device numbers are in use or in quarantine")
         if books.pool.no_room is not None:
             books.warn("processes", f"loopd could make no more worker processes (TasksMax=): {books.pool.no_room}")
@@ -107,6 +119,8 @@ class Reservations:
 
     def _number(self, mine: Reservation) -> Number | None:
         """A number, the reservation's from now on; None when one is about to come free. Raises Refusal."""
+        if mine.granted:
+            return self._granted_number(mine)
         account, limits, numbers = mine.account, mine.limits, self._books.numbers
         number, none = None, None
         mine.fresh = False
@@ -125,11 +139,30 @@ class Reservations:
                 self._books.warn("numbers", f"There is no new device number: {error}", code=Code.NO_DEVICE.value)
                 none = Refusal(Code.NO_DEVICE, "no device number is free; the journal of the host says more")
         if number is not None:
-            mine.number = number.number
+            mine.number = number
         elif not coming:
             limit = f"{limits.new_numbers} and {limits.new_numbers_per_minute:g} a minute"
             raise none or Refusal(Code.QUOTA, f"this account has used up its new device numbers ({limit}); detach some")
         return number
+
+    def _granted_number(self, mine: Reservation) -> Number | None:
+        """The same where a grant owns numbers: one of these, and it costs nothing."""
+        numbers = self._books.numbers
+        mine.fresh = False
+        mine.number = numbers.next_of(mine.granted)
+        if mine.number is None and not any(numbers.removals.has(number) for number in mine.granted):
+            raise _all_in_use(mine.granted)
+        return mine.number
+
+    def take_from(self, mine: Reservation, granted: tuple[int, ...]) -> None:
+        """What was sent along is a grant. The worker asks for a number of its own ones, so the first goes back."""
+        mine.granted = granted
+        if not granted or mine.number is None:
+            return
+        self._books.numbers.put_back(mine.number, mine.person, fresh=mine.fresh)
+        if mine.fresh:
+            mine.account.numbers.unspend()
+        mine.number, mine.fresh = None, False
 
     async def _another_number(self, mine: Reservation, job: Job) -> Number:
         """Another number where the first one was lost to somebody else, or none was free yet. Raises Refusal."""
@@ -138,8 +171,9 @@ class Reservations:
             books.metrics.retries += 1
             if mine.fresh:
                 mine.account.numbers.unspend()
-            # It is removed: it may have been made, and the account may have open a number that it had before.
-            books.numbers.retire(mine.number, None if mine.fresh else self._heir(mine))
+            # It is removed: it may have been made, and the account may have open a number that it had before. A grant's
+            # number comes free for the grant as soon as the device that somebody else has made is gone.
+            books.numbers.retire(mine.number.number, None if mine.fresh or mine.granted else self._heir(mine))
             mine.number = None
         deadline = mine.started + min(books.policy.number_wait, books.policy.request_timeout / 2)
         while True:
@@ -147,6 +181,8 @@ class Reservations:
             if number is not None:
                 return number
             if job.answered or time.monotonic() >= deadline:  # its worker has ended, or nobody waits any more
+                if mine.granted:
+                    raise _all_in_use(mine.granted)
                 raise Refusal(Code.TIMEOUT, "no device number came free in time")
             await books.sleep(0.01)
 
@@ -181,8 +217,18 @@ class Reservations:
         mine.uncount()
         if mine.slot is not None:
             slot, mine.slot = mine.slot, None
-            if self._abandon(slot, mine.account) == mine.number:
+            left = self._abandon(slot, mine.account)
+            if mine.number is not None and left == mine.number.number:
                 mine.number = None  # the lease that ends gives it back
         if mine.number is not None:
-            self._books.numbers.retire(mine.number, self._heir(mine) if mine.again else None)
+            self._books.numbers.retire(mine.number.number, self._heir(mine) if mine.again else None)
             mine.number = None
+
+
+def _all_in_use(granted: tuple[int, ...]) -> Refusal:
+    """For a client whose grant has no number free."""
+    return Refusal(
+        Code.QUOTA,
+        f"all {len(granted)} device numbers of this directory are in use, a window on a partition has one, too; detach"
+        " one, or have the host's administrator make the directory anew with more (loopctl directory --devices)",
+    )

@@ -22,17 +22,17 @@ from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
 from loopd.daemon.dropping import Dropping
 from loopd.daemon.exchange import Answers, Exchange, answered
+from loopd.daemon.granting import Granting, job_of
 from loopd.daemon.operations import Operations
 from loopd.daemon.policy import Limits
 from loopd.daemon.reserve import Reservation, Reservations
 from loopd.kernel import transport
 from loopd.kernel.poller import ONCE
 from loopd.kernel.transport import FdSet, Sender
-from loopd.protocol import wire
 from loopd.protocol.decode import decode
-from loopd.protocol.wire import Attach, Code, Directory, Refusal, Rescan, Resize
+from loopd.protocol.wire import Attach, Code, Directories, Directory, Refusal, Rescan, Resize
 from loopd.worker import messages
-from loopd.worker.messages import Change, Changed, Recognised, Take, Taken
+from loopd.worker.messages import Recognised, Take, Taken
 
 SHARED_WARNING = (
     "Clients are not told apart, for their runtime uses cgroups of the first version: all of them are one account with"
@@ -57,7 +57,7 @@ class Service:
 
     def __init__(
         self, books: Books, listeners: list[Listener], dropping: Dropping, answers: Answers, attaches: Attaches,
-        reservations: Reservations, operations: Operations,
+        reservations: Reservations, granting: Granting, operations: Operations,
     ) -> None:  # fmt: skip
         self._books = books
         self._reservations = reservations
@@ -65,6 +65,7 @@ class Service:
         self._dropping = dropping
         self._answers = answers
         self._attaches = attaches
+        self._granting = granting
         self._operations = operations
         self._waiting: set[int] = set()
         self._taking: set[int] = set()
@@ -188,8 +189,8 @@ class Service:
                 raise Refusal(Code.NOT_PERMITTED, why[:1000])
             if isinstance(request, Attach):
                 job, mine = self._attaches.admit(exchange, request, job)
-            elif isinstance(request, Directory):
-                job = job._replace(change=Change(sender.uid, request.name, request.remove, exchange.admin))
+            elif isinstance(request, (Directory, Directories)):
+                job = job._replace(grants=job_of(exchange, request))
         except Refusal as refusal:
             request = refusal
         start(self._exchange(exchange, request, job, mine))
@@ -211,12 +212,11 @@ class Service:
                 raise request
             if taken.refusal is not None:
                 raise taken.refusal
-            if taken.granted:
-                exchange.grant = await self._recognise(job)
+            numbers = await self._recognise(exchange, job) if taken.granted else ()
             if mine is not None:
-                await self._attaches.attach(exchange, mine, taken, job)
-            elif message.change is not None:
-                self._answers.send(exchange, await self._change(job))
+                await self._attaches.attach(exchange, mine, taken, job, numbers)
+            elif message.grants is not None:
+                self._answers.send(exchange, await self._granting.perform(exchange, message.grants, job))
             else:
                 self._answers.send(exchange, await self._operations.perform(exchange, request))
         except Refusal as refusal:
@@ -250,18 +250,13 @@ class Service:
         self._release_head(exchange)
         return taken
 
-    async def _recognise(self, job: Job) -> str:
-        """The name of the grant that was sent along; empty where it is none."""
+    async def _recognise(self, exchange: Exchange, job: Job) -> tuple[int, ...]:
+        """Find out which grant was sent along. The numbers that it owns, if it does."""
         message: Recognised = answered(await job.done())
         if message.refusal is not None:
             raise message.refusal
-        return message.grant
-
-    async def _change(self, job: Job) -> wire.Granted:
-        message = answered(await job.done())
-        if not isinstance(message, Changed):
-            raise message.refusal
-        return wire.Granted(message.path)
+        exchange.grant = message.grant
+        return message.numbers or ()
 
     def _stuck(self, exchange: Exchange) -> None:
         """Record that the worker hangs, most likely on one of the client's own files."""

@@ -55,7 +55,7 @@ class Windows:
         books, account = self._books, disk.account
         holder = disk.holder._replace(since=time.time(), id=None, deliver=())
         limits = books.policy.terms(books.instance, holder.account, holder.uid, holder.gid).limits
-        mine, number = self._reservations.make(account, holder.person, limits)
+        mine, number = self._reservations.make(account, holder.person, limits, tuple(holder.numbers))
         assert mine.slot is not None
         message = OpenWindow(disk.binding, extent, number, holder.client, holder._asdict(), mine.slot.row)
         fds = [disk.slot.fd, mine.slot.fd]

@@ -14,7 +14,9 @@ from typing import Any, Callable, NoReturn
 from loopd.protocol.wire import (
     DELIVERIES,
     DIRECT_IO,
+    MAX_AFTER,
     MAX_DEPTH,
+    MAX_DEVICES,
     MAX_FDS,
     MAX_ID,
     MAX_OFFSET,
@@ -25,6 +27,7 @@ from loopd.protocol.wire import (
     SECTOR_SIZES,
     Attach,
     Code,
+    Directory,
     Envelope,
     Refusal,
     Request,
@@ -53,6 +56,12 @@ def _sector_size(value: Any) -> int:
     if type(value) is int and value in SECTOR_SIZES:
         return value
     raise ValueError(f"one of {', '.join(map(str, SECTOR_SIZES))}")
+
+
+def _devices(value: Any) -> int:
+    if type(value) is int and 1 <= value <= MAX_DEVICES:
+        return value
+    raise ValueError(f"a number of devices, 1 to {MAX_DEVICES}")
 
 
 def _seconds(value: Any) -> float:
@@ -125,7 +134,8 @@ VALIDATORS: dict[str, Callable[[Any], Any]] = {
     "remove": _flag,
     "wait": _seconds,
     "force": _flag,
-    "after": _text(MAX_ID, len, "characters"),
+    "after": _text(MAX_AFTER, len, "characters"),
+    "devices": _devices,
 }
 """Every field of every request, by name: a name means the same in each operation."""
 
@@ -199,6 +209,8 @@ def _request(fields: dict[str, Any]) -> Request:
         raise Refusal(Code.MALFORMED, f"reply_fd: expected with {request.deliver[0]!r} in deliver")
     if isinstance(request, Attach) and {"node", "mount"} <= set(request.deliver):
         raise Refusal(Code.MALFORMED, "deliver: a node lies in the client's directory or in the mount, not in both")
+    if isinstance(request, Directory) and request.remove and request.devices is not None:
+        raise Refusal(Code.MALFORMED, "devices: a directory that is removed has none")
     return request
 
 

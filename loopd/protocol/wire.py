@@ -31,6 +31,10 @@ MAX_ID = 64
 """Characters of a request's ``id``."""
 MAX_REF = 63
 """Bytes of ``ref``: the kernel's ``lo_file_name`` holds 64 with its terminating NUL."""
+MAX_AFTER = 80
+"""Characters of ``after``: a directory's name with its uid."""
+MAX_DEVICES = 64
+"""Device numbers that one directory may own."""
 MAX_WAIT = 3600
 """Seconds that ``detach`` may be asked to wait."""
 SECTOR_SIZES = (512, 1024, 2048, 4096)
@@ -117,12 +121,24 @@ class Leases(NamedTuple):
 
 
 class Directory(NamedTuple):
-    """Make a directory to be bound into a container, or `remove` it. Asked from the host, not from a container."""
+    """Make a directory to be bound into a container, or `remove` it. Asked from the host, not from a container.
+
+    `devices`: how many device numbers the directory owns. None: as many as it has, and 8 where it is made.
+    """
 
     name: str
     reply_fd: int | None = None
     id: str | None = None
     remove: bool = False
+    devices: int | None = None
+
+
+class Directories(NamedTuple):
+    """The directories of the sender's uid, all of them on the admin socket; `after` continues an earlier reply."""
+
+    reply_fd: int | None = None
+    id: str | None = None
+    after: str = ""
 
 
 class Rescan(NamedTuple):
@@ -157,13 +173,14 @@ class Metrics(NamedTuple):
     id: str | None = None
 
 
-Request = Union[Attach, Detach, Leases, Directory, Rescan, Resize, Hello, Metrics]
+Request = Union[Attach, Detach, Leases, Directory, Directories, Rescan, Resize, Hello, Metrics]
 
 OPERATIONS: dict[str, type[Request]] = {
     "attach": Attach,
     "detach": Detach,
     "list": Leases,
     "directory": Directory,
+    "directories": Directories,
     "rescan": Rescan,
     "resize": Resize,
     "hello": Hello,
@@ -252,9 +269,34 @@ class LeaseList(NamedTuple):
 
 
 class Granted(NamedTuple):
-    """Reply to ``directory``: where it is, or was, on the host."""
+    """Reply to ``directory``: where it is, or was, on the host, and the device numbers that it owns now.
+
+    `remade`: whether opening a kept node of a removed device makes the device again (``max_loop`` is not in force);
+    None while that is not known.
+    """
 
     path: str
+    numbers: tuple[int, ...] = ()
+    remade: bool | None = None
+
+
+class GrantInfo(NamedTuple):
+    """One row of the reply to ``directories``. `in_use`: how many of its devices are attached, or not gone yet."""
+
+    name: str
+    uid: int
+    path: str
+    numbers: tuple[int, ...]
+    in_use: int
+
+
+class GrantList(NamedTuple):
+    """Reply to ``directories``; `more` when the reply was full: the next request's `after` is the last row's
+    ``UID-NAME``.
+    """
+
+    directories: tuple[GrantInfo, ...]
+    more: bool = False
 
 
 class Rescanned(NamedTuple):
@@ -284,7 +326,7 @@ class Measured(NamedTuple):
     openmetrics: str
 
 
-Reply = Union[Attached, Detached, LeaseList, Granted, Rescanned, Resized, Greeting, Measured]
+Reply = Union[Attached, Detached, LeaseList, Granted, GrantList, Rescanned, Resized, Greeting, Measured]
 
 
 def _jsonable(value: Any) -> Any:

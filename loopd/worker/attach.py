@@ -44,8 +44,12 @@ class Attaching:
         self._grant = ""
         self._directory: Directory | None = None
 
-    def run(self, grant: str, kept_by: str, fds: dict[str, int | None]) -> tuple[Done, list[int]]:
-        """Attach. Returns the answer, and the fds for the client, which are the caller's. `fds` go into the record."""
+    def run(
+        self, grant: str, kept_by: str, fds: dict[str, int | None], numbers: tuple[int, ...]
+    ) -> tuple[Done, list[int]]:
+        """Attach. Returns the answer, and the fds for the client, which are the caller's. `fds` go into the record.
+        `numbers` are the grant's own: the main process gives one of these when it is asked.
+        """
         mounts = files.Mounts(self._packet.sender.pid)
         warnings = _check_mknod(self._packet.sender.pid, self._terms, mounts)
         backing, fd = self._vet_file(mounts)
@@ -53,6 +57,9 @@ class Attaching:
             backing = backing._replace(view=files.CLIENT)
         self._grant = grant
         self._booking.kept_by = kept_by
+        self._booking.holder["numbers"] = numbers
+        if numbers:
+            self._booking.number = None
         self._directory = self._vet_directory(mounts, grant)
         if self._directory is not None:
             self.harmless.update((self._directory.fd, self._directory.view))

@@ -7,6 +7,7 @@ number, and after it the diskseq. Bindings end with the boot, and the table with
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import struct
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ class Bindings:
 
     def __init__(self, path: str) -> None:
         """Open the table, and empty it when it is of another boot; OSError where that cannot be done."""
+        self._path = path
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         header = _HEADER.pack(_MAGIC, _boot_id().encode())
         if os.pread(self.fd, _HEADER.size, 0) != header:
@@ -71,9 +73,22 @@ class Bindings:
 
     def rows(self) -> Iterator[Row]:
         """Every row that says something."""
-        data = os.pread(self.fd, ROWS * _ROW.size, _HEADER.size)
-        if not data.strip(b"\0"):
-            return
+        yield from _rows(os.pread(self.fd, ROWS * _ROW.size, _HEADER.size))
+
+    def elsewhere(self, number: int, diskseq: int | None) -> bool:
+        """Whether the table of another instance has this binding. Instances have a directory grant's numbers in common.
+        """
+        for path in glob.glob(os.path.join(glob.escape(os.path.dirname(self._path)), "bindings.*")):
+            if path != self._path:
+                with contextlib.suppress(OSError), open(path, "rb") as table:
+                    table.seek(_HEADER.size)
+                    if any((row.number, row.diskseq) == (number, diskseq) for row in _rows(table.read())):
+                        return True
+        return False
+
+
+def _rows(data: bytes) -> Iterator[Row]:
+    if data.strip(b"\0"):
         whole = data[: len(data) // _ROW.size * _ROW.size]
         for row, (number, dev, inode, diskseq) in enumerate(_ROW.iter_unpack(whole)):
             if number:

@@ -26,14 +26,14 @@ class Booking:
         self._worker = worker
         self._slot = slot
         self._row = row
-        self._number = number
+        self.number = number
 
     def bind(self, request: Request, prepare: Callable[[Binding, int], dict[str, int | None]]) -> Bound:
         """Bind a file. `prepare` is called before each try, with the binding as it will be and the fd of the lock, and
         gives the fds of the record. Raises Refusal.
         """
         tools = self._worker.tools
-        numbers = iter(() if self._number is None else (self._number,))
+        numbers = iter(() if self.number is None else (self.number,))
 
         def next_number() -> Number:
             return next(numbers, None) or self._ask_for_number()

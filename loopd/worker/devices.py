@@ -78,6 +78,12 @@ def device_number(name: str, disk: str | None = None) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def idle(numbers: set[int]) -> list[int]:
+    """Those of the numbers whose device is there and has no file."""
+    there = {int(name[4:]) for name in os.listdir(f"{lo.sysfs}/block") if name.startswith("loop")}
+    return [number for number in sorted(numbers & there) if backing_file(number) is None]
+
+
 def size(devname: str) -> int | None:
     """Bytes of a device, as the kernel has it now; None without a device."""
     try:

@@ -2,7 +2,7 @@
 
 They lie on a tmpfs without nodev (run-loopd\\x2ddev.mount). An fd of such a directory is the grant: it says whose
 leases are meant. The client can open the nodes in it, and nothing else. Only directories are made and removed here;
-nodes are made in `nodes`.
+nodes are made in `nodes`. Each grant owns device numbers (`links`); a grant of an earlier loopd owns none.
 """
 
 from __future__ import annotations
@@ -17,13 +17,23 @@ import struct
 from collections.abc import Callable
 
 from loopd.kernel import libc
-from loopd.protocol.wire import Code, Refusal
+from loopd.protocol.wire import Code, GrantInfo, Refusal
+from loopd.worker import devices
 from loopd.worker.files import identify
+from loopd.worker.links import Links
 from loopd.worker.nodes import READ, SEARCH, WRITE, access_list, listed, names
 
 ROOT = "/run/loopd-dev"
 MOST = 256
 """Directories of one uid."""
+DEVICES = 8
+"""Device numbers of a grant, where the request does not say."""
+LISTED = 48
+"""Grants in one reply: each takes up to a KiB of it."""
+OWNER = stat.S_ISVTX
+"""This mode bit, for which loopd's directories have no other use, says that the directory owns numbers. mkdir(2) sets
+it, so a worker that is killed just after that leaves no directory that looks like one of an earlier loopd.
+"""
 START = "on the host, systemctl start 'run-loopd\\x2ddev.mount' and restart loopd"
 
 
@@ -36,6 +46,7 @@ class Grants:
         self._fd: int | None = None
         with contextlib.suppress(OSError):
             self._fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._links = Links(self._fd)
             device = os.fstat(self._fd).st_dev
             self._dev = (os.major(device), os.minor(device))
 
@@ -61,6 +72,16 @@ class Grants:
         with listed(self._fd) as root, os.scandir(root) as entries:
             found = next((entry.name for entry in entries if entry.inode() == inode), "")
         return "" if found.startswith(".") else found
+
+    def numbers(self, name: str) -> tuple[int, ...] | None:
+        """The device numbers that a grant owns; None for a grant of an earlier loopd."""
+        status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        if not status.st_mode & OWNER:
+            return None
+        numbers = self._links.read(status.st_ino)
+        if numbers is None:
+            raise Refusal(Code.NO_DEVICE, "dir_fd: not made to its end; on the host, make it with loopctl once more")
+        return numbers
 
     def make_for(self, devname: str) -> tuple[str, int]:
         """A directory for the nodes of one device, to be handed over as a mount: its name, and loopd's own fd of it.
@@ -129,18 +150,19 @@ class Grants:
         finally:
             os.close(directory)
 
-    def change(self, uid: int, name: str, *, remove: bool) -> str:
-        """Make or remove the directory `name` of `uid`; its path. For workers: the owner can keep it locked for as long
-        as it likes (getdents64 into memory that never comes).
-        """
-        return self.remove(uid, name) if remove else self.create(uid, name)
-
     def open(self, key: str) -> int:
         """loopd's own fd of a grant, which can be written through whatever the client's mount of it allows."""
         return os.open(key, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
 
-    def create(self, uid: int, name: str) -> str:
-        """Make the directory `name` of `uid`, if it is not there; its path."""
+    # For workers: a grant's owner can keep its directory locked for as long as it likes (getdents64 into memory that
+    # never comes).
+
+    def create(
+        self, uid: int, name: str, count: int | None, reserve: Callable[[int], tuple[int, ...]]
+    ) -> tuple[str, tuple[int, ...]]:
+        """Make the directory `name` of `uid`, if it is not there; its path and device numbers. `reserve` gives so many
+        numbers that nobody has had, or raises Refusal.
+        """
         if self._fd is None:
             raise Refusal(Code.UNSUPPORTED, f"{self.root} is not there: {START}")
         key = _key(uid, name)
@@ -148,27 +170,82 @@ class Grants:
         if key not in there and sum(entry.startswith(f"{uid}-") for entry in there) >= MOST:
             raise Refusal(Code.QUOTA, f"uid {uid} has {MOST} directories; remove some")
         with contextlib.suppress(FileExistsError):
-            os.mkdir(key, 0o700, dir_fd=self._fd)
+            os.mkdir(key, 0o700 | OWNER, dir_fd=self._fd)
         try:
             self.admit(key, uid)
+            return os.path.join(self.root, key), self._own(key, name, count, reserve)
         except PermissionError as error:
             # Docker makes what it is to bind and does not find; loopd could put no node there.
             reason = f"directory {name}: somebody else has made it; remove it with --remove, and ask again"
             raise Refusal(Code.EXISTS, reason) from error
-        return os.path.join(self.root, key)
+        except Refusal:
+            with contextlib.suppress(OSError):
+                status = os.stat(key, dir_fd=self._fd, follow_symlinks=False)
+                if status.st_mode & OWNER and self._links.read(status.st_ino) is None:
+                    os.rmdir(key, dir_fd=self._fd)
+            raise
 
-    def remove(self, uid: int, name: str) -> str:
-        """Remove a directory that holds no device; its path."""
+    def _own(
+        self, key: str, name: str, count: int | None, reserve: Callable[[int], tuple[int, ...]]
+    ) -> tuple[int, ...]:
+        """The numbers of a directory that is there; they are reserved where it has none yet."""
+        status = os.stat(key, dir_fd=self._fd, follow_symlinks=False)
+        numbers: tuple[int, ...] | None = ()
+        if status.st_mode & OWNER:
+            numbers = self._links.read(status.st_ino)
+            if numbers is None:
+                numbers = self._links.write(status.st_ino, reserve(count or DEVICES))
+        assert numbers is not None
+        if count not in (None, len(numbers)):
+            has = f"has {len(numbers) or 'no'} device numbers of its own"
+            raise Refusal(Code.EXISTS, f"directory {name} {has}: to change that, remove it with --remove first")
+        return numbers
+
+    def remove(self, uid: int, name: str) -> tuple[str, tuple[int, ...]]:
+        """Remove a directory that holds no device; its path, and the numbers that it owned."""
         if self._fd is None:
             raise Refusal(Code.NOT_FOUND, "there are no directories")
         key = _key(uid, name)
         try:
+            inode = os.stat(key, dir_fd=self._fd, follow_symlinks=False).st_ino
             os.rmdir(key, dir_fd=self._fd)
         except OSError as error:
             if error.errno == errno.ENOTEMPTY:
                 raise Refusal(Code.BUSY, f"directory {name}: there are devices in it; detach them first") from error
             raise Refusal(Code.NOT_FOUND, f"directory {name}: {error.strerror}") from error
-        return os.path.join(self.root, key)
+        numbers = self._links.read(inode) or ()
+        self._links.remove(inode)
+        return os.path.join(self.root, key), numbers
+
+    # Looking at all of them -------------------------------------------------------------------------------------------
+
+    def rows(self, uid: int | None, after: str) -> tuple[tuple[GrantInfo, ...], bool]:
+        """The grants of `uid`, for None all, in the order of their names in the tmpfs: `LISTED` of those behind
+        `after`, and whether there are more.
+        """
+        found = [re.fullmatch(r"(\d+)-(.+)", key) for key in ([] if self._fd is None else sorted(names(self._fd)))]
+        mine = [match for match in found if match and match[0] > after and uid in (None, int(match[1]))]
+        rows = []
+        for match in mine[:LISTED]:
+            with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
+                inode = os.stat(match[0], dir_fd=self._fd, follow_symlinks=False).st_ino
+                numbers = self._links.read(inode) or ()
+                used = sum(devices.size(f"loop{number}") is not None for number in numbers)
+                path = os.path.join(self.root, match[0])
+                rows.append(GrantInfo(match[2], int(match[1]), path, numbers, used))
+        return tuple(rows), len(mine) > LISTED
+
+    def owned(self) -> set[int]:
+        """The numbers that grants own. What is left of grants that are gone is removed."""
+        if self._fd is None:
+            return set()
+        # In this order: a directory is there before its link, so that a link whose directory is not there is left over.
+        inodes = self._links.inodes()
+        with listed(self._fd) as root, os.scandir(root) as entries:
+            there = {entry.inode() for entry in entries}
+        for inode in inodes - there:
+            self._links.remove(inode)
+        return {number for inode in inodes & there for number in self._links.read(inode) or ()}
 
 
 SYS_OPEN_TREE = 428  # the same on every architecture; Linux 5.2

@@ -11,6 +11,7 @@ from loopd.worker.messages import (
     Arrange,
     Clear,
     Displace,
+    Inspect,
     Nudge,
     OpenWindow,
     Resize,
@@ -34,4 +35,5 @@ JOBS: dict[type[Any], Callable[[Worker, Any, FdSet], bool]] = {
     Nudge: upkeep.nudge,
     Tidy: upkeep.tidy,
     Sweep: upkeep.sweep,
+    Inspect: upkeep.inspect,
 }

@@ -9,7 +9,7 @@ import copyreg
 from typing import Any, NamedTuple
 
 from loopd.kernel.transport import Sender
-from loopd.protocol.wire import Attach, Code, Refusal
+from loopd.protocol.wire import Attach, Code, GrantInfo, Refusal
 from loopd.worker.bindings import Row
 from loopd.worker.devices import Binding, Extent, Number
 from loopd.worker.nodes import Client, Node
@@ -37,16 +37,29 @@ class Terms(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Make a directory of loopd's own for a uid, or remove it. Unless `admin` the sender has to be on the host."""
+    """Make a directory of loopd's own for a uid, or remove it. Unless `admin` the sender has to be on the host.
+    `devices`: how many numbers it owns; None for as many as it has, or the default.
+    """
 
     uid: int
     name: str
     remove: bool
+    devices: int | None
+    admin: bool
+
+
+class Survey(NamedTuple):
+    """List the directories of loopd's own of a uid, for None all, behind `after`. Unless `admin` the sender has to be
+    on the host.
+    """
+
+    uid: int | None
+    after: str
     admin: bool
 
 
 class Take(NamedTuple):
-    """Take the datagram that was peeked; if `attach` or `change` is there, perform it.
+    """Take the datagram that was peeked; if `attach` or `grants` is there, perform it.
 
     `reply`, `lease` and `directory` are indices of its fds. `holder` is for the record, `row` the lease's place in the
     table of bindings. Fds: of an attach, a free slot.
@@ -62,13 +75,20 @@ class Take(NamedTuple):
     terms: Terms | None = None
     holder: dict[str, Any] | None = None
     row: int = 0
-    change: Change | None = None
+    grants: Change | Survey | None = None
 
 
 class UseNumber(NamedTuple):
     """The answer to `NumberPlease`: the number, or why there is none."""
 
     number: Number | None
+    refusal: Refusal | None = None
+
+
+class UseNumbers(NamedTuple):
+    """The answer to `NumbersPlease`: the numbers, or why there are none."""
+
+    numbers: tuple[int, ...]
     refusal: Refusal | None = None
 
 
@@ -165,7 +185,13 @@ class Sweep(NamedTuple):
     before: float
 
 
-Job = Take | Displace | Unbind | Clear | Revoke | Arrange | OpenWindow | Resize | Nudge | Tidy | Sweep
+class Inspect(NamedTuple):
+    """Look at the numbers that grants own. `block`: how many have an entry in common in the counter."""
+
+    block: int
+
+
+Job = Take | Displace | Unbind | Clear | Revoke | Arrange | OpenWindow | Resize | Nudge | Tidy | Sweep | Inspect
 
 # Answers ----------------------------------------------------------------------------------------------------------
 
@@ -186,20 +212,37 @@ class Taken(NamedTuple):
 
 
 class Recognised(NamedTuple):
-    """Which directory of loopd's was sent along. To find out may have taken long, so `Taken` did not wait for it."""
+    """Which directory of loopd's was sent along, and the numbers that it owns; None for a grant of an earlier loopd. To
+    find out may have taken long, so `Taken` did not wait for it.
+    """
 
     refusal: Refusal | None
     grant: str
+    numbers: tuple[int, ...] | None
 
 
 class NumberPlease(NamedTuple):
     """The last number was lost to somebody else, or there was none yet: the worker asks for another."""
 
 
+class NumbersPlease(NamedTuple):
+    """The directory was made, and needs so many numbers that nobody has had."""
+
+    wanted: int
+
+
 class Changed(NamedTuple):
-    """The directory is there, or gone."""
+    """The directory is there, or gone, with the numbers that it owns or owned."""
 
     path: str
+    numbers: tuple[int, ...]
+
+
+class Surveyed(NamedTuple):
+    """The directories, and whether there are more."""
+
+    grants: tuple[GrantInfo, ...]
+    more: bool
 
 
 class Done(NamedTuple):
@@ -269,6 +312,14 @@ class Tidied(NamedTuple):
     lost: str | None
 
 
+class Inspected(NamedTuple):
+    """One number of each block that grants own numbers of; and those of their numbers whose device is there, unbound.
+    """
+
+    blocks: tuple[int, ...]
+    idle: tuple[int, ...]
+
+
 class Finished(NamedTuple):
     """The answer of a job that has nothing to tell."""
 
@@ -277,7 +328,8 @@ class Finished(NamedTuple):
 for _code, _kind in enumerate((
     Take, Displace, Unbind, Clear, Arrange, Resize, Nudge, Revoke, Tidy, Sweep, UseNumber, Taken, NumberPlease, Done,
     Displaced, Unbound, Arranged, Resized, Finished, Terms, Attach, Sender, Binding, Number, Client, Node, Refusal,
-    Code, Change, Changed, Recognised, Tidied, Extent, OpenWindow,
+    Code, Change, Changed, Recognised, Tidied, Extent, OpenWindow, Survey, Surveyed, NumbersPlease, UseNumbers,
+    GrantInfo, Inspect, Inspected,
 ), 1):  # fmt: skip
     copyreg.add_extension(_kind.__module__, _kind.__qualname__, _code)
 

@@ -13,7 +13,18 @@ from loopd.protocol import wire
 from loopd.protocol.wire import Code, Refusal
 from loopd.worker import files, messages, nodes
 from loopd.worker.attach import Attaching, borrow
-from loopd.worker.messages import Changed, Done, Recognised, Take, Taken
+from loopd.worker.messages import (
+    Change,
+    Changed,
+    Done,
+    NumbersPlease,
+    Recognised,
+    Survey,
+    Surveyed,
+    Take,
+    Taken,
+    UseNumbers,
+)
 from loopd.worker.process import Worker
 
 
@@ -42,6 +53,7 @@ class _Taking:
         self._lease: int | None = None
         self._kept_by = ""
         self._grant = ""
+        self._numbers: tuple[int, ...] | None = None
 
     @property
     def _all_harmless(self) -> bool:
@@ -50,7 +62,7 @@ class _Taking:
     def run(self) -> bool:
         refusal, granted = self._vet_sockets()
         self._harmless = {fd for fd in (self._reply, self._lease) if fd is not None}
-        work = refusal is None and not (self._job.attach is None and self._job.change is None)
+        work = refusal is None and not (self._job.attach is None and self._job.grants is None)
         last = not work and not granted and self._all_harmless
         taken = Taken(refusal, self._pidfd is not None, self._reply is not None, self._kept_by, granted)
         self._worker.say(taken, (self._pidfd, self._reply, self._lease), last=last)
@@ -58,7 +70,7 @@ class _Taking:
             refusal = self._recognise()
             work = work and refusal is None
             last = not work and self._all_harmless
-            self._worker.say(Recognised(refusal, self._grant), last=last)
+            self._worker.say(Recognised(refusal, self._grant, self._numbers), last=last)
         return self._perform() if work else last
 
     # The sockets ------------------------------------------------------------------------------------------------------
@@ -115,6 +127,7 @@ class _Taking:
         assert self._job.directory is not None
         try:
             self._grant = self._grants.recognise(self._packet.fds.borrow(self._job.directory))
+            self._numbers = self._grants.numbers(self._grant) if self._grant else None
         except Refusal as refusal:
             return refusal
         except OSError as error:
@@ -126,8 +139,8 @@ class _Taking:
     def _perform(self) -> bool:
         events = None
         try:
-            if self._job.change is not None:
-                return self._change(self._job.change)
+            if self._job.grants is not None:
+                return self._look_after_grants(self._job.grants)
             events = _open_events(self._job, self._packet)
             last = self._attach(events)
         except Refusal as refusal:
@@ -142,24 +155,38 @@ class _Taking:
         self._worker.say(done._replace(cgroup=events is not None), (events,), last=last)
         return last
 
-    def _change(self, change: messages.Change) -> bool:
-        if not change.admin:
+    def _look_after_grants(self, job: Change | Survey) -> bool:
+        if not job.admin:
             assert self._pidfd is not None
             # In this order: the process that was looked at was the sender if the sender lives now.
             if not files.on_host(self._packet.sender.pid) or peers.ended(self._pidfd):
                 raise Refusal(
                     Code.NOT_PERMITTED, "a directory is made from the host, and bound into the container from there"
                 )
-        path = self._grants.change(change.uid, change.name, remove=change.remove)
+        answer: Changed | Surveyed
+        if isinstance(job, Survey):
+            answer = Surveyed(*self._grants.rows(job.uid, job.after))
+        elif job.remove:
+            answer = Changed(*self._grants.remove(job.uid, job.name))
+        else:
+            answer = Changed(*self._grants.create(job.uid, job.name, job.devices, self._reserve))
         last = self._all_harmless
-        self._worker.say(Changed(path), last=last)
+        self._worker.say(answer, last=last)
         return last
+
+    def _reserve(self, count: int) -> tuple[int, ...]:
+        self._worker.say(NumbersPlease(count))
+        answer = self._worker.hear()
+        assert isinstance(answer, UseNumbers)
+        if answer.refusal is not None:
+            raise answer.refusal
+        return answer.numbers
 
     def _attach(self, events: int | None) -> bool:
         keeper = {"reply": self._reply, "sender": self._pidfd}.get(self._kept_by, self._lease)
         fds = {"keeper": keeper, "reply": None if keeper == self._reply else self._reply, "cgroup": events}
         attaching = Attaching(self._worker, self._job, self._packet, self._pidfd, self._own.borrow(0))
-        done, client = attaching.run(self._grant, self._kept_by, fds)
+        done, client = attaching.run(self._grant, self._kept_by, fds, self._numbers or ())
         with FdSet(client):
             self._harmless |= attaching.harmless
             last = self._all_harmless and not client

@@ -24,6 +24,8 @@ from loopd.worker.messages import (
     Displace,
     Displaced,
     Finished,
+    Inspect,
+    Inspected,
     Nudge,
     Resize,
     Resized,
@@ -149,6 +151,14 @@ def sweep(worker: Worker, job: Sweep, fds: FdSet) -> bool:
     )
     worker.say(Finished())
     return False
+
+
+def inspect(worker: Worker, job: Inspect, fds: FdSet) -> bool:
+    """Look at the numbers that grants own, and tidy up behind grants that are gone."""
+    owned = worker.tools.grants.owned()
+    blocks = {number // job.block: number for number in owned}
+    worker.say(Inspected(tuple(blocks.values()), tuple(devices.idle(owned))), last=True)
+    return True
 
 
 def _of_row(number: int, dev: int, inode: int, diskseq: int | None) -> Binding:

@@ -9,7 +9,7 @@ _loopctl() {
         [run]="$image"
         [detach]='-a --all --wait --force'
         [list]='-o --output -n --noheadings --json'
-        [directory]='--remove'
+        [directory]='--remove --user --cdi --cdi-dir --losetup --force'
         [rescan]=''
         [resize]=''
         [doctor]=''
@@ -34,7 +34,7 @@ _loopctl() {
         case $word in
             --admin) admin=--admin ;;
             --socket|--timeout|-d|--directory|--deliver|-o|--offset|--output|--sizelimit|-b|--sector-size|--direct-io|\
-            --ref|--lifetime|--wait) skip=1 ;;
+            --ref|--lifetime|--wait|--user|--cdi-dir) skip=1 ;;
             --) command=$((index + 1)); break ;;
             -*|=) ;;
             *) verb=${verb:-$word} ;;
@@ -52,10 +52,11 @@ _loopctl() {
     fi
     [[ $verb$prev == list-o ]] && prev=--output
     case $prev in
-        -d|--directory) compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
+        -d|--directory|--cdi-dir) compopt -o filenames; mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
         --socket) compopt -o default; return ;;
         --deliver) word='node fd mount' ;;
         -b|--sector-size) word='512 1024 2048 4096' ;;
+        --user) word=$(compgen -u) ;;
         --direct-io) word='auto on off' ;;
         --lifetime) word='container parent detach' ;;
         --output)

@@ -44,3 +44,8 @@ complete -c loopctl -n '__fish_seen_subcommand_from detach' -l force -d 'whoever
 complete -c loopctl -n '__fish_seen_subcommand_from detach' -F
 complete -c loopctl -n '__fish_seen_subcommand_from detach rescan resize' -a '(loopctl --timeout 2 list --noheadings -o NAME 2>/dev/null)'
 complete -c loopctl -n '__fish_seen_subcommand_from directory' -l remove -d 'remove it'
+complete -c loopctl -n '__fish_seen_subcommand_from directory' -l user -x -a '(__fish_complete_users)' -d 'the directory of another user'
+complete -c loopctl -n '__fish_seen_subcommand_from directory' -l cdi -d 'write a specification for container runtimes'
+complete -c loopctl -n '__fish_seen_subcommand_from directory' -l cdi-dir -x -a '(__fish_complete_directories)' -d 'where that is'
+complete -c loopctl -n '__fish_seen_subcommand_from directory' -l losetup -d "with the stand-ins for losetup and mount"
+complete -c loopctl -n '__fish_seen_subcommand_from directory' -l force -d 'also where max_loop is not in force'

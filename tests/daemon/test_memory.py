@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ from loopd.daemon.slots import Slots
 from loopd.protocol import wire
 from loopd.worker import grants
 from loopd.worker.grants import Grants
+from loopd.worker.make import FIRST
 
 MIB = 1 << 20
 UNITS = ROOT / "systemd"
@@ -124,15 +126,19 @@ def grant_directory(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_the_grants_have_room_and_no_more(grant_directory: Path) -> None:
-    """256 directories for each of 50 users, each with its access list, and thousands of nodes; but no contents."""
+    """256 directories for each of 50 users, each with its access list and its numbers, and thousands of nodes; but no
+    contents.
+    """
     directories = Grants(str(grant_directory))
+    numbers = iter(range(FIRST, 2**20))
     for name in (f"{uid}-{number}" for uid in range(1000, 1050) for number in range(grants.MOST)):
-        (grant_directory / name).mkdir(mode=0o700)
-        directories.admit(name, int(name[:4]))
+        uid, _, own = name.partition("-")
+        directories.create(int(uid), own, 64, lambda count: tuple(itertools.islice(numbers, count)))
     for number in range(8192):
         os.mknod(grant_directory / f"1000-0/loop{number}", 0o600 | 0o060000, os.makedev(7, number))
     status = os.statvfs(grant_directory)
-    assert status.f_ffree > 0.9 * status.f_files - 50 * grants.MOST
+    assert status.f_ffree > 0.9 * status.f_files - 2 * 50 * grants.MOST
+    assert status.f_bfree == status.f_blocks, "no link takes a page"
     assert status.f_files << 10 <= 256 * MIB, "memory of the kernel, where somebody makes as many as he can"
     with (grant_directory / "file").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(MIB)):

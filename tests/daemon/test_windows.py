@@ -300,3 +300,24 @@ def test_killed_at_any_time(kept: Box) -> None:
     folder = node(kept, "/dev/loop0", 1).parent
     assert not [path for path in folder.iterdir() if path.is_block_device() and path.name.startswith("loop")]
     daemon.end()
+
+
+# In a grant that owns numbers -------------------------------------------------------------------------------------
+
+
+def test_a_window_has_a_number_of_its_grant(granted: Box) -> None:
+    own = set(granted.daemon.ask(wire.Directory("box", 0), []).fields["numbers"])
+    device = granted.attach("-P", granted.folder / "image")
+    for number in range(1, 8):
+        add(device, number, number * MIB // 2, MIB // 4)
+    names = {window(granted, device, number) for number in range(1, 8)} | {Path(device).name}
+    assert {int(name[4:]) for name in names} == own
+    add(device, 8, 0, MIB // 4)
+    stays(lambda: not node(granted, device, 8).exists(), 0.5, "the grant has no more numbers")
+    assert granted.losetup("-f", granted.folder / "image").code == 1
+    delete(device, 1)
+    window(granted, device, 8)
+    assert granted.losetup("-d", device).code == 0
+    again = granted.attach("-P", granted.folder / "image")
+    add(again, 1, MIB, MIB)
+    assert {int(window(granted, again, 1)[4:]), int(Path(again).name[4:])} <= own

@@ -79,7 +79,7 @@ IMAGES = {
 
 # What packages, documents, builders and containers do is a matter of programs, which are the same on each of these
 # machines; how sockets start services, of systemd.
-PROGRAMS = ("builders", "containers", "doctor", "documents", "metrics", "package", "rootless", "zipapp")
+PROGRAMS = ("builders", "cdi", "containers", "doctor", "documents", "metrics", "package", "rootless", "zipapp")
 
 MACHINES = {
     machine.name: machine

@@ -52,9 +52,15 @@ def test_podman(work: Path, journal: Journal) -> None:
     build.recorded(journal, build.unit_of(journal, rf"libpod-{container_of(work)}\.scope"))
 
 
+@pytest.mark.deadline(240)
+def test_podman_without_cdi(work: Path, journal: Journal) -> None:
+    perform(recipe("Podman, rootful, without CDI", IMAGE=ROOTFS), work)
+    build.recorded(journal, build.unit_of(journal, rf"libpod-{container_of(work)}\.scope"))
+
+
 def podman(command: str, *options: str) -> str:
     """The recipe with another command and more options."""
-    text = recipe("Podman, rootful", IMAGE=ROOTFS).replace("./build.sh", command)
+    text = recipe("Podman, rootful, without CDI", IMAGE=ROOTFS).replace("./build.sh", command)
     return text.replace("podman run", " ".join(("podman run", "--log-driver=none", *options)))
 
 

@@ -21,7 +21,7 @@ def directory() -> Iterator[None]:
 
 def examined(folder: Path, option: str = "", instead: str = "") -> dict[str, tuple[str, str]]:
     """In the recipe's container, with an option of it replaced."""
-    command = recipe("Podman, rootful", IMAGE=ROOTFS).replace("./build.sh", "loopctl doctor")
+    command = recipe("Podman, rootful, without CDI", IMAGE=ROOTFS).replace("./build.sh", "loopctl doctor")
     assert option in command
     return findings(run("sh", "-c", command.replace(option, instead), cwd=folder, check=False))
 

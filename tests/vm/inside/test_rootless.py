@@ -79,6 +79,22 @@ def test_podman(work: Path, root: str, journal: Journal) -> None:
     build.unit_of(journal, r"libpod-[0-9a-f]{64}\.scope")
 
 
+@pytest.mark.deadline(400)
+def test_podman_with_one_option(work: Path, root: str, journal: Journal) -> None:
+    """Root makes the specification, where podman is older than 5.5; in the document's words."""
+    spec = Path(f"/run/cdi/loopd-{UID}-build.json")
+    assert loopctl("directory", "--cdi", f"--user={USER}", "build") == f"loopd.alt/loop-{UID}=build\n"
+    assert Path(f"/run/loopd-dev/{UID}-build").is_dir()
+    try:
+        status = perform(recipe("Podman, rootless, with one option", IMAGE=root), work, journal)
+        assert status["CapEff"] & (CAP_SYS_ADMIN | CAP_MKNOD) == 0
+        assert (work / "device").read_text().startswith("/dev/loopd/loop")
+    finally:
+        loopctl("directory", "--remove", f"--user={USER}", "build")
+    assert not spec.exists()
+    assert not Path(f"/run/loopd-dev/{UID}-build").exists()
+
+
 @pytest.mark.deadline(300)
 def test_podman_with_a_mount(work: Path, root: str, journal: Journal) -> None:
     status = perform(recipe("Podman, rootless, without a directory", IMAGE=root), work, journal)
