@@ -9,8 +9,8 @@
 #   make venv         .venv/bin/loopd, .venv/bin/loopctl and the tools for development
 #   make install      for good; `systemctl enable --now loopd.socket` then starts it
 #   make uninstall    takes it away again, all but configuration and state
-#   make deb          build/loopd_VERSION_all.deb, for Debian 13 and later
-#   make rpm          build/loopd-VERSION-1.noarch.rpm
+#   make deb          build/loopd_VERSION_all.deb and python3-loopd, the library; for Debian 13 and later
+#   make rpm          build/loopd-VERSION-1.noarch.rpm and python3-loopd
 #   make zipapp       build/loopctl, the client as one file
 #   make help         this list
 
@@ -112,8 +112,8 @@ bench: venv for-bench
 check-vm check-kernels: venv deb rpm
 -include tests/vm/vm.mk systemd/packaging/packages.mk
 
-# Where $(PYTHON) looks for modules below PREFIX; nothing, where it looks nowhere below it.
-SITE = $(shell $(PYTHON) -Ic 'import site; print(*[path for path in site.getsitepackages() if path.startswith("$(PREFIX)/lib/")][:1])')
+# Where the system's Python looks for modules below PREFIX; nothing, where it looks nowhere below it.
+SITE = $(shell /usr/bin/python3 -Ic 'import site; print(*[path for path in site.getsitepackages() if path.startswith("$(PREFIX)/lib/")][:1])')
 OURS = find $(LIB) -mindepth 3 -maxdepth 3 -path '*/python3*-packages/loopd' -type l -lname '*/loopd/loopd'
 
 # Installs no package, and says what is left out or missing. The man pages come along where docutils is there; MANUAL= leaves them out.
