@@ -129,6 +129,8 @@ install:
 	    echo "make: 'import loopd' is left out: something else of that name is in $$site" >&2; \
 	elif [ -n "$$site" ]; then \
 	    umask 022 && install -d $(DESTDIR)$$site && ln -srfT $(LIB)/loopd/loopd $(DESTDIR)$$site/loopd; \
+	elif [ '$(origin SITE)' = file ]; then \
+	    echo "make: 'import loopd' is left out: /usr/bin/python3 looks for modules nowhere below $(PREFIX)" >&2; \
 	fi
 	umask 022 && for pair in $(PROGRAMS); do \
 	    program=$(DESTDIR)$(PREFIX)/$${pair%:*} && install -d $${program%/*} && \
