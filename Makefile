@@ -35,6 +35,7 @@ SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/system
 	loopd.service:lib/systemd/system/loopd@.service loopd.socket:lib/systemd/system/loopd.socket \
 	loopd@.socket:lib/systemd/system/loopd@.socket run-loopd-dev.mount:lib/systemd/system/run-loopd\\x2ddev.mount \
 	modprobe.conf:lib/modprobe.d/loopd.conf no-sys-admin.conf:share/doc/loopd/no-sys-admin.conf \
+	selinux/loopd.cil:share/selinux/packages/loopd.cil selinux/selinux.conf:share/doc/loopd/selinux.conf \
 	sysusers.conf:lib/sysusers.d/loopd.conf tmpfiles.conf:lib/tmpfiles.d/loopd.conf
 COMPLETION = loopctl.bash:share/bash-completion/completions/loopctl loopctl.fish:share/fish/vendor_completions.d/loopctl.fish \
 	loopctl.zsh:share/zsh/site-functions/_loopctl
@@ -45,7 +46,7 @@ FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-ac
 SYSTEMD_PYTHON = systemd.daemon:python3-systemd
 FOR_VENV = ensurepip:python3-venv venv:python3-venv $(SYSTEMD_PYTHON)
 FOR_CHECK = $(FOR_DEMO) $(FOR_BENCH) $(FOR_DEB) $(FOR_RPM) bwrap:bubblewrap lintian:lintian mkfs.btrfs:btrfs-progs \
-	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint sfdisk:fdisk strace:strace \
+	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint secilc:secilc sfdisk:fdisk strace:strace \
 	udevadm:udev
 FOR_BENCH = cc:build-essential fio:fio losetup:mount systemd-socket-activate:systemd
 

@@ -85,7 +85,9 @@ def test_files_of_the_package(tmp_path: Path) -> None:
         "usr/lib/udev/rules.d/00-loopd.rules",
         "usr/share/bash-completion/completions/loopctl",
         "usr/share/doc/loopd/no-sys-admin.conf",
+        "usr/share/doc/loopd/selinux.conf",
         "usr/share/fish/vendor_completions.d/loopctl.fish",
+        "usr/share/selinux/packages/loopd.cil",
         "usr/share/zsh/site-functions/_loopctl",
     }
     link = Path(os.readlink(tmp_path / "usr/lib/python3/dist-packages/loopd"))
