@@ -257,6 +257,20 @@ def test_files_of_the_rpm(rpm: Path, installed: set[str]) -> None:
     assert not any(line.startswith("d") and line.endswith(" /usr/lib") for line in folders)
 
 
+def test_fedora_has_one_folder_for_programs(rpm: Path, tmp_path: Path) -> None:
+    """Since Fedora 42 %{_sbindir} is /usr/bin, and /usr/sbin a link to it."""
+    for source in (ROOT / "build/rpm").glob("loopd*.*"):
+        if source.is_file():
+            shutil.copy(source, tmp_path)
+    places = {"_topdir": tmp_path, "_sourcedir": tmp_path, "_sbindir": "/usr/bin", "dist": ".fc42"}
+    defined = [word for name, value in places.items() for word in ("--define", f"{name} {value}")]
+    run("rpmbuild", "-bb", "--nodeps", *defined, tmp_path / "loopd.spec", env=os.environ | {"MAKEFLAGS": ""})
+    (package,) = tmp_path.glob("RPMS/noarch/loopd-*.fc42.noarch.rpm")
+    names = run("rpm", "-qpl", package).split()
+    assert "/usr/bin/loopd" in names
+    assert [name for name in names if name.startswith("/usr/sbin")] == []
+
+
 def scriptlet(rpm: Path, name: str) -> str:
     return run("rpm", "-qp", "--queryformat", f"%{{{name}}}", rpm)
 
