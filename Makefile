@@ -9,8 +9,8 @@
 #   make venv         .venv/bin/loopd, .venv/bin/loopctl and the tools for development
 #   make install      for good; `systemctl enable --now loopd.socket` then starts it
 #   make uninstall    takes it away again, all but configuration and state
-#   make deb          build/loopd_VERSION_all.deb, for Debian 13 and later
-#   make rpm          build/loopd-VERSION-1.noarch.rpm
+#   make deb          build/loopd_VERSION_all.deb and python3-loopd, the library; for Debian 13 and later
+#   make rpm          build/loopd-VERSION-1.noarch.rpm and python3-loopd
 #   make zipapp       build/loopctl, the client as one file
 #   make help         this list
 
@@ -35,6 +35,7 @@ SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/system
 	loopd.service:lib/systemd/system/loopd@.service loopd.socket:lib/systemd/system/loopd.socket \
 	loopd@.socket:lib/systemd/system/loopd@.socket run-loopd-dev.mount:lib/systemd/system/run-loopd\\x2ddev.mount \
 	modprobe.conf:lib/modprobe.d/loopd.conf no-sys-admin.conf:share/doc/loopd/no-sys-admin.conf \
+	selinux/loopd.cil:share/selinux/packages/loopd.cil selinux/selinux.conf:share/doc/loopd/selinux.conf \
 	sysusers.conf:lib/sysusers.d/loopd.conf tmpfiles.conf:lib/tmpfiles.d/loopd.conf
 COMPLETION = loopctl.bash:share/bash-completion/completions/loopctl loopctl.fish:share/fish/vendor_completions.d/loopctl.fish \
 	loopctl.zsh:share/zsh/site-functions/_loopctl
@@ -45,7 +46,7 @@ FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-ac
 SYSTEMD_PYTHON = systemd.daemon:python3-systemd
 FOR_VENV = ensurepip:python3-venv venv:python3-venv $(SYSTEMD_PYTHON)
 FOR_CHECK = $(FOR_DEMO) $(FOR_BENCH) $(FOR_DEB) $(FOR_RPM) bwrap:bubblewrap lintian:lintian mkfs.btrfs:btrfs-progs \
-	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint sfdisk:fdisk strace:strace \
+	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint secilc:secilc sfdisk:fdisk strace:strace \
 	udevadm:udev
 FOR_BENCH = cc:build-essential fio:fio losetup:mount systemd-socket-activate:systemd
 
@@ -112,8 +113,8 @@ bench: venv for-bench
 check-vm check-kernels: venv deb rpm
 -include tests/vm/vm.mk systemd/packaging/packages.mk
 
-# Where $(PYTHON) looks for modules below PREFIX; nothing, where it looks nowhere below it.
-SITE = $(shell $(PYTHON) -Ic 'import site; print(*[path for path in site.getsitepackages() if path.startswith("$(PREFIX)/lib/")][:1])')
+# Where the system's Python looks for modules below PREFIX; nothing, where it looks nowhere below it.
+SITE = $(shell /usr/bin/python3 -Ic 'import site; print(*[path for path in site.getsitepackages() if path.startswith("$(PREFIX)/lib/")][:1])')
 OURS = find $(LIB) -mindepth 3 -maxdepth 3 -path '*/python3*-packages/loopd' -type l -lname '*/loopd/loopd'
 
 # Installs no package, and says what is left out or missing. The man pages come along where docutils is there; MANUAL= leaves them out.
@@ -129,6 +130,8 @@ install:
 	    echo "make: 'import loopd' is left out: something else of that name is in $$site" >&2; \
 	elif [ -n "$$site" ]; then \
 	    umask 022 && install -d $(DESTDIR)$$site && ln -srfT $(LIB)/loopd/loopd $(DESTDIR)$$site/loopd; \
+	elif [ '$(origin SITE)' = file ]; then \
+	    echo "make: 'import loopd' is left out: /usr/bin/python3 looks for modules nowhere below $(PREFIX)" >&2; \
 	fi
 	umask 022 && for pair in $(PROGRAMS); do \
 	    program=$(DESTDIR)$(PREFIX)/$${pair%:*} && install -d $${program%/*} && \

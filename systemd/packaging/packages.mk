@@ -1,6 +1,6 @@
 # What is to be handed out, in build/: packages, and the client in one file.
-FOR_DEB = dh:debhelper dh_python3:dh-python dpkg-buildpackage:dpkg-dev docutils:python3-docutils
-FOR_RPM = rpmbuild:rpm docutils:python3-docutils
+FOR_DEB = dh:debhelper dh_python3:dh-python dpkg-buildpackage:dpkg-dev docutils:python3-docutils $(SYSTEMD_PYTHON)
+FOR_RPM = rpmbuild:rpm docutils:python3-docutils $(SYSTEMD_PYTHON)
 
 # What packages are built from.
 SOURCES = LICENSE Makefile README.md docs loopd pyproject.toml systemd
@@ -17,7 +17,7 @@ fi; \
 echo $$version
 endef
 
-.PHONY: deb rpm zipapp for-deb for-rpm
+.PHONY: deb rpm zipapp install-library for-deb for-rpm
 for-deb: NEEDED = $(FOR_DEB)
 for-rpm: NEEDED = $(FOR_RPM)
 
@@ -28,6 +28,14 @@ rm -rf $(1) && mkdir -p $(1)/loopd-$(VERSION) && cp -R $(SOURCES) $(1)/loopd-$(V
     sed -i 's/^__version__ = .*/__version__ = "$(VERSION)"/' $(1)/loopd-$(VERSION)/loopd/__init__.py
 endef
 
+# The public modules, which need no other of the package: python3-loopd. /usr/lib/loopd stays whole without it, because containers have
+# that folder bind-mounted: a link from there to SITE would lead nowhere in them.
+LIBRARY = loopd/__init__.py loopd/loop.py loopd/py.typed $(wildcard loopd/client/*.py loopd/protocol/*.py)
+
+install-library:
+	for module in $(LIBRARY); do install -D -m 644 $$module $(DESTDIR)$(SITE)/$$module || exit; done
+	umask 022 && $(PYTHON) -m compileall -q -s '$(DESTDIR)' -p / $(DESTDIR)$(SITE)/loopd
+
 deb: for-deb
 	$(call copy_sources,build/deb)
 	cd build/deb/loopd-$(VERSION) && mv systemd/packaging/debian debian && \
@@ -35,7 +43,7 @@ deb: for-deb
 	        " -- $$(sed -n 's/^Maintainer: //p' debian/control)  $$(date -Rr loopd/__init__.py)" >debian/changelog && \
 	    dpkg-buildpackage --build=binary --no-check-builddeps --unsigned-source --unsigned-changes --no-pre-clean >../build.log 2>&1 || \
 	    { cat ../build.log >&2; exit 1; }
-	rm -f build/*.deb && mv build/deb/loopd_$(VERSION)_all.deb build
+	rm -f build/*.deb && mv build/deb/*_$(VERSION)_all.deb build
 
 rpm: for-rpm
 	$(call copy_sources,build/rpm)
@@ -45,7 +53,7 @@ rpm: for-rpm
 	rpmbuild -bb $(if $(shell command -v dpkg),--nodeps) --define '_topdir $(CURDIR)/build/rpm' --define '_sourcedir $(CURDIR)/build/rpm' \
 	    --define 'packager loopd maintainers <maintainers@loopd.invalid>' build/rpm/loopd.spec >build/rpm/build.log 2>&1 || \
 	    { cat build/rpm/build.log >&2; exit 1; }
-	rm -f build/*.rpm && mv build/rpm/RPMS/noarch/loopd-$(VERSION)-1*.noarch.rpm build
+	rm -f build/*.rpm && mv build/rpm/RPMS/noarch/*-$(VERSION)-1*.noarch.rpm build
 
 # Standard library only, Python 3.8 and later; to be bind-mounted into a container.
 CLIENT = loopd/__init__.py $(wildcard loopd/cli/*.py loopd/client/*.py loopd/protocol/*.py)

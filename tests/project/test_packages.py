@@ -51,8 +51,20 @@ def built(target: str, products: str) -> Path:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """What `make install` brings, without what depends on the interpreter."""
     tree = tmp_path_factory.mktemp("installed")
-    install(f"DESTDIR={tree}", "PREFIX=/usr")
+    install(f"DESTDIR={tree}", "PREFIX=/usr", "SITE=")
     return {name for name in files(tree) if "__pycache__" not in name}
+
+
+def public(site: str) -> set[str]:
+    """The files of python3-loopd: the client and the kernel's interface, in the place that the policies name."""
+    client = [path for name in ("client", "protocol") for path in (ROOT / "loopd" / name).glob("*.py")]
+    modules = [*client, *(ROOT / "loopd" / name for name in ("__init__.py", "loop.py", "py.typed"))]
+    return {f"{site}/{path.relative_to(ROOT)}" for path in modules}
+
+
+def beside(package: Path) -> Path:
+    """The package of the library that was built with a package of the daemon."""
+    return package.with_name(f"python3-{package.name}")
 
 
 def without_docs(names: set[str]) -> set[str]:
@@ -77,9 +89,34 @@ def unpacked(deb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-def test_lintian_finds_no_error(deb: Path) -> None:
-    said = run("lintian", "--no-user-dirs", "--allow-root", "--fail-on=none", deb)
+@pytest.fixture(scope="module")
+def library(deb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = tmp_path_factory.mktemp("library")
+    run("dpkg-deb", "--raw-extract", beside(deb), tree)
+    return tree
+
+
+def test_lintian_finds_no_error(deb: Path, tmp_path: Path) -> None:
+    """In both packages and in their source."""
+    (built_in,) = (path for path in (ROOT / "build/deb").iterdir() if path.is_dir())
+    source = tmp_path / built_in.name
+    shutil.copytree(built_in, source, symlinks=True)
+    run("make", "-f", "debian/rules", "clean", cwd=source)
+    run("dpkg-source", "--build", ".", cwd=source)
+    (description,) = tmp_path.glob("*.dsc")
+    said = run("lintian", "--no-user-dirs", "--allow-root", "--fail-on=none", deb, beside(deb), description)
     assert [line for line in said.splitlines() if line.startswith("E: ")] == []
+
+
+def test_what_the_deb_is_built_with_is_named(deb: Path) -> None:
+    """`make deb` asks for each of Build-Depends, and says what is missing where it cannot install it."""
+    (built_in,) = (path for path in (ROOT / "build/deb").iterdir() if path.is_dir())
+    (line,) = re.findall(r"^Build-Depends: (.*)", (built_in / "debian/control").read_text(), re.MULTILINE)
+    asked = run("make", "-s", "-C", ROOT, "--eval=print: ; @echo $(FOR_DEB)", "print").split()
+    provider = {"debhelper-compat": "debhelper", "dh-sequence-installsysusers": "debhelper"}
+    provider |= {"dh-sequence-python3": "dh-python"}
+    names = {name.split()[0] for name in line.split(", ")} - {"python3"}  # make's own
+    assert {provider.get(name, name) for name in names} == {pair.partition(":")[2] for pair in asked} - {"dpkg-dev"}
 
 
 def test_the_deb_is_of_a_version_that_says_so_itself(deb: Path, unpacked: Path) -> None:
@@ -122,18 +159,22 @@ def test_what_is_built_again_upgrades(tmp_path: Path) -> None:
     assert version() == __version__
 
 
-def test_the_library_is_the_system_s_python_s(unpacked: Path) -> None:
-    """`import loopd` finds what the daemon and loopctl run on, with no word to the interpreter."""
-    assert (
-        imported(f"mount -t overlay -o lowerdir={unpacked}/usr:/usr overlay /usr") == "/usr/lib/python3/dist-packages"
-    )
+def test_the_library_is_the_system_s_python_s(library: Path) -> None:
+    """`import loopd` finds python3-loopd, which needs nothing of the daemon's package."""
+    site = "/usr/lib/python3/dist-packages"
+    assert imported(f"mount -t overlay -o lowerdir={library}/usr:/usr overlay /usr") == site
+    found = {name for name in files(library) if not name.startswith(("DEBIAN/", "usr/share/doc/"))}
+    assert found == public(site.lstrip("/"))
+    assert "py3compile -p python3-loopd" in (library / "DEBIAN/postinst").read_text()
 
 
 def test_files_of_the_deb(unpacked: Path, installed: set[str]) -> None:
     """What `make install` brings, and what Debian wants beside it; compiled where it is installed."""
     found = {name for name in files(unpacked) if not name.startswith("DEBIAN/")}
     extra = {"usr/share/python3/runtime.d/loopd.rtupdate", "usr/share/lintian/overrides/loopd"}
-    assert "Depends: python3-systemd, systemd," in (unpacked / "DEBIAN/control").read_text()
+    control = (unpacked / "DEBIAN/control").read_text()
+    assert "Depends: python3-systemd, systemd," in control
+    assert "Recommends: python3-loopd," in control
     named = {name.replace("zsh/site-functions", "zsh/vendor-completions") for name in installed}
     assert without_docs(found) == without_docs(named) | extra
     pages = {f"usr/share/doc/loopd/docs/{path.relative_to(ROOT / 'docs')}" for path in (ROOT / "docs").rglob("*.md")}
@@ -185,9 +226,20 @@ def rpm() -> Path:
 
 def test_rpmlint_finds_no_error(rpm: Path) -> None:
     said = run(
-        "rpmlint", "-c", ROOT / "systemd/packaging/rpmlint.toml", rpm, ROOT / "build/rpm/loopd.spec", check=False
+        *("rpmlint", "-c", ROOT / "systemd/packaging/rpmlint.toml", rpm, beside(rpm)),
+        *(ROOT / "build/rpm/loopd.spec",),
+        check=False,
     )
-    assert "1 packages and 1 specfiles checked; 0 errors" in said, said
+    assert "2 packages and 1 specfiles checked; 0 errors" in said, said
+
+
+def test_the_library_has_an_rpm_of_its_own(rpm: Path) -> None:
+    names = run("rpm", "-qpl", beside(rpm)).splitlines()
+    site = "usr/lib/python3/dist-packages"  # rpm's %{python3_sitelib}, here of Debian's Python
+    assert {name.lstrip("/") for name in names if name.endswith((".py", ".typed"))} == public(site)
+    assert "/usr/share/doc/python3-loopd/api.md" in {re.sub(r"(loopd)-0[^/]*", r"\1", name) for name in names}
+    assert "python3-loopd" in run("rpm", "-qp", "--recommends", rpm)
+    assert "python(abi) = " in run("rpm", "-qp", "--requires", beside(rpm))
 
 
 def test_files_of_the_rpm(rpm: Path, installed: set[str]) -> None:
@@ -203,6 +255,20 @@ def test_files_of_the_rpm(rpm: Path, installed: set[str]) -> None:
     folders = run("rpm", "-qplv", rpm).splitlines()
     assert any(line.startswith("d") and line.endswith(" /usr/lib/loopd") for line in folders)
     assert not any(line.startswith("d") and line.endswith(" /usr/lib") for line in folders)
+
+
+def test_fedora_has_one_folder_for_programs(rpm: Path, tmp_path: Path) -> None:
+    """Since Fedora 42 %{_sbindir} is /usr/bin, and /usr/sbin a link to it."""
+    for source in (ROOT / "build/rpm").glob("loopd*.*"):
+        if source.is_file():
+            shutil.copy(source, tmp_path)
+    places = {"_topdir": tmp_path, "_sourcedir": tmp_path, "_sbindir": "/usr/bin", "dist": ".fc42"}
+    defined = [word for name, value in places.items() for word in ("--define", f"{name} {value}")]
+    run("rpmbuild", "-bb", "--nodeps", *defined, tmp_path / "loopd.spec", env=os.environ | {"MAKEFLAGS": ""})
+    (package,) = tmp_path.glob("RPMS/noarch/loopd-*.fc42.noarch.rpm")
+    names = run("rpm", "-qpl", package).split()
+    assert "/usr/bin/loopd" in names
+    assert [name for name in names if name.startswith("/usr/sbin")] == []
 
 
 def scriptlet(rpm: Path, name: str) -> str:

@@ -36,6 +36,7 @@ PROJECT = Path(__file__).parents[3]
 INSTANCE = "loopd@team.service"
 INSTANCE_SOCKET = Path("/run/loopd-team/sock/loopd.sock")
 INSTANCE_ADMIN = Path("/run/loopd-team/admin.sock")
+NAMES = ("loopd", "python3-loopd")
 CONFIGURATION, STATE = Path("/etc/loopd/loopd.toml"), Path("/var/lib/loopd/numbers")
 
 
@@ -54,24 +55,24 @@ def make(target: str) -> None:
 
 
 class Package(NamedTuple):
-    """A package, and the traces of loopd when it is not there."""
+    """A package, beside which the library's is installed, and the traces of loopd when it is not there."""
 
     kind: str
     path: Path
     before: set[str]
 
-    def install(self, path: Path) -> None:
+    def install(self, *paths: Path) -> None:
         """Install or upgrade."""
         command = {"deb": "dpkg --install", "rpm": "rpm --nodeps --upgrade"}[self.kind]
-        run("sh", "-ec", f'{command} "$1" 2>&1', "sh", path, timeout=250)
+        run("sh", "-ec", f'{command} "$@" 2>&1', "sh", *paths, timeout=250)
 
     def remove(self) -> None:
-        run(*{"deb": ("dpkg", "--remove"), "rpm": ("rpm", "--erase")}[self.kind], "loopd", timeout=250)
+        run(*{"deb": ("dpkg", "--remove"), "rpm": ("rpm", "--erase")}[self.kind], *NAMES, timeout=250)
 
     def purge(self) -> None:
         """Take away what `remove` leaves: with an RPM that is the administrator's to do (docs/packages.md)."""
         if self.kind == "deb":
-            run("dpkg", "--purge", "loopd", timeout=250)
+            run("dpkg", "--purge", *NAMES, timeout=250)
         else:
             shutil.rmtree(CONFIGURATION.parent)
             shutil.rmtree(STATE.parent)
@@ -91,7 +92,7 @@ def package(request: pytest.FixtureRequest) -> Iterator[Package]:
         assert not node.exists(), "leases end, and their nodes go"
         assert not bound()
     shutil.rmtree(STATE.parent, ignore_errors=True)
-    (built,) = (PROJECT / "build").glob(f"*.{request.param}")
+    (built,) = (PROJECT / "build").glob(f"loopd[-_]*.{request.param}")
     package = Package(request.param, built, traces())
     try:
         build, install, *enable, _ = recipe(SECTION[package.kind], page="packages.md").splitlines()
@@ -99,8 +100,8 @@ def package(request: pytest.FixtureRequest) -> Iterator[Package]:
         if package.kind == "deb":
             run("sh", "-euc", install, cwd=PROJECT, timeout=250)
         else:
-            assert install.startswith("dnf install ./build/loopd-")
-            package.install(built)
+            assert install == "dnf install ./build/*.noarch.rpm"
+            package.install(*(PROJECT / "build").glob("*.noarch.rpm"))
             run("sh", "-euc", *enable)
         yield package
     finally:
@@ -111,7 +112,8 @@ def package(request: pytest.FixtureRequest) -> Iterator[Package]:
 def make_install() -> None:
     if Path("/usr/local/sbin/loopd").exists():
         return
-    run("sh", "-c", "dpkg --purge loopd; rpm --erase loopd", check=False, timeout=250)
+    both = " ".join(NAMES)
+    run("sh", "-c", f"dpkg --purge {both}; rpm --erase {both}", check=False, timeout=250)
     make("install")
     run("systemctl", "enable", "--now", SOCKET)
 
