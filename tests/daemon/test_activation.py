@@ -465,9 +465,12 @@ def test_loop_control_is_denied_by_the_mount(activated: Callable[..., Activated]
     assert "opening /dev/loop-control is not permitted" in refused(activated(wrapper=in_namespace(prepare)))
 
 
-def test_no_loop_device_can_be_opened(activated: Callable[..., Activated]) -> None:
-    """The control device alone, as a container with `--device /dev/loop-control` has it."""
-    prepare = "mount -t tmpfs tmpfs /dev; mknod /dev/loop-control c 10 237"
+@pytest.mark.parametrize("left", ["", "mkdir /run/loopd-nodes"], ids=["", "beside a mount point of the service"])
+def test_no_loop_device_can_be_opened(activated: Callable[..., Activated], left: str) -> None:
+    """The control device alone, as a container with `--device /dev/loop-control` has it. The mount point that systemd
+    makes for the service, and leaves in /run, is no way to one.
+    """
+    prepare = f"mount -t tmpfs tmpfs /run; {left}\nmount -t tmpfs tmpfs /dev; mknod /dev/loop-control c 10 237"
     assert "no loop device can be opened" in refused(activated(wrapper=in_namespace(prepare)))
 
 

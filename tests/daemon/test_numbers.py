@@ -24,7 +24,7 @@ from typing import Any, Self
 import pytest
 from support.daemon import Daemon, ask, bound_to, eventually, exists, require
 from support.kept import Kept, hold, next_block, start_at, start_kept_fixture  # noqa: F401
-from support.processes import IN_NAMESPACE, NOBODY, Activated, Child, become
+from support.processes import NOBODY, WITH_NODES, Activated, Child, become
 from support.untouched import cgroup, kept_open, maker
 
 from loopd.daemon import counter as counters
@@ -545,8 +545,7 @@ def test_a_device_that_stays_open_costs_no_file(
     start_kept: Callable[..., Kept], image: int, directory: int, devices: Path
 ) -> None:
     """However often it is tried again to remove it, through nodes of loopd's own as the unit has it."""
-    prepare = 'mount -t tmpfs -o dev tmpfs /run; mkdir /run/loopd-nodes; exec "$@"'
-    daemon = start_kept(wrapper=[*IN_NAMESPACE, prepare, "sh"])
+    daemon = start_kept(wrapper=WITH_NODES)
     name = daemon.attach(image, directory).fields["devname"]
     process = maker(daemon)
     found = []

@@ -261,6 +261,9 @@ class Activated(Daemon):
 
 IN_NAMESPACE = ["unshare", "--mount", "--propagation", "private", "sh", "-ec"]
 """The start of a wrapper that prepares a mount namespace: followed by commands that end with `exec "$@"`, and "sh"."""
+_NODES = "mount -t tmpfs tmpfs /run; mkdir /run/loopd-nodes; mount -t tmpfs -o mode=1777 tmpfs /run/loopd-nodes"
+WITH_NODES = [*IN_NAMESPACE, f'{_NODES}; exec "$@"', "sh"]
+"""A wrapper with which the daemon opens devices through nodes of its own, as its unit has it."""
 
 
 @contextlib.contextmanager
