@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 from support.daemon import eventually, require
-from test_deliveries import MIB, UID, World, world
+from support.world import MIB, UID, World, world_fixture  # noqa: F401
 
 import loopd
-
-__all__ = ["world"]  # a fixture
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from support.box import (  # noqa: F401
 )
 from support.daemon import ROOT, Daemon, bound_to, eventually
 from support.scripted import Peer, Request, released
+from support.tables import add_partitions
 
 from loopd import __version__
 from loopd.loop import Loop
@@ -370,13 +371,6 @@ def test_a_table_may_be_written_later(granted: Box) -> None:
     assert granted.names() == {name, f"{name}p1"}
     assert granted.losetup("-d", device).code == 0
     assert granted.names() == set()
-
-
-def add_partitions(name: str, *numbers: int) -> None:
-    """What a kernel with a parser of tables does, or partprobe."""
-    with Loop(int(name[4:])) as device:
-        for number in numbers:
-            device.add_partition(number, number * MIB // 8, MIB // 8)
 
 
 def test_where_there_are_partitions_their_names_are_all(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ import subprocess
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytest
 from support.daemon import ROOT, Daemon, eventually, require
 
 NOBODY = 65534
@@ -311,3 +313,31 @@ def stays(condition: Callable[[], Any], seconds: float, what: str) -> None:
     while time.monotonic() < deadline:
         assert condition(), what
         time.sleep(0.02)
+
+
+def in_namespace(prepare: str) -> tuple[str, ...]:
+    """A wrapper that changes what the daemon sees of the file system."""
+    return (*IN_NAMESPACE, f'{prepare}; exec "$@"', "sh")
+
+
+@pytest.fixture(name="activated")
+def activated_fixture(tmp_path: Path) -> Iterator[Callable[..., Activated]]:
+    """Daemons that are started by the test, on a listening socket which the test keeps."""
+    require(os.geteuid() == 0, "needs root: loop devices")
+    require(os.path.exists("/dev/loop-control"), "needs /dev/loop-control")
+    with contextlib.ExitStack() as stack:
+
+        def make(*options: str, wrapper: tuple[str, ...] = (), **environment: str) -> Activated:
+            directory = tmp_path / f"loopd{uuid.uuid4().hex[:4]}"
+            directory.mkdir()
+            daemon = Activated(directory, list(options), list(wrapper), environment)
+            stack.callback(daemon.stop)
+            return daemon
+
+        yield make
+
+
+def fill(place: Path) -> None:
+    with contextlib.suppress(OSError), (place / "ballast").open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
