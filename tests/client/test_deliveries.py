@@ -539,6 +539,7 @@ def mounted(world: World, request: pytest.FixtureRequest) -> Iterator[Path]:
         eventually(lambda: subprocess.run(["umount", point], check=False).returncode == 0, "it is unmounted")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mounted", [kind for kind in FILE_SYSTEMS if kind in KNOWN], indirect=True)
 def test_direct_io_in_its_three_values(world: World, mounted: Path) -> None:
     """What the reply says is what the kernel says; and "on" is granted or refused, never silently dropped."""
@@ -647,6 +648,7 @@ def sandbox(world: World, kind: str) -> tuple[list[str], dict[str, str]]:
     return [*bound, "--unshare-user", "--cap-add", "CAP_SYS_ADMIN", "unshare", "--mount"], {}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "kind",
     [

@@ -120,6 +120,7 @@ sha256sum disk.img; ls /dev/mapper | grep -c "p[12]$"
 """
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("name", "places"), [("gpt", (2048, 8192, 10240, 16384)), ("dos", (2048, 8192, 10240, 16384))])
 def test_makes_the_image_that_losetup_makes(mapper: Box, name: str, places: tuple[int, ...]) -> None:
     starts = "START1={}; SIZE1={}; START2={}; SIZE2={}\n".format(*places)
@@ -289,6 +290,7 @@ dmsetup remove ${map}p1; dmsetup remove ${map}p2; kpartx -d $device; losetup -d 
 """
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("script", [VMDB2, DISKIMAGE_BUILDER, KIWI], ids=["vmdb2", "diskimage-builder", "kiwi"])
 def test_calls_of_builders(granted: Box, script: str) -> None:
     for program in ("parted", "sgdisk", "mkfs.vfat"):

@@ -464,6 +464,7 @@ def commands(device: str, columns: list[str]) -> list[list[str]]:
     return found + [[*form, "-j", "image"] for form in (["-l"], ["-l", "-J"], [], ["-n", "-O", "RO,NAME"])]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -635,6 +636,7 @@ def said_by_both(box: Box, real: str, line: str) -> tuple[Result, Result]:
     return ours, theirs
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("line", [line for row in WRONG.split("\n") for line in row.split("|") if line])
 def test_says_what_the_real_one_says(plain: Box, real: str, line: str) -> None:
     ours, theirs = said_by_both(plain, real, line)
@@ -644,6 +646,7 @@ def test_says_what_the_real_one_says(plain: Box, real: str, line: str) -> None:
     assert ours.code == 1
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("row", [row for row in SINCE.split("\n") if row])
 def test_says_what_the_newest_says(plain: Box, real: str, version: tuple[int, ...], row: str) -> None:
     since, line, message = row.replace("@", " ").split("|")
@@ -776,6 +779,7 @@ $L -l -n -O OFFSET -j a.img | sort -n | xargs; $L -d $d; $L -d $e; echo $?; $L -
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", SAME)
 def test_does_what_the_real_one_does(box: Box, case: str) -> None:
     theirs, ours = beside(box, SAME[case])

@@ -54,6 +54,7 @@ echo text >m/text; $P -u $d; echo $?; cat m/text; umount m; $P -d $d; echo $?; $
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", SAME)
 @pytest.mark.parametrize("table", ["gpt", "dos"])
 def test_does_what_the_real_one_does(box: Box, case: str, table: str) -> None:

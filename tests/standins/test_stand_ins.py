@@ -114,6 +114,7 @@ def instead_of_the_python(box: Box, path: str) -> None:
     require(box("test", "-e", "/usr/local/bin/python3").code, "there is a Python in /usr/local/bin")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_without_python_it_says_so(plain: Box, name: str) -> None:
     """Were the interpreter looked up by the kernel, the shell would go on to the real program, without a word."""

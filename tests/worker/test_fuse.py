@@ -101,6 +101,7 @@ def _served(daemon: Daemon) -> None:
         assert time.monotonic() - began < SERVED or len(daemon.records("stuck")) == stuck
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("place", PLACES)
 def test_others_are_served(
     quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path, place: str
@@ -297,6 +298,7 @@ def test_directories_that_their_owner_keeps_locked(
     before.check(tmp_path)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("remove", [False, True], ids=["made again", "removed"])
 def test_a_grant_that_its_user_keeps_locked(
     quick: Callable[..., Daemon], never: Never, tmp_path: Path, *, remove: bool
@@ -340,6 +342,7 @@ def test_a_grant_that_its_user_keeps_locked(
     before.check(tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_nodes_in_a_grant_that_is_kept_locked(
     quick: Callable[..., Daemon], never: Never, image: int, tmp_path: Path
 ) -> None:
@@ -371,6 +374,7 @@ def test_nodes_in_a_grant_that_is_kept_locked(
     before.check(tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_a_cgroup_that_is_kept_locked(
     quick: Callable[..., Daemon], never: Never, image: int, directory: int, tmp_path: Path
 ) -> None:
@@ -454,6 +458,7 @@ def test_the_node_of_a_partition_that_goes_while_a_job_hangs(
     eventually(lambda: not bound_to(tmp_path), "the device is gone")
 
 
+@pytest.mark.exhaustive
 def test_a_mount_that_is_kept_locked_across_a_restart(
     quick: Callable[..., Daemon], never: Never, tmp_path: Path
 ) -> None:

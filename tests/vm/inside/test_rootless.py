@@ -79,6 +79,7 @@ def test_podman(work: Path, root: str, journal: Journal) -> None:
     build.unit_of(journal, r"libpod-[0-9a-f]{64}\.scope")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(300)
 def test_podman_with_a_mount(work: Path, root: str, journal: Journal) -> None:
     status = perform(recipe("Podman, rootless, without a directory", IMAGE=root), work, journal)
@@ -86,6 +87,7 @@ def test_podman_with_a_mount(work: Path, root: str, journal: Journal) -> None:
     assert status["Seccomp"] == 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("instance")
 @pytest.mark.deadline(480)
 def test_podman_with_an_instance(work: Path, root: str, journal: Journal) -> None:
@@ -101,6 +103,7 @@ def test_unshare(work: Path, journal: Journal) -> None:
     perform(recipe("unshare"), work, journal)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(240)
 def test_unshare_with_a_mount(work: Path, journal: Journal) -> None:
     perform(recipe("unshare, without a directory"), work, journal)
@@ -121,6 +124,7 @@ def examined(command: str, work: Path) -> dict[str, tuple[str, str]]:
     return findings(as_user(f"{command.replace('./build.sh', 'loopctl doctor').rstrip()} || :", work))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(300)
 def test_the_doctor_in_podman(work: Path, root: str) -> None:
     whole = recipe("Podman, rootless", IMAGE=root)
