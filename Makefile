@@ -1,10 +1,12 @@
 # Each target sets up what it needs: as root on Debian 12 or 13 by itself, elsewhere it says what to install.
 #
 #   make demo         the whole way of one loop device into a sandbox and back, in half a minute
-#   make check        everything that can be tested on this machine (root)
+#   make check        what can be tested on this machine (root), with a sample of long tables of cases; K=EXPR: what matches, and all of that
+#   make check-all    everything that can be tested on this machine
 #   make fuzz         100,000 datagrams that no client sends, to a daemon that has others to serve (root); FUZZ=NUMBER
 #   make bench        what it costs, beside a broker in C that does no more, and losetup (root, a quarter of an hour); BENCH=--help
-#   make check-vm     the same promises on a real system, in a virtual machine
+#   make check-vm     the same promises on a real system, in a virtual machine; again a sample
+#   make check-vm-all everything there
 #   make man          the man pages, in build/man: man -l build/man/loopctl.1
 #   make venv         .venv/bin/loopd, .venv/bin/loopctl and the tools for development
 #   make install      for good; `systemctl enable --now loopd.socket` then starts it
@@ -55,7 +57,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 FUZZ = 100000
 
-.PHONY: all help venv demo check fuzz bench man install uninstall for-demo for-check for-bench for-venv
+.PHONY: all help venv demo check check-all fuzz bench man install uninstall for-demo for-check for-bench for-venv
 all: venv
 
 help:
@@ -97,10 +99,10 @@ $(MANUAL) &: $(wildcard docs/man/*.rst)
 demo: for-demo
 	$(PYTHON) tests/demo.py
 
-check: venv for-check
+check check-all: venv for-check
 	.venv/bin/ruff check
 	.venv/bin/mypy
-	.venv/bin/pytest $(if $(K),-k "$(K)") $(AGAIN)
+	.venv/bin/pytest $(if $(K),-k "$(K)",$(if $(filter check,$@),-m "not exhaustive")) $(AGAIN)
 
 fuzz: venv for-check
 	LOOPD_FUZZ_DATAGRAMS=$(FUZZ) .venv/bin/pytest tests/protocol/fuzz.py $(AGAIN)
@@ -110,7 +112,7 @@ bench: venv for-bench
 	    .venv/bin/pip --quiet --disable-pip-version-check install --editable '.[bench]'
 	.venv/bin/python tests/bench/bench.py --output docs --plot $(BENCH)
 
-check-vm check-kernels: venv deb rpm
+check-vm check-vm-all check-kernels: venv deb rpm
 -include tests/vm/vm.mk systemd/packaging/packages.mk
 
 # Where the system's Python looks for modules below PREFIX; nothing, where it looks nowhere below it.

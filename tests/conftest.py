@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from support.daemon import Daemon, configured, require
 
+pytest_plugins = ["support.sampling"]
+
 # Both are ignored in the background of a script, and would be by what the tests run.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)

@@ -36,10 +36,9 @@ class Access:
         if own_sysfs is not None:
             lo.sysfs = f"/proc/self/fd/{own_sysfs}"
         self._private: int | None = None
-        with contextlib.suppress(OSError):
-            # Outside of the service it may be there too, as the mount point in /run.
-            if not os.statvfs(PRIVATE_NODES).f_flag & os.ST_NODEV:
-                self._private = os.open(PRIVATE_NODES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # systemd makes the mount point in the host's /run, and leaves it there. Only in the service is a tmpfs on it.
+        if os.path.ismount(PRIVATE_NODES):
+            self._private = os.open(PRIVATE_NODES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     @property
     def fds(self) -> list[int]:

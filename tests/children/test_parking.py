@@ -10,9 +10,9 @@ from pathlib import Path
 
 from support.daemon import Daemon, bound_to, eventually
 from support.fuse_never import Never
+from support.locks import let_go, locking, never_fixture, quick_fixture, sent, writing  # noqa: F401
 from support.processes import stays
 from support.untouched import children, elsewhere, send, state, stopped
-from test_fuse import _let_go, _locking, _sent, _writing, never, quick  # noqa: F401  # fixtures
 
 FILES = 700
 """Files that a process of the daemon may have open here, so that a parking child is full after two datagrams."""
@@ -27,20 +27,20 @@ def _fill(daemon: Daemon) -> None:
 
 
 def test_full_ones(
-    quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path  # noqa: F811
+    quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     daemon = quick("--idle-timeout=1")
-    opened = [_let_go(daemon, image, directory, devices) for _ in range(1 + FULL)]
+    opened = [let_go(daemon, image, directory, devices) for _ in range(1 + FULL)]
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (FILES, FILES))
 
     def keeps(pid: int) -> bool:
         return len(os.listdir(f"/proc/{pid}/fd")) > FILES - 300
 
-    with _locking(never, _writing(tmp_path / "image")):
+    with locking(never, writing(tmp_path / "image")):
         for device in opened:  # the first hangs the child that drops
             os.pwrite(device, b"late" * 1024, 4096)
             with stopped(daemon):
-                elsewhere(partial(_sent, daemon, device))
+                elsewhere(partial(sent, daemon, device))
                 os.close(device)
             assert daemon.hello().code is None
             if device != opened[0]:

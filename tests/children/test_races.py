@@ -15,8 +15,8 @@ import pytest
 from support.daemon import ROOT, Daemon, bound_to, eventually, exists, require
 from support.fuse_never import Never
 from support.kept import Kept, start_kept_fixture  # noqa: F401
+from support.locks import closed_to_all
 from support.untouched import leases, stopped
-from test_fuse import _closed_to_all
 
 from loopd.children.flow import Promise, Turns, start
 from loopd.kernel.transport import FdSet
@@ -384,7 +384,7 @@ def test_a_partition_that_goes_after_a_restart(
         for number in (1, 2):
             loop.add_partition(number, number << 16, 1 << 16)
     eventually(lambda: all(node.exists() for node in nodes), "the nodes are there")
-    with _closed_to_all(never, grant), FdSet(os.open(node, os.O_PATH) for node in nodes) as fds:
+    with closed_to_all(never, grant), FdSet(os.open(node, os.O_PATH) for node in nodes) as fds:
         kept.kill()
         assert list(kept.leases()) == [name]
         with Loop(int(name[4:])) as loop:

@@ -17,15 +17,13 @@ from typing import Any
 
 import pytest
 from support.daemon import bound_to, eventually, require
-from test_deliveries import UID, World, as_user, world
-from test_install import install
+from support.install import install
+from support.world import UID, World, as_user, world_fixture  # noqa: F401
 
 from loopd.cli import cdi
 from loopd.cli.output import Failure
 from loopd.protocol import wire
 from loopd.protocol.wire import Granted
-
-__all__ = ["world"]  # a fixture
 
 Command = Callable[..., str]
 

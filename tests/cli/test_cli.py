@@ -20,8 +20,19 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import pytest
-from support.scripted import DEADLINE, Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_left, released
-from test_client import LEASE, REPLY, ROOT
+from support.scripted import (
+    DEADLINE,
+    LEASE,
+    REPLY,
+    ROOT,
+    Loop,
+    Peer,
+    Request,
+    loop,
+    no_directory_of_loopd,
+    no_fd_is_left,
+    released,
+)
 
 import loopd.client.api
 from loopd.cli import loopctl as cli

@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 from support.daemon import require
 from support.processes import LANDLOCK
-from test_deliveries import BWRAP, MIB, PYTHON, UID, UNSHARED, World, as_user, is_devtmpfs, world
+from support.world import BWRAP, MIB, PYTHON, UID, UNSHARED, World, as_user, is_devtmpfs, world_fixture  # noqa: F401
 
 from loopd.client import layers
-
-__all__ = ["world"]  # a fixture
 
 LAYERS = (
     "socket",

@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 from support.daemon import eventually, require
-from test_deliveries import MIB, UID, World, world
+from support.world import MIB, UID, World, world_fixture  # noqa: F401
 
 import loopd
-
-__all__ = ["world"]  # a fixture
 
 
 @pytest.fixture
@@ -195,6 +193,7 @@ def named(world: World, grant: str) -> Iterator[Named]:
     world.ctl("detach", "--all", "--wait=10")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("call", "socketpair sendmsg poll recvmsg openat write close rt_sigaction".split())
 def test_a_signal_at_any_step_leaves_no_device_without_a_name(

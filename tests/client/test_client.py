@@ -20,7 +20,18 @@ from typing import Any, Sequence
 
 import pytest
 from support.processes import LANDLOCK
-from support.scripted import Loop, Peer, Request, loop, no_directory_of_loopd, no_fd_is_left, released
+from support.scripted import (
+    LEASE,
+    REPLY,
+    ROOT,
+    Loop,
+    Peer,
+    Request,
+    loop,
+    no_directory_of_loopd,
+    no_fd_is_left,
+    released,
+)
 
 import loopd
 from loopd.client import api as client
@@ -29,31 +40,6 @@ from loopd.protocol import wire
 from loopd.protocol.decode import decode
 
 __all__ = ["loop", "no_directory_of_loopd", "no_fd_is_left"]  # fixtures
-
-ROOT = Path(client.__file__).parents[1]
-REPLY: dict[str, Any] = {
-    "devname": "loop4096",
-    "diskseq": 7,
-    "major": 7,
-    "minor": 4096,
-    "size": 4096,
-    "sector_size": 512,
-    "read_only": False,
-    "direct_io": False,
-}
-LEASE: dict[str, Any] = {
-    **REPLY,
-    "offset": 0,
-    "sizelimit": 0,
-    "partscan": False,
-    "backing_file": "/disk.img",
-    "backing_dev": "8:1",
-    "backing_inode": 12,
-    "ref": "",
-    "state": "attached",
-    "lease": "pidfd 1",
-    "age": 3.5,
-}
 
 
 def answer(request: Request) -> None:

@@ -6,7 +6,6 @@ partitions by hand (BLKPG), which no kernel refuses.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -17,8 +16,6 @@ import signal
 import stat
 import struct
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,135 +23,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from support.daemon import ROOT, Daemon, bound_to, eventually, prompt, require
-from support.processes import CLONE_NEWNS, Child, become, injected, mount_tmpfs, own_user_namespace, unshare
+from support.daemon import Daemon, bound_to, eventually, prompt, require
+from support.processes import CLONE_NEWNS, Child, injected, mount_tmpfs, own_user_namespace, unshare
 from support.untouched import helpers, stopped
+from support.world import BWRAP, MIB, OTHER, PYTHON, UID, UNSHARED, World, as_user, is_devtmpfs, world_fixture  # noqa: F401
 
 import loopd
 from loopd.client import api as client
 from loopd.client import layers
 from loopd.loop import Loop
 from loopd.protocol import wire
-
-UID, OTHER = 1000, 1001
-MIB = 1 << 20
-PYTHON = "/usr/bin/python3"
-
-
-class Served(Daemon):
-    """A daemon with the administrator's socket as well."""
-
-    @property
-    def admin(self) -> str:
-        return f"{self.path}.admin"
-
-    def start(self) -> None:
-        activate = shutil.which("systemd-socket-activate")
-        require(activate, "systemd-socket-activate (package systemd) is missing")
-        command = [str(activate), "--datagram", "-l", self.path, "-l", self.admin, "--fdname=loopd:admin"]
-        command += ["-E", "PYTHONPATH", sys.executable, "-m", "loopd", "--state-directory", str(self.state)]
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, *self._options],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )
-        eventually(lambda: Path(self.admin).exists(), "the sockets are there")
-        os.chmod(self.path, 0o666)
-
-
-class World:
-    """A folder that every user reaches, with a daemon, its grants and an installed loopctl."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.grants = folder / "grants"
-        self.work = folder / "work"
-        run = folder / "run"
-        for path in (self.grants, self.work, run):
-            path.mkdir()
-        os.chown(self.work, UID, UID)
-        shutil.copytree(ROOT / "loopd", folder / "lib/loopd", ignore=shutil.ignore_patterns("__pycache__"))
-        loopctl = folder / "loopctl"
-        program = (
-            f"import sys\nsys.path.insert(0, '{folder}/lib')\nfrom loopd.cli import main\nsys.exit(main())\n"
-        )
-        loopctl.write_text(f"#!{PYTHON} -IS\n{program}")
-        loopctl.chmod(0o755)
-        self.daemon = Served(run, ["--grant-directory", str(self.grants)], [], {})
-        self.environment = {
-            "PATH": f"{folder}:/usr/sbin:/usr/bin:/sbin:/bin",
-            "LOOPD_SOCKET": self.daemon.path,
-            "LANG": "C.UTF-8",
-            "WORK": str(self.work),
-        }
-
-    def image(self, name: str = "disk.img", size: int = 8 * MIB) -> Path:
-        path = self.work / name
-        path.touch()
-        os.truncate(path, size)
-        os.chown(path, UID, UID)
-        return path
-
-    def grant(self, name: str, uid: int = UID) -> Path:
-        """A directory of loopd's for that user, as `loopctl directory` on the host gives it."""
-        return Path(self.ctl("directory", name, uid=uid).stdout.rstrip("\n"))
-
-    def ctl(
-        self, *arguments: object, uid: int = 0, check: bool = True, **env: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Run loopctl to its end, as a user of the host."""
-        return self.run([*as_user(uid), "loopctl", *map(str, arguments)], check=check, **env)
-
-    def run(self, command: list[str], *, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            command,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env={**self.environment, **env},
-            cwd=self.work,
-        )
-        assert not check or done.returncode == 0, done.stderr
-        return done
-
-    def client(self, body: Callable[[Callable[[Any], None]], object], uid: int = UID, **env: str) -> Child:
-        """A process of its own that uses the client library."""
-
-        def run(tell: Callable[[Any], None]) -> None:
-            os.environ.update(self.environment, **env)
-            os.chdir(self.work)
-            become(uid)
-            body(tell)
-            signal.pause()
-
-        return Child(run)
-
-
-def as_user(uid: int) -> list[str]:
-    return ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    require(os.geteuid() == 0, "needs root: loop devices and mounts")
-    require(os.path.exists("/dev/loop-control"), "needs /dev/loop-control")
-    require(os.access(PYTHON, os.X_OK), f"needs {PYTHON}, which every user reaches")
-    folder = Path(tempfile.mkdtemp(prefix="loopd-test-", dir="/tmp"))
-    folder.chmod(0o755)
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder)
-        found = World(folder)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0711", "loopd-test", found.grants], check=True)
-        stack.callback(lambda: subprocess.run(["umount", "--lazy", found.grants], check=True))
-        stack.callback(found.daemon.stop)
-        found.daemon.start()
-        yield found
 
 
 def errno_of(call: Callable[[], object]) -> str:
@@ -661,6 +539,7 @@ def mounted(world: World, request: pytest.FixtureRequest) -> Iterator[Path]:
         eventually(lambda: subprocess.run(["umount", point], check=False).returncode == 0, "it is unmounted")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mounted", [kind for kind in FILE_SYSTEMS if kind in KNOWN], indirect=True)
 def test_direct_io_in_its_three_values(world: World, mounted: Path) -> None:
     """What the reply says is what the kernel says; and "on" is granted or refused, never silently dropped."""
@@ -751,20 +630,6 @@ loopctl detach "$device"
 echo done
 """
 
-UNSHARED = ["unshare", "-Urm", "--propagation", "private"]
-BWRAP = [
-    "bwrap",
-    "--unshare-all",
-    "--die-with-parent",
-    "--ro-bind",
-    "/",
-    "/",
-    "--proc",
-    "/proc",
-    "--dev",
-    "/dev",
-]
-
 
 def sandbox(world: World, kind: str) -> tuple[list[str], dict[str, str]]:
     """How a container of that kind is started, and what it has in its environment."""
@@ -783,6 +648,7 @@ def sandbox(world: World, kind: str) -> tuple[list[str], dict[str, str]]:
     return [*bound, "--unshare-user", "--cap-add", "CAP_SYS_ADMIN", "unshare", "--mount"], {}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "kind",
     [
@@ -941,14 +807,6 @@ def test_losetup_on_the_host(world: World) -> None:
     assert refused.returncode == 1
     assert re.search(r": /dev/loop\d+: Permission denied$", refused.stderr)
     assert not bound_to(world.work)
-
-
-def is_devtmpfs(path: str) -> bool:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        return layers.is_devtmpfs(fd)
-    finally:
-        os.close(fd)
 
 
 def test_an_open_device_is_passed_to_a_command(world: World) -> None:

@@ -17,37 +17,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.daemon import ROOT, Daemon, ask, bound_to, eventually, exists, prompt, require
-from support.processes import IN_NAMESPACE, NOBODY, Activated, Child, stays
+from support.daemon import ROOT, Daemon, ask, bound_to, eventually, exists, prompt
+from support.processes import NOBODY, Activated, Child, activated_fixture, in_namespace, stays  # noqa: F401
 from support.untouched import kept_open
 
 from loopd.protocol import wire
 
-HELLO = wire.encode_request(wire.Hello(0))
 PROMPT = 2.0
 """Seconds for an answer that waits for nothing, of a daemon that has started."""
 
-
-@pytest.fixture
-def activated(tmp_path: Path) -> Iterator[Callable[..., Activated]]:
-    """Daemons that are started by the test, on a listening socket which the test keeps."""
-    require(os.geteuid() == 0, "needs root: loop devices")
-    require(os.path.exists("/dev/loop-control"), "needs /dev/loop-control")
-    with contextlib.ExitStack() as stack:
-
-        def make(*options: str, wrapper: tuple[str, ...] = (), **environment: str) -> Activated:
-            directory = tmp_path / f"loopd{uuid.uuid4().hex[:4]}"
-            directory.mkdir()
-            daemon = Activated(directory, list(options), list(wrapper), environment)
-            stack.callback(daemon.stop)
-            return daemon
-
-        yield make
-
-
-def in_namespace(prepare: str) -> tuple[str, ...]:
-    """A wrapper that changes what the daemon sees of the file system."""
-    return (*IN_NAMESPACE, f'{prepare}; exec "$@"', "sh")
+HELLO = wire.encode_request(wire.Hello(0))
 
 
 def numbers_of(devname: str, before: list[str]) -> list[str]:
@@ -465,9 +444,12 @@ def test_loop_control_is_denied_by_the_mount(activated: Callable[..., Activated]
     assert "opening /dev/loop-control is not permitted" in refused(activated(wrapper=in_namespace(prepare)))
 
 
-def test_no_loop_device_can_be_opened(activated: Callable[..., Activated]) -> None:
-    """The control device alone, as a container with `--device /dev/loop-control` has it."""
-    prepare = "mount -t tmpfs tmpfs /dev; mknod /dev/loop-control c 10 237"
+@pytest.mark.parametrize("left", ["", "mkdir /run/loopd-nodes"], ids=["", "beside a mount point of the service"])
+def test_no_loop_device_can_be_opened(activated: Callable[..., Activated], left: str) -> None:
+    """The control device alone, as a container with `--device /dev/loop-control` has it. The mount point that systemd
+    makes for the service, and leaves in /run, is no way to one.
+    """
+    prepare = f"mount -t tmpfs tmpfs /run; {left}\nmount -t tmpfs tmpfs /dev; mknod /dev/loop-control c 10 237"
     assert "no loop device can be opened" in refused(activated(wrapper=in_namespace(prepare)))
 
 

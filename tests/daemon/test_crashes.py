@@ -1,7 +1,7 @@
 """The daemon is killed at every system call of an attach and a detach: no binding is lost, nothing is left over.
 
-The system calls are those that a recording of the same way shows, so the list cannot rot. A sample of them is taken,
-evenly; LOOPD_TEST_EVERY_CRASH=1 takes all. strace kills before the call is made: with the next one's turn, after it.
+The system calls are those that a recording of the same way shows, so the list cannot rot. `make check` takes a sample
+of them, evenly, `make check-all` all. strace kills before the call is made: with the next one's turn, after it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ WAYS = [
     for load in (False, True)
 ]
 
-EVERY = os.environ.get("LOOPD_TEST_EVERY_CRASH") == "1"
-SAMPLE = 32
-"""Points of one test, unless EVERY."""
+SAMPLE = 16
+"""Points of one test, unless it takes all."""
 ANSWER = 10.0
 """Seconds for an answer, a restart of the daemon included."""
 
@@ -209,9 +208,10 @@ def next_of(daemon: Kept, pid: int) -> None:
     eventually(lambda: daemon.running not in (0, pid), "the next one is started")
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["a sample", "all"])
 @pytest.mark.parametrize(("role", "kinds", "load"), WAYS)
 def test_killed_at_every_system_call(
-    start_kept: Callable[..., Kept], tmp_path: Path, role: str, kinds: tuple[str, ...], load: bool
+    start_kept: Callable[..., Kept], tmp_path: Path, role: str, kinds: tuple[str, ...], load: bool, every: bool
 ) -> None:
     daemon = start_kept()
     path = daemon.path
@@ -222,7 +222,7 @@ def test_killed_at_every_system_call(
         files = daemon.stored()
         leases = [stack.enter_context(hold(daemon, kind, standing.image, standing.directory)) for kind in KINDS]
         points = [point for kind in kinds for point in recorded(daemon, role, kind, one, tmp_path)]
-        points = points if EVERY else points[:: -(-len(points) // SAMPLE)]
+        points = points if every else points[:: -(-len(points) // SAMPLE)]
         beside = [stack.enter_context(watcher(leases))]
         if load:
             keep = (other.image, other.directory)

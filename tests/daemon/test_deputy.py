@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.counters import apart
 from support.daemon import ROOT, Daemon, ask, bound_to, eventually, exists, require
 from support.kept import traced
 from support.processes import (
@@ -28,7 +29,6 @@ from support.processes import (
     unshare,
 )
 from support.untouched import cgroup, elsewhere, helpers, leases, pair, reply_of, send
-from test_policy import apart
 
 from loopd.daemon import accounts
 from loopd.daemon.audit import Event

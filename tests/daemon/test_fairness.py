@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from support.daemon import Daemon, ask, bound_to, eventually, require
 from support.fuse_never import Never
+from support.hanging import hanging, lingering, shed
 from support.processes import Child
 from support.untouched import LONG_QUEUE, cgroup, concurrently, flood, helpers, pair, reply_of, send, stopped
-from test_policy import hanging, lingering, shed
 
 from loopd.kernel import transport
 from loopd.protocol import wire

@@ -19,16 +19,15 @@ from pathlib import Path
 
 import pytest
 from support.daemon import ROOT, Daemon, eventually, require
-from support.processes import Activated, stays
+from support.processes import Activated, activated_fixture, in_namespace, stays  # noqa: F401
 from support.untouched import writer
-from test_activation import PROMPT, activated, in_namespace
 
 from loopd.daemon.audit import Audit
 from loopd.daemon.exchange import Answers
 from loopd.protocol import wire
 from loopd.worker import journal as child
 
-__all__ = ["activated"]  # a fixture
+PROMPT = 2.0
 
 
 class Journal:

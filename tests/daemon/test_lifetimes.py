@@ -88,6 +88,7 @@ def by_sender(path: str, image: int, directory: int) -> Any:
 KEEPERS = {"reply": by_reply, "pidfd": by_pidfd, "socket": by_socket, "sender": by_sender}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "open"])
 @pytest.mark.parametrize("kind", KEEPERS)
 def test_a_killed_clients_device_goes(
@@ -227,6 +228,7 @@ def test_nothing_can_be_sent_into_a_lease_socket(
         gone(devices, tmp_path)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("sent", [b"x", b""], ids=["a byte", "no byte"])
 @pytest.mark.parametrize("name", ["reply_fd", "lease_fd"])
 @pytest.mark.parametrize("state", ["open", "looked at elsewhere", "shut", "closed", "reset"])

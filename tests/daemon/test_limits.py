@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.counters import set_times
 from support.daemon import Daemon, Reply, bound_to, eventually, exists, require
 from support.kept import Kept, kept_fixture, start_kept_fixture  # noqa: F401
-from support.processes import Child
+from support.processes import Child, fill
 from support.untouched import children, helpers, honest, leases, state
-from test_numbers import fill, set_times
 
 from loopd.daemon.counter import BLOCK, BLOCKS, FEW
 from loopd.daemon.slots import Slots

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from support.daemon import ROOT, Daemon, eventually, require
+from support.mount_tables import client_fixture  # noqa: F401
 from support.processes import Child
 from support.untouched import helpers
-from test_mounts import client_fixture  # noqa: F401  # pytest finds it here
 
 from loopd.daemon.process import WORKERS
 from loopd.daemon.slots import Slots

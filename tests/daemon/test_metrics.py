@@ -23,9 +23,9 @@ from prometheus_client import Metric
 from prometheus_client import parser as older
 from prometheus_client.openmetrics import parser as newer
 from support.daemon import ROOT, eventually, exists, require
+from support.install import install
 from support.untouched import pair, send
-from test_deliveries import Served
-from test_install import install
+from support.world import Served
 
 from loopd.client import api as client
 from loopd.daemon.numbers import Numbers

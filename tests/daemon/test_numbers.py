@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from support.counters import next_block, set_times, start_at
 from support.daemon import Daemon, ask, bound_to, eventually, exists, require
-from support.kept import Kept, hold, next_block, start_at, start_kept_fixture  # noqa: F401
-from support.processes import IN_NAMESPACE, NOBODY, Activated, Child, become
+from support.kept import Kept, hold, start_kept_fixture  # noqa: F401
+from support.processes import NOBODY, WITH_NODES, Activated, Child, become, fill
 from support.untouched import cgroup, kept_open, maker
 
 from loopd.daemon import counter as counters
@@ -58,18 +59,6 @@ def open_counter() -> Iterator[Callable[[str], Counter]]:
     yield open_
     for counter in opened:
         counter.close()
-
-
-def set_times(path: str, times: dict[int, int], others: int | None = None) -> None:
-    """Say of blocks how many seconds ago they were last used."""
-    now = int(time.time())
-    with open(path, "r+b") as file:
-        if others is not None:
-            file.seek(counters._HEADER.size)
-            file.write(counters._ENTRY.pack(now - others, 0) * BLOCKS)
-        for block, age in times.items():
-            file.seek(counters._HEADER.size + block * counters._ENTRY.size)
-            file.write(counters._ENTRY.pack(now - age, 0))
 
 
 def block_of(reserved: range) -> int:
@@ -187,12 +176,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=288k", "tmpfs", place], check=True)
     yield place
     subprocess.run(["umount", "-l", place], check=True)
-
-
-def fill(place: Path) -> None:
-    with contextlib.suppress(OSError), (place / "ballast").open("ab", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
 
 
 def test_a_full_disk_stops_no_attach(open_counter: Callable[[str], Counter], small_disk: Path) -> None:
@@ -545,8 +528,7 @@ def test_a_device_that_stays_open_costs_no_file(
     start_kept: Callable[..., Kept], image: int, directory: int, devices: Path
 ) -> None:
     """However often it is tried again to remove it, through nodes of loopd's own as the unit has it."""
-    prepare = 'mount -t tmpfs -o dev tmpfs /run; mkdir /run/loopd-nodes; exec "$@"'
-    daemon = start_kept(wrapper=[*IN_NAMESPACE, prepare, "sh"])
+    daemon = start_kept(wrapper=WITH_NODES)
     name = daemon.attach(image, directory).fields["devname"]
     process = maker(daemon)
     found = []

@@ -6,12 +6,10 @@ import contextlib
 import functools
 import os
 import pwd
-import random
 import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -21,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.counters import apart
 from support.daemon import ROOT, Daemon, ask, bound_to, eventually, exists, require
+from support.hanging import hanging, shed
 from support.kept import Kept, start_kept_fixture  # noqa: F401
 from support.processes import CLONE_NEWNS, IN_NAMESPACE, Activated, become, mapped, unshare
 from support.untouched import cgroup, elsewhere, helpers, leases, maker, pair, paused, reply_of, send, stopped
 
-from loopd.daemon import counter as counters
 from loopd.daemon import policy, subids
 from loopd.daemon.policy import Allow, ConfigurationError, Limits, Policy
 from loopd.protocol import wire
@@ -257,17 +256,6 @@ def test_files_are_merged_in_the_order_of_their_names(tmp_path: Path) -> None:
 
 
 # Real requests ----------------------------------------------------------------------------------------------------
-
-
-def apart(state: Path) -> Path:
-    """A state directory with a counter that starts anywhere: a number that is lost to another daemon counts too."""
-    state.mkdir(mode=0o700)
-    counter = counters.Counter(str(state / "numbers"))
-    try:
-        os.pwrite(counter._fd, counters._HEADER.pack(counters._MAGIC, random.randrange(counters.BLOCKS)), 0)
-    finally:
-        counter.close()
-    return state
 
 
 @pytest.fixture
@@ -614,11 +602,6 @@ def test_limits_are_an_accounts(configured: Callable[..., Daemon], image: int, d
         assert "devname" in client(daemon, act, enter, ids(20300, 20300))
 
 
-def shed(daemon: Daemon) -> int:
-    """The requests that were dropped, of all records: there is one a second."""
-    return sum(int(record["LOOPD_COUNT"]) for record in daemon.records("shed"))
-
-
 def test_requests_under_way(configured: Callable[..., Daemon], image: int, directory: int, devices: Path) -> None:
     """What is beyond the limit is dropped: its reply socket hangs up. It is counted."""
     daemon = configured("limits.requests = 1")
@@ -761,47 +744,6 @@ def test_bytes_after_a_resize(configured: Callable[..., Daemon], image: int, dir
     assert devices.size(name) == 1 << 20
     os.truncate(image, 3 << 19)
     assert daemon.ask(wire.Resize(name, 0), []).fields["size"] == devices.size(name) == 3 << 19
-
-
-def lingering(seconds: int) -> tuple[socket.socket, socket.socket]:
-    """A TCP socket whose last close takes so long, since its peer reads nothing; and the peer."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        ours = socket.create_connection(listener.getsockname())
-        peer, _ = listener.accept()
-    ours.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            ours.send(bytes(65536))
-    ours.setblocking(True)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, seconds))
-    return ours, peer
-
-
-@contextlib.contextmanager
-def hanging(daemon: Daemon, count: int, before: int = 0) -> Iterator[None]:
-    """Send requests that are answered, and whose helpers then hang when they close what came along.
-
-    `before`: so many other fds are before that.
-    """
-    with contextlib.ExitStack() as stack:
-        for _ in range(0, count, 8):
-            asked = []
-            with stopped(daemon):  # so that the daemon's is the last close
-                for _ in range(min(8, count)):
-                    slow, peer = lingering(40)
-                    stack.enter_context(peer)
-                    ours, theirs = pair()
-                    with theirs, slow:
-                        fds = [theirs.fileno()] * (before + 1) + [slow.fileno()]
-                        send(daemon.path, b'{"op": "hello", "reply_fd": 0}', fds).close()
-                    asked.append(ours)
-            for ours in asked:
-                with ours, contextlib.suppress(TimeoutError):
-                    reply_of(ours, 2)
-        yield
 
 
 def test_helpers_that_hang(configured: Callable[..., Daemon]) -> None:

@@ -120,6 +120,7 @@ def test_every_kind_of_lease_is_carried_on(
     kept.end()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_end_is_noticed_after_the_restart(
     kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path, kind: str
@@ -132,6 +133,7 @@ def test_its_end_is_noticed_after_the_restart(
     kept.end()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_end_during_the_outage_is_noticed(
     kept: Kept, image: int, directory: int, devices: Path, tmp_path: Path, kind: str
@@ -351,6 +353,7 @@ BEFORE: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", ["reply", "socket", "pidfd"])
 @pytest.mark.parametrize("before", BEFORE)
 def test_an_attach_under_way_is_undone(
@@ -603,6 +606,7 @@ MISSHAPEN: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("shape", MISSHAPEN)
 def test_a_record_that_cannot_be_read_is_kept(kept: Kept, image: int, directory: int, shape: str) -> None:
     """Whatever is in a slot, the daemon starts and serves, and the device is not given away."""

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.counters import start_at
 from support.daemon import Daemon, Reply, bound_to, eventually, exists, granted, require
-from support.kept import Kept, hold, kept_fixture, start_at, start_kept_fixture  # noqa: F401
+from support.kept import Kept, hold, kept_fixture, start_kept_fixture  # noqa: F401
 from support.processes import stays
 from support.untouched import leases, stopped
 

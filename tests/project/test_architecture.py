@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +115,29 @@ def test_what_pages_name_is_there(page: Path) -> None:
     for module, name in re.findall(r"`([\w/]+)\.py: ([\w.]+)`", page.read_text()):
         known = names(MODULES[PACKAGE / f"{module}.py"])
         assert name in known | {member.rpartition(".")[2] for member in known}, f"{module}.py: {name}"
+
+
+# The tests --------------------------------------------------------------------------------------------------------
+
+TESTS = ROOT / "tests"
+FOLDERS_OF_TESTS = {*FOLDERS, "standins", "project"}
+"""The stand-ins are files of no folder. What is around the code, as units, packages and documents, is the project."""
+
+
+def test_the_folders_of_the_tests_are_the_same() -> None:
+    found = {path.parent.name for path in TESTS.glob("*/test_*.py")} - {"vm"}
+    assert found == FOLDERS_OF_TESTS
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert settings["testpaths"] == [f"tests/{folder}" for folder in sorted(found)]
+
+
+def test_what_tests_share_is_no_tests() -> None:
+    """A module of tests is taken by its name alone, and takes nothing from another."""
+    modules = [path for folder in FOLDERS_OF_TESTS for path in (TESTS / folder).glob("*.py")]
+    assert len({path.name for path in modules}) == len(modules)
+    for path in modules:
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("test_"), path
 
 
 # Sizes: what can be read in one go -------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.daemon import ROOT, require
 
 SECTIONS = ("attach", "crowd", "leases", "release", "start", "drop-in", "io", "flood", "hang", "share")
 
 
+@pytest.mark.exhaustive
 def test_every_section_measures_something(tmp_path: Path) -> None:
     require(os.geteuid() == 0, "needs root: loop devices")
     command = [sys.executable, str(ROOT / "tests/bench/bench.py"), "--quick", "--output", str(tmp_path)]

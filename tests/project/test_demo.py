@@ -48,6 +48,7 @@ def test_devices_that_were_there_before_are_no_leftovers(monkeypatch: pytest.Mon
     assert played.leftovers(tmp_path, there, "loop4162") == []
 
 
+@pytest.mark.exhaustive
 def test_demo_that_fails_says_so_and_cleans_up() -> None:
     # No file of the size of the image can be made, which is found out in the container.
     done = demo("prlimit", "--fsize=20000000")
@@ -56,6 +57,7 @@ def test_demo_that_fails_says_so_and_cleans_up() -> None:
     assert "FAILED" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_demo_that_is_ended_cleans_up() -> None:
     """By what ends a session, too: a terminal that is closed, a runner that gives up."""
     process = subprocess.Popen([sys.executable, str(DEMO)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)

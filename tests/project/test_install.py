@@ -10,50 +10,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from support.install import SYSTEM_PYTHON, files, imported, install, make, no_import, prefix_fixture  # noqa: F401
 
 from loopd import __version__
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SYSTEM_PYTHON = "/usr/bin/python3"
 STAND_INS = ("losetup", "mount", "kpartx", "dmsetup", "partx", "partprobe")
 """Programs that are installed to be bind-mounted alone, each under the name of what it stands in for."""
-
-
-def make(*arguments: str, env: dict[str, str] | None = None, umask: int = -1) -> subprocess.CompletedProcess[str]:
-    # MAKEFLAGS of a `make check` around it would override the variables given here.
-    return subprocess.run(
-        ["/usr/bin/make", "-s", "-C", str(ROOT), *arguments],
-        check=False,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"MAKEFLAGS": ""} | (env or {}),
-        umask=umask,
-    )
-
-
-def install(*arguments: str, umask: int = -1) -> None:
-    done = make("install", *arguments, umask=umask)
-    prefixes = [argument.partition("=")[2] for argument in arguments if argument.startswith("PREFIX=")]
-    said = "".join(no_import(prefix) for prefix in prefixes if prefix != "/usr")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", said)
-
-
-def no_import(prefix: str | Path) -> str:
-    """What is said where the system's Python has no folder for modules."""
-    return f"make: 'import loopd' is left out: {SYSTEM_PYTHON} looks for modules nowhere below {prefix}\n"
-
-
-def files(tree: Path) -> set[str]:
-    return {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_symlink() or not path.is_dir()}
-
-
-@pytest.fixture
-def prefix(tmp_path: Path) -> Path:
-    """A prefix that the installed programs really run from; DESTDIR=/ keeps the running system out of it."""
-    install("DESTDIR=/", f"PREFIX={tmp_path}/prefix")
-    return tmp_path / "prefix"
 
 
 def test_files_of_the_package(tmp_path: Path) -> None:
@@ -103,15 +67,6 @@ def test_everybody_can_read_it_whatever_the_umask(tmp_path: Path) -> None:
     for path in (tmp_path / "usr").rglob("*"):
         program = path.is_dir() or path.parent.name in {"bin", "sbin"}
         assert stat.S_IMODE(path.stat().st_mode) == (0o755 if program else 0o644), path
-
-
-def imported(prepare: str) -> str:
-    """The folder where the system's Python finds `loopd`, in a mount namespace with what was installed."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root: a mount namespace")
-    show = "import loopd, loopd.loop, os; loopd.attach; print(os.path.dirname(os.path.dirname(loopd.__file__)), end='')"
-    script = f'{prepare}; cd /; exec {SYSTEM_PYTHON} -IBc "{show}"'
-    return subprocess.check_output(["unshare", "--mount", "sh", "-ec", script], text=True)
 
 
 def test_the_library_is_the_system_s_python_s(tmp_path: Path) -> None:

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import pytest
 from support.daemon import ROOT, Daemon
-from test_install import files, imported, install, make, prefix
+from support.install import files, imported, install, make, prefix_fixture  # noqa: F401
 
 from loopd import __version__
 from loopd.cli import loopctl as cli
 from loopd.protocol import wire
 
-__all__ = ["prefix"]  # a fixture
 SOCKETS = ("loopd.socket", "loopd-admin.socket")
 
 

@@ -367,6 +367,7 @@ def agree(world: World, way: Way, scenario: Scenario, place: Path, options: str 
 # Every way in -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("way", WAYS)
 def test_as_with_losetup(world: World, place: Path, way: str, scenario: str) -> None:
@@ -427,6 +428,7 @@ def mounted(world: World, request: pytest.FixtureRequest) -> Iterator[Path]:
         shutil.rmtree(base)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("scenario", CONTENT)
 @pytest.mark.parametrize("direct_io", ["on", "off"])
 @pytest.mark.parametrize("mounted", [kind for kind in FILE_SYSTEMS if kind in KNOWN], indirect=True)
@@ -436,6 +438,7 @@ def test_as_with_losetup_on_every_file_system(world: World, mounted: Path, direc
     agree(world, WAYS["loopctl attach with a grant"], SCENARIOS[scenario], mounted, option)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("scenario", RAW)
 @pytest.mark.parametrize("direct_io", ["on", "off"])
 @pytest.mark.parametrize("way", ["loopctl run", "the library", "losetup with a grant"])
@@ -488,6 +491,7 @@ MOUNTS = {
 _MOUNT = "{before}\n{during}\n{after}"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("scenario", MOUNTS)
 @pytest.mark.parametrize("sandbox", ["own", "grant"])
 def test_mount_as_with_the_real_one(world: World, place: Path, sandbox: str, scenario: str) -> None:

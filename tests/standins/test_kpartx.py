@@ -22,24 +22,9 @@ from support.box import (  # noqa: F401
     stand_ins_fixture,
 )
 from support.daemon import bound_to, require
+from support.tables import TABLES, prepared
 
 from loopd import table
-
-TABLES = {
-    "gpt": "label: gpt\nlabel-id: 11111111-1111-1111-1111-111111111111\n"
-    "size=4M, type=uefi, name=boot, uuid=22222222-2222-2222-2222-222222222222\n"
-    "size=8M, type=linux, uuid=33333333-3333-3333-3333-333333333333\n",
-    "gpt with a gap": "label: gpt\n7: start=2048, size=8192, type=linux\n3: start=20480, size=2048, type=swap\n",
-    "gpt of many": "label: gpt\n" + "size=64K\n" * 30,
-    "dos": "label: dos\nlabel-id: 7\n2048,8192,c,*\n10240,16384\n",
-    "dos with logical ones": "label: dos\nlabel-id: 7\n2048,8192\n,8192,E\n,4096\n,2048,L\n,1024,L\n,,L\n",
-}
-"""Scripts of sfdisk, by what they make in 32 MiB."""
-
-
-def prepared(name: str, file: str = "disk.img") -> str:
-    text = TABLES[name].replace("\n", "\\n")
-    return f"truncate -s 32M {file}; printf '{text}' | sfdisk -q {file}\n"
 
 
 def without_mapper(result: Result) -> Result:
@@ -135,6 +120,7 @@ sha256sum disk.img; ls /dev/mapper | grep -c "p[12]$"
 """
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("name", "places"), [("gpt", (2048, 8192, 10240, 16384)), ("dos", (2048, 8192, 10240, 16384))])
 def test_makes_the_image_that_losetup_makes(mapper: Box, name: str, places: tuple[int, ...]) -> None:
     starts = "START1={}; SIZE1={}; START2={}; SIZE2={}\n".format(*places)
@@ -304,6 +290,7 @@ dmsetup remove ${map}p1; dmsetup remove ${map}p2; kpartx -d $device; losetup -d 
 """
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("script", [VMDB2, DISKIMAGE_BUILDER, KIWI], ids=["vmdb2", "diskimage-builder", "kiwi"])
 def test_calls_of_builders(granted: Box, script: str) -> None:
     for program in ("parted", "sgdisk", "mkfs.vfat"):

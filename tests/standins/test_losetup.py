@@ -32,6 +32,7 @@ from support.box import (  # noqa: F401
 )
 from support.daemon import ROOT, Daemon, bound_to, eventually
 from support.scripted import Peer, Request, released
+from support.tables import add_partitions
 
 from loopd import __version__
 from loopd.loop import Loop
@@ -372,13 +373,6 @@ def test_a_table_may_be_written_later(granted: Box) -> None:
     assert granted.names() == set()
 
 
-def add_partitions(name: str, *numbers: int) -> None:
-    """What a kernel with a parser of tables does, or partprobe."""
-    with Loop(int(name[4:])) as device:
-        for number in numbers:
-            device.add_partition(number, number * MIB // 8, MIB // 8)
-
-
 def test_where_there_are_partitions_their_names_are_all(tmp_path: Path) -> None:
     """The table was there before, and the kernel has read it: with a name for each, and for no other."""
     dev, grant, socket_path = tmp_path / "dev", tmp_path / "dev/loopd", tmp_path / "loopd.sock"
@@ -470,6 +464,7 @@ def commands(device: str, columns: list[str]) -> list[list[str]]:
     return found + [[*form, "-j", "image"] for form in (["-l"], ["-l", "-J"], [], ["-n", "-O", "RO,NAME"])]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -641,6 +636,7 @@ def said_by_both(box: Box, real: str, line: str) -> tuple[Result, Result]:
     return ours, theirs
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("line", [line for row in WRONG.split("\n") for line in row.split("|") if line])
 def test_says_what_the_real_one_says(plain: Box, real: str, line: str) -> None:
     ours, theirs = said_by_both(plain, real, line)
@@ -650,6 +646,7 @@ def test_says_what_the_real_one_says(plain: Box, real: str, line: str) -> None:
     assert ours.code == 1
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("row", [row for row in SINCE.split("\n") if row])
 def test_says_what_the_newest_says(plain: Box, real: str, version: tuple[int, ...], row: str) -> None:
     since, line, message = row.replace("@", " ").split("|")
@@ -782,6 +779,7 @@ $L -l -n -O OFFSET -j a.img | sort -n | xargs; $L -d $d; $L -d $e; echo $?; $L -
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", SAME)
 def test_does_what_the_real_one_does(box: Box, case: str) -> None:
     theirs, ours = beside(box, SAME[case])

@@ -39,6 +39,7 @@ def file_system_fixture(box: Box) -> Box:
     return box
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "arguments",
     [

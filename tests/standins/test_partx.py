@@ -26,12 +26,9 @@ from support.box import (  # noqa: F401
 )
 from support.daemon import Daemon, bound_to, configured, eventually, require
 from support.scripted import Loop, Peer, Request, loop  # noqa: F401
-from test_kpartx import prepared
+from support.tables import denied_fixture, prepared  # noqa: F401
 
 from loopd import loop as lo
-
-DEVICES = Path("/sys/fs/cgroup/devices")
-"""The first version's controller: rules that can be written as text."""
 
 SAME = {
     "add": """
@@ -59,6 +56,7 @@ echo text >m/text; $P -u $d; echo $?; cat m/text; umount m; $P -d $d; echo $?; $
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", SAME)
 @pytest.mark.parametrize("table", ["gpt", "dos"])
 def test_does_what_the_real_one_does(box: Box, case: str, table: str) -> None:
@@ -132,20 +130,6 @@ def hidden(box: Box, name: str) -> str:
 
 
 # The device cgroup ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(name="denied")
-def denied_fixture() -> Iterator[Path]:
-    """A cgroup that may not open partitions, as a container with `b 7:* rw` alone."""
-    require((DEVICES / "devices.deny").exists(), "needs the devices controller of the first version")
-    cgroup = DEVICES / f"loopd-test-{os.getpid()}"
-    cgroup.mkdir()
-    try:
-        (cgroup / "devices.deny").write_text("b 259:* rwm")
-        yield cgroup
-    finally:
-        eventually(lambda: (cgroup / "cgroup.procs").read_text() == "", "it is empty")
-        cgroup.rmdir()
 
 
 CLOSED = "does not open here: the container's device cgroup allows no nodes of partitions; `kpartx -av"

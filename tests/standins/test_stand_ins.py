@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 from support.box import STAND_INS, Box, Result, box_fixture, granted_fixture, plain_fixture, run, stand_ins_fixture  # noqa: F401
 from support.daemon import ROOT, bound_to, eventually, require
-from test_kpartx import prepared
-from test_losetup import add_partitions
-from test_partx import denied_fixture  # noqa: F401
+from support.tables import add_partitions, denied_fixture, prepared  # noqa: F401
 
 sys.path.insert(0, str(ROOT / "tests/vm/inside"))
 from recipes import recipe
@@ -116,6 +114,7 @@ def instead_of_the_python(box: Box, path: str) -> None:
     require(box("test", "-e", "/usr/local/bin/python3").code, "there is a Python in /usr/local/bin")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_without_python_it_says_so(plain: Box, name: str) -> None:
     """Were the interpreter looked up by the kernel, the shell would go on to the real program, without a word."""

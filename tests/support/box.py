@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support.daemon import ROOT, Daemon, bound_to, eventually, require
 
 from loopd.protocol import wire
-from support.daemon import ROOT, Daemon, bound_to, eventually, require
 
 MIB = 1 << 20
 PACK = ROOT / "systemd/packaging/stand_ins.py"

@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.counters import next_block, start_at
+from support.daemon import ROOT, Daemon, Reply, ask, bound_to, configured, eventually, require
+from support.processes import Child
+from support.untouched import ask_at_address
 
 from loopd.daemon import counter as counters
 from loopd.loop import LoopControl
 from loopd.protocol import wire
 from loopd.worker import make
-from support.daemon import ROOT, Daemon, Reply, ask, bound_to, configured, eventually, require
-from support.processes import Child
-from support.untouched import ask_at_address
 
 SO_PEEK_OFF = 42
 SYS_PIDFD_GETFD = 438
@@ -38,21 +39,6 @@ MOST_BLOCKS = 2048
 """Blocks that one test may use; every start takes one."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def start_at(counter: Path, block: int) -> None:
-    """Make a number counter whose next block is `block`."""
-    counter.parent.mkdir(mode=0o700, exist_ok=True)
-    counters.Counter(str(counter)).close()
-    with counter.open("r+b") as file:
-        file.write(counters._HEADER.pack(counters._MAGIC, block))
-
-
-def next_block(counter: Path) -> int:
-    """The block that the counter hands out next, of which no number has been used."""
-    value: int = counters._HEADER.unpack(counter.read_bytes()[: counters._HEADER.size])[1]
-    block, used = value % 2**32, value >> 32
-    return block + 1 if used else block
 
 
 class Record:

@@ -16,10 +16,12 @@ import subprocess
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytest
 from support.daemon import ROOT, Daemon, eventually, require
 
 NOBODY = 65534
@@ -261,6 +263,9 @@ class Activated(Daemon):
 
 IN_NAMESPACE = ["unshare", "--mount", "--propagation", "private", "sh", "-ec"]
 """The start of a wrapper that prepares a mount namespace: followed by commands that end with `exec "$@"`, and "sh"."""
+_NODES = "mount -t tmpfs tmpfs /run; mkdir /run/loopd-nodes; mount -t tmpfs -o mode=1777 tmpfs /run/loopd-nodes"
+WITH_NODES = [*IN_NAMESPACE, f'{_NODES}; exec "$@"', "sh"]
+"""A wrapper with which the daemon opens devices through nodes of its own, as its unit has it."""
 
 
 @contextlib.contextmanager
@@ -308,3 +313,31 @@ def stays(condition: Callable[[], Any], seconds: float, what: str) -> None:
     while time.monotonic() < deadline:
         assert condition(), what
         time.sleep(0.02)
+
+
+def in_namespace(prepare: str) -> tuple[str, ...]:
+    """A wrapper that changes what the daemon sees of the file system."""
+    return (*IN_NAMESPACE, f'{prepare}; exec "$@"', "sh")
+
+
+@pytest.fixture(name="activated")
+def activated_fixture(tmp_path: Path) -> Iterator[Callable[..., Activated]]:
+    """Daemons that are started by the test, on a listening socket which the test keeps."""
+    require(os.geteuid() == 0, "needs root: loop devices")
+    require(os.path.exists("/dev/loop-control"), "needs /dev/loop-control")
+    with contextlib.ExitStack() as stack:
+
+        def make(*options: str, wrapper: tuple[str, ...] = (), **environment: str) -> Activated:
+            directory = tmp_path / f"loopd{uuid.uuid4().hex[:4]}"
+            directory.mkdir()
+            daemon = Activated(directory, list(options), list(wrapper), environment)
+            stack.callback(daemon.stop)
+            return daemon
+
+        yield make
+
+
+def fill(place: Path) -> None:
+    with contextlib.suppress(OSError), (place / "ballast").open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))

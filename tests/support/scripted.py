@@ -20,6 +20,30 @@ from typing import Any, Callable, Iterator, Sequence
 import pytest
 
 DEADLINE = 20.0
+ROOT = Path(__file__).resolve().parents[2]
+REPLY: dict[str, Any] = {
+    "devname": "loop4096",
+    "diskseq": 7,
+    "major": 7,
+    "minor": 4096,
+    "size": 4096,
+    "sector_size": 512,
+    "read_only": False,
+    "direct_io": False,
+}
+LEASE: dict[str, Any] = {
+    **REPLY,
+    "offset": 0,
+    "sizelimit": 0,
+    "partscan": False,
+    "backing_file": "/disk.img",
+    "backing_dev": "8:1",
+    "backing_inode": 12,
+    "ref": "",
+    "state": "attached",
+    "lease": "pidfd 1",
+    "age": 3.5,
+}
 
 
 class Request:

@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loopd.protocol import wire
 from support.daemon import Daemon, Reply, bound_to, eventually, require
+
+from loopd.protocol import wire
 
 
 def _links(pid: int) -> list[str]:

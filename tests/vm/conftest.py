@@ -44,14 +44,14 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if collection_path.parent == HERE and not machines(config) else None
 
 
-def inside_tests(folder: str) -> list[str]:
+def inside_tests(folder: str, *options: str) -> list[str]:
     """The node ids below FOLDER, as the VM will know them."""
     path = qemu.PROJECT / folder
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
-    command += ["-p", "report", f"--rootdir={path}", f"--confcutdir={path}", "."]
+    command += ["-p", "report", "-p", "support.sampling", f"--rootdir={path}", f"--confcutdir={path}", *options, "."]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(HERE / "guest"),
+        "PYTHONPATH": f"{HERE}/guest:{HERE.parent}",
         "LOOPD_VM_RESULTS": "2",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
@@ -74,11 +74,15 @@ def concerns(machine: str, test: str) -> bool:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"machine", "test"} <= set(metafunc.fixturenames):
-        tests = inside_tests(metafunc.config.getoption("--vm-folder"))
-        pairs = [(name, test) for name in machines(metafunc.config) for test in tests if concerns(name, test)]
-        metafunc.parametrize(
-            "machine, test", pairs, ids=[f"{machine}-{test}" for machine, test in pairs], scope="session"
-        )
+        folder = metafunc.config.getoption("--vm-folder")
+        sample = set(inside_tests(folder, "-m", "not exhaustive"))
+        pairs = [
+            pytest.param(name, test, id=f"{name}-{test}", marks=() if test in sample else pytest.mark.exhaustive)
+            for name in machines(metafunc.config)
+            for test in inside_tests(folder)
+            if concerns(name, test)
+        ]
+        metafunc.parametrize("machine, test", pairs, scope="session")
 
 
 @pytest.fixture(scope="session")

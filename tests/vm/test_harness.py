@@ -28,6 +28,7 @@ def sample(*names: str) -> list[str]:
     return [f"test_sample.py::{name}" for name in names]
 
 
+@pytest.mark.exhaustive
 def test_outcomes(any_machine: str, tmp_path: Path) -> None:
     """Through pytest, as `make check-vm` does it: each outcome arrives as it was, an early end fails the rest."""
     command = [
@@ -88,6 +89,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         }
 
 
+@pytest.mark.exhaustive
 def test_hang(runs: dict[str, qemu.Run]) -> None:
     run = runs["hang"]
     assert run.result("test_sample.py::test_passes").outcome == "passed"
@@ -98,6 +100,7 @@ def test_hang(runs: dict[str, qemu.Run]) -> None:
         run.result("test_sample.py::test_after_the_end")
 
 
+@pytest.mark.exhaustive
 def test_no_closing_line(runs: dict[str, qemu.Run]) -> None:
     """Every test has its result and the VM powers off in good order, but the last word is missing."""
     run = runs["no closing line"]
@@ -106,6 +109,7 @@ def test_no_closing_line(runs: dict[str, qemu.Run]) -> None:
         run.finish()
 
 
+@pytest.mark.exhaustive
 def test_failed_install(runs: dict[str, qemu.Run]) -> None:
     with pytest.raises(
         qemu.RunFailed, match=r"could not be installed(.|\n)*first\n(.|\n)*second\nexit status 3\n---"

@@ -4,10 +4,10 @@ MACHINE ?= stable
 MACHINES ?= oldstable,5.10,stable,newest
 VM_PYTEST = LOOPD_TEST_REQUIRE_ALL=$${LOOPD_TEST_REQUIRE_ALL-1} $(VM_PYTHON) -m pytest -ra --durations=8 $(if $(K),-k "$(K)")
 
-.PHONY: check-vm check-kernels vm-shell vm-image
+.PHONY: check-vm check-vm-all check-kernels vm-shell vm-image
 
-check-vm:
-	$(VM_PYTEST) tests/vm --vm-machines=$(MACHINE) $(AGAIN)
+check-vm check-vm-all:
+	$(VM_PYTEST) tests/vm --vm-machines=$(MACHINE) $(if $(K)$(filter check-vm-all,$@),,-m "not exhaustive") $(AGAIN)
 
 check-kernels:
 	$(VM_PYTEST) tests/vm/test_vm.py --vm-machines=$(MACHINES) $(if $(K),,--vm-table=docs/kernels.md)

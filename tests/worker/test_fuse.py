@@ -13,13 +13,25 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 from support.daemon import LOCKS, Daemon, ask, bound_to, eventually, require
-from support.fuse_never import SIZE, Never
+from support.fuse_never import Never
+from support.locks import (
+    WRITTEN_OFF,
+    closed_to_all,
+    let_go,
+    listing,
+    locking,
+    never_fixture,  # noqa: F401
+    quick_fixture,  # noqa: F401
+    sent,
+    stack,
+    writing,
+)
 from support.processes import Child, injected, stays
 from support.untouched import (
     Untouched,
@@ -43,40 +55,12 @@ from loopd.kernel.cgroups import ROOTS
 from loopd.loop import Loop
 from loopd.protocol import wire
 
-WRITTEN_OFF = 6.0
-"""Seconds after which the daemons here write a helper off."""
 HANGING = 6
 """Requests of one account that hang."""
 SERVED = 5.0
 """Seconds in which an honest client has its reply, whatever hangs: before that is written off."""
 LEASES = 24
 ALL = b'{"fd": 0, "dir_fd": 1, "reply_fd": 2}'
-
-
-@pytest.fixture
-def never(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Iterator[Never]:
-    """The file system; ended before the daemons are, so that what hangs in it can end."""
-    require(os.path.exists("/dev/fuse"), "needs /dev/fuse")
-    try:
-        file_system = Never(tmp_path / "never")
-    except OSError as error:
-        pytest.skip(f"FUSE cannot be mounted: {error}")
-    try:
-        yield file_system
-    finally:
-        file_system.end()
-
-
-@pytest.fixture
-def quick(start_daemon: Callable[..., Daemon], tmp_path: Path) -> Callable[..., Daemon]:
-    """Start daemons that write a helper off soon."""
-    config = tmp_path / "loopd.toml"
-    config.write_text(f"request_timeout = {WRITTEN_OFF}\nwrite_back_timeout = {WRITTEN_OFF}\n")
-
-    def start(*options: str, name: str = "loopd") -> Daemon:
-        return start_daemon(f"--config={config}", *options, name=name)
-
-    return start
 
 
 def _queue(channel: socket.socket, fd: int) -> None:
@@ -117,6 +101,7 @@ def _served(daemon: Daemon) -> None:
         assert time.monotonic() - began < SERVED or len(daemon.records("stuck")) == stuck
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("place", PLACES)
 def test_others_are_served(
     quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path, place: str
@@ -279,52 +264,6 @@ def test_kill_during_the_hang(
 # Locks that a client holds: while the kernel copies from memory, or to it, that a FUSE server has to bring ------------
 
 
-@contextlib.contextmanager
-def _locking(never: Never, hold: Callable[[mmap.mmap], object], keep: Iterable[int] = ()) -> Iterator[Child]:
-    """A process that, told nothing more once the file system is mute, waits in `hold` for memory that never comes.
-
-    Its end waits for the file system's.
-    """
-    path = never._mountpoint / "file"
-    go = os.pipe()
-
-    def body(tell: Callable[[object], None]) -> None:
-        file = os.open(path, os.O_RDWR)
-        os.fstat(file)  # from now on the size is known
-        memory = mmap.mmap(file, SIZE)
-        tell("ready")
-        os.read(go[0], 1)
-        hold(memory)
-        tell("not held")
-
-    try:
-        with Child(body, keep=[go[0], *keep]) as child:
-            child.hear()
-            never.mute()
-            os.write(go[1], b"x")
-            eventually(lambda: _waits_for_fuse(child.pid), "the lock is held")
-            try:
-                yield child
-            finally:
-                never.end()
-    finally:
-        for fd in go:
-            os.close(fd)
-
-
-def _writing(path: Path) -> Callable[[mmap.mmap], object]:
-    """For `_locking`: the lock of that file."""
-    return lambda memory: os.pwrite(os.open(path, os.O_RDWR), memory, 0)
-
-
-def _waits_for_fuse(pid: int) -> bool:
-    return "fuse" in _stack(pid)
-
-
-def _stack(pid: int) -> str:
-    return Path(f"/proc/{pid}/stack").read_text()
-
-
 def test_directories_that_their_owner_keeps_locked(
     quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:
@@ -345,7 +284,7 @@ def test_directories_that_their_owner_keeps_locked(
 
         with Child(attach, keep=[image, directory]) as client:
             assert client.hear() == [None] * LEASES
-            with _locking(never, _listing(devices)):
+            with locking(never, listing(devices)):
                 client.kill()
                 for _ in range(3):
                     _served(daemon)
@@ -359,17 +298,7 @@ def test_directories_that_their_owner_keeps_locked(
     before.check(tmp_path)
 
 
-def _listing(directory: Path) -> Callable[[mmap.mmap], object]:
-    """Have a directory locked by whoever may read it."""
-
-    def hold(memory: mmap.mmap) -> None:
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        listed = os.open(directory, os.O_RDONLY)
-        ctypes.CDLL(None).getdents64(listed, ctypes.c_void_p(address), ctypes.c_size_t(SIZE))
-
-    return hold
-
-
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("remove", [False, True], ids=["made again", "removed"])
 def test_a_grant_that_its_user_keeps_locked(
     quick: Callable[..., Daemon], never: Never, tmp_path: Path, *, remove: bool
@@ -385,7 +314,7 @@ def test_a_grant_that_its_user_keeps_locked(
     with cgroup(f"loopd-test-{os.getpid()}") as enter:
         require(enter, "needs a cgroup hierarchy to make a second account in")
         assert enter is not None
-        with _locking(never, _listing(grant)):
+        with locking(never, listing(grant)):
 
             def change(tell: Callable[[object], None]) -> None:
                 enter()
@@ -393,7 +322,7 @@ def test_a_grant_that_its_user_keeps_locked(
 
             def look(tell: Callable[[object], None]) -> None:
                 call = "rmdir" if remove else "setxattr"
-                eventually(lambda: any(call in _stack(pid) for pid in children(daemon.pid)), "one waits for the lock")
+                eventually(lambda: any(call in stack(pid) for pid in children(daemon.pid)), "one waits for the lock")
                 mine = os.open(other, os.O_RDONLY | os.O_DIRECTORY)
                 tell("looks")
                 tell(ask(daemon.path, wire.encode_request(wire.Leases(1, dir_fd=0)), [mine]).code)
@@ -413,6 +342,7 @@ def test_a_grant_that_its_user_keeps_locked(
     before.check(tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_nodes_in_a_grant_that_is_kept_locked(
     quick: Callable[..., Daemon], never: Never, image: int, tmp_path: Path
 ) -> None:
@@ -433,7 +363,7 @@ def test_nodes_in_a_grant_that_is_kept_locked(
         for number in (1, 2):
             loop.add_partition(number, number << 16, 1 << 16)
     eventually(lambda: all(node.exists() for node in nodes), "the nodes are there")
-    with _locking(never, _listing(grant)):
+    with locking(never, listing(grant)):
         reply.close()
         eventually(lambda: {node.stat().st_mode & 0o777 for node in nodes} == {0}, "they are closed", WRITTEN_OFF / 2)
         eventually(lambda: daemon.records("stuck"), "the helper is written off", WRITTEN_OFF + 3)
@@ -444,24 +374,7 @@ def test_nodes_in_a_grant_that_is_kept_locked(
     before.check(tmp_path)
 
 
-@contextlib.contextmanager
-def _closed_to_all(never: Never, directory: Path) -> Iterator[None]:
-    """Nobody can look up a name in that directory: it is listed for ever, and who would make one there comes first."""
-
-    def make(tell: Callable[[object], None]) -> None:
-        tell("soon")
-        with contextlib.suppress(OSError):  # neither file system lets files be made; it takes the lock to find out
-            os.open(directory / "loopd-test", os.O_WRONLY | os.O_CREAT)
-
-    with _locking(never, _listing(directory)), Child(make) as second:
-        second.hear()
-        eventually(lambda: state(second.pid) == "D", "the next one waits for the lock")
-        try:
-            yield
-        finally:
-            never.end()
-
-
+@pytest.mark.exhaustive
 def test_a_cgroup_that_is_kept_locked(
     quick: Callable[..., Daemon], never: Never, image: int, directory: int, tmp_path: Path
 ) -> None:
@@ -484,7 +397,7 @@ def test_a_cgroup_that_is_kept_locked(
 
         with Child(attach, keep=[image, directory, go[0]]) as client:
             client.hear()
-            with _closed_to_all(never, place):
+            with closed_to_all(never, place):
                 os.write(go[1], b"x")
                 stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 1, "the daemon serves")
                 _served(daemon)
@@ -502,7 +415,7 @@ def test_a_device_whose_directory_in_sysfs_is_kept_locked(
     daemon = start_daemon(launcher=("unshare", "--net"))
     before = Untouched(daemon)
     reply = daemon.attach(image, directory)
-    with _closed_to_all(never, Path("/sys/block", reply.fields["devname"])):
+    with closed_to_all(never, Path("/sys/block", reply.fields["devname"])):
         reply.close()
         stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 1, "the daemon serves")
         eventually(lambda: daemon.records("expired"), "the device is gone")
@@ -545,6 +458,7 @@ def test_the_node_of_a_partition_that_goes_while_a_job_hangs(
     eventually(lambda: not bound_to(tmp_path), "the device is gone")
 
 
+@pytest.mark.exhaustive
 def test_a_mount_that_is_kept_locked_across_a_restart(
     quick: Callable[..., Daemon], never: Never, tmp_path: Path
 ) -> None:
@@ -552,7 +466,7 @@ def test_a_mount_that_is_kept_locked_across_a_restart(
     left = tmp_path / "grants/.:loop999/:loop999"
     left.mkdir(parents=True)
     left.parent.chmod(0o700)
-    with _locking(never, _listing(left)):
+    with locking(never, listing(left)):
         daemon = quick(f"--grant-directory={tmp_path}/grants")
         daemon.hello()  # starts it; soon after that it waits for the disk once, in D as well
         stays(lambda: daemon.hello().code is None, 2, "the daemon serves")
@@ -576,7 +490,7 @@ def test_a_file_that_its_owner_keeps_locked(
     device = os.open(devices / reply.fields["devname"], os.O_RDWR)
 
     # The device is clean when the helper looks at it, and not any more when it is closed.
-    with injected(helpers(daemon), "fsync:delay_exit=4s"), _locking(never, _writing(tmp_path / "image")):
+    with injected(helpers(daemon), "fsync:delay_exit=4s"), locking(never, writing(tmp_path / "image")):
         reply.close()
         eventually(lambda: not list(devices.iterdir()), "the node is gone, so the helper is at the device")
         time.sleep(1)
@@ -646,7 +560,7 @@ def test_a_reply_socket_that_its_client_keeps_locked(
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         theirs.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 1, address))
 
-    with ours, _locking(never, hold, keep=[theirs.fileno()]):
+    with ours, locking(never, hold, keep=[theirs.fileno()]):
         with theirs:
             send(daemon.path, ALL, [image, directory, theirs.fileno()]).close()
         with contextlib.closing(reply_of(ours)) as reply:
@@ -680,25 +594,16 @@ def test_the_last_close_of_a_lock_is_a_helpers_too(
     eventually(lambda: not bound_to(tmp_path), "the device is gone")
 
 
-def _let_go(daemon: Daemon, image: int, directory: int, devices: Path) -> int:
-    """A device that loopd has let go of, open here: its last close will be this fd's."""
-    reply = daemon.attach(image, directory)
-    device = os.open(devices / reply.fields["devname"], os.O_RDWR)
-    reply.close()
-    eventually(lambda: daemon.records("held"), "loopd has let go of the device")
-    return device
-
-
 def test_a_device_in_the_queue_of_a_reply_socket(
     quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:
     """Whoever closes it last waits for a file that its owner keeps locked, and no signal ends that."""
     daemon = quick()
     before = Untouched(daemon)
-    device = _let_go(daemon, image, directory, devices)
+    device = let_go(daemon, image, directory, devices)
     ours, theirs = pair()
 
-    with ours, _locking(never, _writing(tmp_path / "image")):
+    with ours, locking(never, writing(tmp_path / "image")):
         os.pwrite(device, b"late" * 1024, 4096)
         _queue(ours, device)
         os.close(device)
@@ -712,22 +617,18 @@ def test_a_device_in_the_queue_of_a_reply_socket(
     before.check(tmp_path)
 
 
-def _sent(daemon: Daemon, fd: int) -> None:
-    send(daemon.path, b'{"op": "hello"}', [fd]).close()
-
-
 def test_a_device_in_a_datagram_that_is_dropped(
     quick: Callable[..., Daemon], never: Never, image: int, directory: int, devices: Path, tmp_path: Path
 ) -> None:
     """As above; its sender has ended, so that nobody would get an answer."""
     daemon = quick()
     before = Untouched(daemon)
-    device = _let_go(daemon, image, directory, devices)
+    device = let_go(daemon, image, directory, devices)
 
-    with _locking(never, _writing(tmp_path / "image")):
+    with locking(never, writing(tmp_path / "image")):
         os.pwrite(device, b"late" * 1024, 4096)
         with stopped(daemon):
-            elsewhere(partial(_sent, daemon, device))
+            elsewhere(partial(sent, daemon, device))
             os.close(device)
         stays(lambda: daemon.hello().code is None and state(daemon.pid) != "D", 2, "the daemon serves")
         record = eventually(lambda: daemon.records("shed"), "it is in the journal")[0]
@@ -742,13 +643,13 @@ def test_many_devices_in_datagrams_that_are_dropped(
     """The first is a process that hangs. The others are parked, until that has ended."""
     daemon = quick("--idle-timeout=1")
     before = Untouched(daemon)
-    opened = [_let_go(daemon, image, directory, devices) for _ in range(5)]
+    opened = [let_go(daemon, image, directory, devices) for _ in range(5)]
 
-    with _locking(never, _writing(tmp_path / "image")):
+    with locking(never, writing(tmp_path / "image")):
         for device in opened:
             os.pwrite(device, b"late" * 1024, 4096)
             with stopped(daemon):
-                elsewhere(partial(_sent, daemon, device))
+                elsewhere(partial(sent, daemon, device))
                 os.close(device)
             assert daemon.hello().code is None
         stays(lambda: daemon.hello().code is None, 1, "the daemon serves")

@@ -244,6 +244,7 @@ def test_boot_code_and_core_image_of_grub(dos: Disk, tmp_path: Path, use: str) -
         dos.stays(lambda: boot_loader(dos, 512, MIB))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("use", USES)
 def test_in_front_of_a_gpt(gpt: Disk, tmp_path: Path, use: str) -> None:
     """Behind its entries, and in front of those at the end."""
@@ -323,6 +324,7 @@ PLACES = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("place", PLACES)
 def test_header_and_entries_at_both_ends(
     daemon: Daemon, image: int, directory: int, devices: Path, place: str
@@ -355,6 +357,7 @@ def test_a_table_that_is_written_to_the_file(dos: Disk, tmp_path: Path) -> None:
 # While a partition is in use --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("use", ["open", "mounted"])
 @pytest.mark.parametrize("change", [("--append", ""), ("--delete", "2")], ids=["another", "one less"])
 def test_a_table_that_the_kernel_does_not_read_now_changes_nothing(

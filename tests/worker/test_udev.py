@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.daemon import LOCKS, ROOT, Daemon, bound_to, configured, eventually, exists, require
-from support.processes import IN_NAMESPACE, Activated, injected, locked, stays
+from support.processes import WITH_NODES, Activated, injected, locked, stays
 
 from loopd.protocol import wire
 
@@ -103,9 +103,8 @@ def placed(request: pytest.FixtureRequest, tmp_path: Path, start_daemon: Callabl
         yield start_daemon(policy=LOCKS)
         return
     (tmp_path / "loopd").mkdir()
-    prepare = 'mount -t tmpfs -o dev tmpfs /run; mkdir -m 1777 /run/loopd-nodes; exec "$@"'
     options = configured(tmp_path / "loopd", LOCKS)
-    daemon = Activated(tmp_path / "loopd", options, [*IN_NAMESPACE, prepare, "sh"], {})
+    daemon = Activated(tmp_path / "loopd", options, WITH_NODES, {})
     try:
         daemon.start()
         yield daemon

@@ -27,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deadline(seconds): how long this test may take")
+    for name in ("exhaustive", "sample"):
+        config.addinivalue_line("markers", f"{name}: which tests the host selects (tests/support/sampling.py)")
 
 
 def say(event: str, **fields: Any) -> None:

@@ -111,6 +111,7 @@ def test_a_lease_keeps_it_from_being_idle(disk: Path) -> None:
         wait_for("the idle service is gone", lambda: state(SERVICE) == "inactive")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "verb", ["restart", "try-restart", "stop", "reload", "kill --signal=KILL", "kill --signal=TERM"]
 )
@@ -149,6 +150,7 @@ def test_each_request_may_need_a_start(inode: int) -> None:
         sockets_are_up(inode)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(300)
 def test_no_rate_of_starts_ends_the_socket(inode: int, journal: Journal) -> None:
     """As if requests were timed so that each finds the service just gone: starts as fast as systemd can do them.
@@ -173,6 +175,7 @@ def test_no_rate_of_starts_ends_the_socket(inode: int, journal: Journal) -> None
     sockets_are_up(inode)
 
 
+@pytest.mark.exhaustive
 def test_no_number_of_crashes_ends_the_socket(inode: int) -> None:
     for _ in range(8):
         is_served()

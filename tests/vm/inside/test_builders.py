@@ -67,6 +67,7 @@ def mounted(device: str, folder: Path) -> Iterator[Path]:
         run("umount", folder)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(600)
 def test_fai_diskimage(folder: Path) -> None:
     """An image that boots with a BIOS: partitions by setup-storage, GRUB by grub-install in FAI's chroot."""
@@ -180,6 +181,7 @@ def delivery(request: pytest.FixtureRequest) -> Iterator[tuple[str, ...]]:
     loopctl("directory", "--remove", "built")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.deadline(300)
 @pytest.mark.parametrize("script", [PI_GEN, ARMBIAN, MOUNT], ids=["pi-gen", "armbian", "mount"])
 def test_calls_of_builders(folder: Path, delivery: tuple[str, ...], script: str) -> None:

@@ -115,6 +115,7 @@ def test_docker(work: Path, docker_image: str, journal: Journal) -> None:
     recorded_for_docker(journal, work)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(480)
 def test_compose(work: Path, docker_image: str, journal: Journal) -> None:
     text = recipe("Compose", "yaml", IMAGE=docker_image)
@@ -123,6 +124,7 @@ def test_compose(work: Path, docker_image: str, journal: Journal) -> None:
     recorded_for_docker(journal, work)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(480)
 def test_gitlab_runner(work: Path, docker_image: str, journal: Journal) -> None:
     """As the runner does, for want of it: its docker executor gives Docker these settings and a folder of its own."""
@@ -137,6 +139,7 @@ def test_gitlab_runner(work: Path, docker_image: str, journal: Journal) -> None:
     recorded_for_docker(journal, work)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(480)
 def test_github_runner(work: Path, docker_image: str, journal: Journal) -> None:
     """By act, which runs a workflow without GitHub."""
@@ -152,6 +155,7 @@ def test_github_runner(work: Path, docker_image: str, journal: Journal) -> None:
     build.recorded(journal, build.unit_of(journal, r"docker-[0-9a-f]{64}\.scope"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(240)
 def test_quadlet(work: Path, journal: Journal) -> None:
     """A Quadlet takes a root directory by a key of its own."""
@@ -175,6 +179,7 @@ def test_nspawn(work: Path, journal: Journal) -> None:
     build.recorded(journal, "machine-build.scope")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("instance")
 @pytest.mark.deadline(480)
 def test_nspawn_with_a_user_namespace(work: Path, journal: Journal) -> None:
@@ -191,6 +196,7 @@ def test_bubblewrap(work: Path, journal: Journal) -> None:
     build.recorded(journal, "build.service")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(240)
 def test_lxc(work: Path, journal: Journal) -> None:
     """The changes are thrown away, as elsewhere. There is no AppArmor in the VM to load LXC's profile."""
@@ -202,6 +208,7 @@ def test_lxc(work: Path, journal: Journal) -> None:
     build.recorded(journal, "lxc.payload.build")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(240)
 def test_partitions_of_a_table_that_was_there_before(work: Path) -> None:
     """With rules for exactly the partitions of an image, their nodes open, and without they do not."""
@@ -241,6 +248,7 @@ def test_what_cap_mknod_would_give(work: Path) -> None:
         run("losetup", "--detach", device)
 
 
+@pytest.mark.exhaustive
 def test_directories_at_boot() -> None:
     unit = Path("/etc/systemd/system/loopd-directory@.service")
     unit.write_text(recipe("At boot", "ini"))
@@ -253,6 +261,7 @@ def test_directories_at_boot() -> None:
         loopctl("directory", "--remove", "build")
 
 
+@pytest.mark.exhaustive
 def test_a_directory_that_docker_made() -> None:
     """Docker makes a folder that it is to mount and does not find. It is none of loopd's, and so it says."""
     Path("/run/loopd-dev/0-build").mkdir(0o755)

@@ -26,6 +26,7 @@ def examined(folder: Path, option: str = "", instead: str = "") -> dict[str, tup
     return findings(run("sh", "-c", command.replace(option, instead), cwd=folder, check=False))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(240)
 def test_a_container(folder: Path) -> None:
     found = examined(folder)

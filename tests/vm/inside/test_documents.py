@@ -53,6 +53,7 @@ def image() -> Iterator[str]:
     run("podman", "image", "rm", "--force", "builder")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(480)
 def test_a_container_of_an_image_with_a_device(directory: None, image: str) -> None:
     """Its root is mounted after loopd was started, where the service does not see it."""
@@ -61,6 +62,7 @@ def test_a_container_of_an_image_with_a_device(directory: None, image: str) -> N
     assert not bound()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(240)
 def test_losetup_in_a_container(directory: None, disk: Path) -> None:
     text = recipe("losetup and mount -o loop in a container", page="losetup.md", IMAGE=ROOTFS)
@@ -68,6 +70,7 @@ def test_losetup_in_a_container(directory: None, disk: Path) -> None:
     wait_for("it has ended with its container", lambda: not bound())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(240)
 def test_an_instance(disk: Path) -> None:
     rules, sock, nodes = Path("/etc/loopd/loopd.toml"), INSTANCE / "sock/loopd.sock", disk.parent / "dev"
@@ -92,6 +95,7 @@ def test_an_instance(disk: Path) -> None:
     assert prop("loopd@build.socket", "ActiveState") == "inactive"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(180)
 def test_give_everything_up(disk: Path) -> None:
     nodes = disk.parent / "dev"

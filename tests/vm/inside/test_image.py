@@ -164,6 +164,7 @@ def delivery(request: pytest.FixtureRequest) -> Iterator[tuple[str, ...]]:
 # Beside the real one ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.deadline(300)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_container_beside_the_real_losetup(folder: Path, delivery: tuple[str, ...], script: str) -> None:
@@ -210,6 +211,7 @@ def named(words: str) -> None:
     assert words == ""
 
 
+@pytest.mark.sample(2)
 @pytest.mark.deadline(240)
 def test_the_list_of_mounts_names_a_device_that_was_mounted(folder: Path, delivery: tuple[str, ...]) -> None:
     """A script that looks for it there, and unmounts what it finds, finds it: by device, and by the window's."""
@@ -221,6 +223,7 @@ def test_the_list_of_mounts_names_a_device_that_was_mounted(folder: Path, delive
     named(ours.words)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.deadline(240)
 def test_the_list_of_mounts_names_what_the_real_loop_mount_does(folder: Path, delivery: tuple[str, ...]) -> None:
     """`mount -o loop` has the kernel unbind at the umount (AUTOCLEAR), and libmount then lists the image."""
@@ -317,6 +320,7 @@ def boot_loader(label: str, use: str, *, changed: bool = False) -> str:
 STAYED = "there the same\n" * 2
 
 
+@pytest.mark.sample(2)
 @pytest.mark.deadline(300)
 @pytest.mark.parametrize("use", ["idle", "mounted"])
 @pytest.mark.parametrize("label", GAPS)
@@ -328,6 +332,7 @@ def test_a_boot_loader_leaves_the_partition_nodes_alone(
     assert ours == Said(0, f"{STAYED}{kept}2\n")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.deadline(300)
 @pytest.mark.parametrize("label", GAPS)
 def test_a_table_that_the_kernel_refuses_to_read_changes_nothing(
@@ -338,6 +343,7 @@ def test_a_table_that_the_kernel_refuses_to_read_changes_nothing(
     assert ours == Said(0, f"{STAYED}kept\n3\n")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.deadline(240)
 @pytest.mark.parametrize("label", GAPS)
 def test_after_a_re_read_what_did_not_change_is_the_same(disk: Path, label: str) -> None:

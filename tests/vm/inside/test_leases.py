@@ -333,6 +333,7 @@ def test_a_main_loop_that_stops_is_restarted(disk: Path) -> None:
         nothing_leaks()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(480)
 def test_stuck_workers_do_not_trip_it(disk: Path, folder: Path, journal: Journal) -> None:
     """Helpers that hang in a file system which never answers, for more than twice the watchdog's time."""
@@ -380,6 +381,7 @@ def hang(file: int, directory: int) -> socket.socket:
 # Upgrades ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(600)
 def test_an_upgrade_and_a_downgrade(disk: Path, folder: Path, journal: Journal) -> None:
     """`make install` of another version restarts the daemon with every lease; what it cannot read it keeps."""

@@ -147,6 +147,7 @@ def next_version(package: Package, folder: Path) -> Path:
     return built
 
 
+@pytest.mark.sample(2)
 @pytest.mark.deadline(290)
 def test_installation(package: Package) -> None:
     assert run("systemctl", "is-enabled", SOCKET, ADMIN).split() == ["enabled", "enabled"]
@@ -160,6 +161,7 @@ def test_installation(package: Package) -> None:
     assert run("/usr/bin/python3", "-Ic", "import loopd; print(loopd.hello().loopd)").strip() == version()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.deadline(290)
 def test_upgrade_with_leases_held(package: Package, next_version: Path, disk: Path, folder: Path) -> None:
     old = version()
@@ -213,6 +215,7 @@ def test_upgrade_with_leases_held(package: Package, next_version: Path, disk: Pa
     loopctl("directory", "--remove", "team")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(290)
 @pytest.mark.parametrize("package", ["deb"], indirect=True)
 def test_installer_of_the_cluster(package: Package) -> None:
@@ -230,6 +233,7 @@ def test_installer_of_the_cluster(package: Package) -> None:
     run("systemctl", "stop", "loopd@builds.service")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.deadline(290)
 @pytest.mark.usefixtures("afterwards_installed")
 def test_removal_and_purge(package: Package, disk: Path, folder: Path) -> None:

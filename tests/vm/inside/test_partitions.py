@@ -121,6 +121,7 @@ done
 """
 
 
+@pytest.mark.sample(3)
 @pytest.mark.deadline(240)
 @pytest.mark.parametrize("tool", TOOLS)
 def test_after_a_tool_in_a_container_without_a_command(folder: Path, grant: Path, tool: str) -> None:
@@ -199,6 +200,7 @@ def test_a_partition_in_use_is_left_alone(disk: Path, grant: Path) -> None:
 # Nothing is left --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [(), ("--partscan",)], ids=["without partscan", "with partscan"])
 def test_left_over_partitions_do_not_survive_the_detach(disk: Path, options: tuple[str, ...]) -> None:
     """They were added by hand, and somebody still has the device open, so that it stays in existence."""
@@ -368,6 +370,7 @@ def mounted(folder: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     run("umount", point)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("mounted", FILE_SYSTEMS, indirect=True)
 def test_direct_io_in_its_three_values(mounted: Path, grant: Path, request: pytest.FixtureRequest) -> None:
     """What the reply says is what the kernel does; "on" is granted or refused, never silently dropped."""

@@ -95,6 +95,7 @@ def test_podman_with_one_option(work: Path, root: str, journal: Journal) -> None
     assert not Path(f"/run/loopd-dev/{UID}-build").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(300)
 def test_podman_with_a_mount(work: Path, root: str, journal: Journal) -> None:
     status = perform(recipe("Podman, rootless, without a directory", IMAGE=root), work, journal)
@@ -102,6 +103,7 @@ def test_podman_with_a_mount(work: Path, root: str, journal: Journal) -> None:
     assert status["Seccomp"] == 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("instance")
 @pytest.mark.deadline(480)
 def test_podman_with_an_instance(work: Path, root: str, journal: Journal) -> None:
@@ -117,6 +119,7 @@ def test_unshare(work: Path, journal: Journal) -> None:
     perform(recipe("unshare"), work, journal)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(240)
 def test_unshare_with_a_mount(work: Path, journal: Journal) -> None:
     perform(recipe("unshare, without a directory"), work, journal)
@@ -137,6 +140,7 @@ def examined(command: str, work: Path) -> dict[str, tuple[str, str]]:
     return findings(as_user(f"{command.replace('./build.sh', 'loopctl doctor').rstrip()} || :", work))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(300)
 def test_the_doctor_in_podman(work: Path, root: str) -> None:
     whole = recipe("Podman, rootless", IMAGE=root)

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, require
-from test_install import install
+from support.daemon import ROOT, require
+from support.install import install
 
 sys.path.insert(0, str(ROOT / "tests/vm/inside"))
 from recipes import recipe  # of the tests in virtual machines
