@@ -119,7 +119,7 @@ class Books:
             event, f"{binding.devname} of {owner} on {binding.backing_file}{whose} {text}",
             device=binding.devname, number=binding.number, diskseq=binding.diskseq,
             backing_file=binding.backing_file, backing_dev=binding.backing_dev, backing_inode=binding.backing_inode,
-            backing_view=binding.backing_view,
+            backing_view=binding.backing_view, window=binding.window or None,
             account=holder.account, owner=str(holder.owner.account), unit=holder.unit,
             pid=holder.pid, uid=holder.uid, gid=holder.gid,
             reason=lease.reason or None, lease=lease.kept_by, **details,

@@ -45,7 +45,7 @@ def root() -> Iterator[str]:
 @pytest.fixture
 def work(folder: Path) -> Iterator[Path]:
     """The user's folder, with the document's build.sh; it says there in what it ran."""
-    build.write(folder, build.BY_PARTITION)
+    build.write(folder)
     with (folder / "build.sh").open("a") as script:
         script.write("grep -E '^(CapEff|Seccomp):' /proc/self/status >status\n")
     os.chown(folder, UID, UID)
@@ -110,7 +110,7 @@ def test_podman_with_an_instance(work: Path, root: str, journal: Journal) -> Non
     """Who has the instance's socket mounted may ask, and who is in its group may mount it."""
     perform(recipe("Podman, rootless, with an instance", IMAGE=root), work, journal)
     unit = build.unit_of(journal, r"libpod-[0-9a-f]{64}\.scope")
-    build.recorded(journal, unit, build.BY_PARTITION)
+    build.recorded(journal, unit)
     assert {record["LOOPD_INSTANCE"] for record in journal.records(f"LOOPD_UNIT={unit}")} == {"build"}
 
 
