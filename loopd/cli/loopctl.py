@@ -34,7 +34,7 @@ VERBS: dict[str, Verb] = {
     "detach": Verb("detach devices and wait until their images are free", verbs.detach, options.detach_options),
     "list": Verb("show the devices that are held", verbs.listed, options.list_options),
     "directory": Verb(
-        "on the host: make a directory to be bound into a container, and print its path",
+        "on the host: make a directory to be bound into a container, and print its path; or list them",
         verbs.directory,
         options.directory_options,
     ),
@@ -96,7 +96,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     behind.parse_args(rest, args)  # leaves be what was given in front of the verb
     if args.verb == "detach":
         _check_detach(args, behind)
+    if args.verb == "directory":
+        _check_directory(args, behind)
     return args
+
+
+def _check_directory(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.name is None and (args.remove or args.devices):
+        parser.error("expected the NAME of the directory")
+    if args.remove and (args.devices or args.json):
+        parser.error("--remove goes with neither --devices nor --json")
 
 
 def _check_detach(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

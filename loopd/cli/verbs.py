@@ -15,7 +15,7 @@ from typing import Iterator
 from loopd.cli import command
 from loopd.cli.interrupt import Interrupt
 from loopd.cli.output import Failure, clean, explain, fields, put, readable, tell, warn
-from loopd.cli.table import EVERYBODYS, OWN, table
+from loopd.cli.table import EVERYBODYS, GRANTS, OWN, table
 from loopd.cli.values import is_device
 from loopd.client import api as client
 from loopd.protocol import wire
@@ -201,9 +201,17 @@ def listed(args: argparse.Namespace) -> int:
 
 
 def directory(args: argparse.Namespace) -> int:
-    path = _client(args).directory(args.name, remove=args.remove)
+    asked = _client(args)
+    if args.name is None:
+        found = asked.directories()
+        if args.json:
+            put(json.dumps({"directories": [fields(grant) for grant in found]}, indent=2))
+        elif found:
+            put(table(found, tuple(GRANTS), cut=False, headings=True, known=GRANTS))
+        return 0
+    granted = asked.grant(args.name, remove=args.remove, devices=args.devices)
     if not args.remove:
-        put(path)
+        put(json.dumps(fields(granted), indent=2) if args.json else granted.path)
     return 0
 
 

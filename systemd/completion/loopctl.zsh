@@ -67,7 +67,9 @@ _loopctl() {
                     _arguments $common '(-o --output)'{-o,--output}'[the columns to print]:columns:_loopctl_columns' \
                         '(-n --noheadings)'{-n,--noheadings}'[leave out the names of the columns]' '--json[print JSON]' ;;
                 hello) _arguments $common '--json[print JSON]' ;;
-                directory) _arguments $common '--remove[remove it]' '1:name:' ;;
+                directory)
+                    _arguments $common '--remove[remove it]' '--devices[how many device numbers it owns]:number:' \
+                        '--json[print JSON]' '1:name:' ;;
                 rescan|resize) _arguments $common '1:device:_loopctl_devices' ;;
                 doctor|metrics) _arguments $common ;;
             esac ;;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,15 +237,19 @@ def test_what_cap_mknod_would_give(work: Path) -> None:
 
 
 def test_directories_at_boot() -> None:
-    unit = Path("/etc/systemd/system/loopd-directory@.service")
-    unit.write_text(recipe("At boot", "ini"))
+    folder = Path("/etc/systemd/system/loopd-directory@build.service.d")
+    folder.mkdir()
+    (folder / "devices.conf").write_text(recipe("At boot", "ini"))
     try:
         run("systemctl", "enable", "--now", "loopd-directory@build")
+        (row,) = json.loads(run("loopctl", "directory", "--json"))["directories"]
+        assert (row["name"], len(row["numbers"])) == ("build", 16)
         assert Path("/run/loopd-dev/0-build").is_dir()
         run("systemctl", "disable", "--now", "loopd-directory@build")
+        assert not Path("/run/loopd-dev/0-build").exists()
     finally:
-        unit.unlink()
-        loopctl("directory", "--remove", "build")
+        shutil.rmtree(folder)
+        run("systemctl", "daemon-reload")
 
 
 def test_a_directory_that_docker_made() -> None:
