@@ -32,6 +32,7 @@ STAND_INS = losetup:losetup mountloop:mount kpartx:kpartx dmsetup:dmsetup partx:
 SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/systemd/catalog/loopd.catalog \
 	loopd-admin.socket:lib/systemd/system/loopd-admin.socket \
 	loopd-admin@.socket:lib/systemd/system/loopd-admin@.socket \
+	loopd-directory@.service:lib/systemd/system/loopd-directory@.service \
 	loopd-metrics.service:lib/systemd/system/loopd-metrics.service \
 	loopd-metrics.timer:lib/systemd/system/loopd-metrics.timer loopd.service:lib/systemd/system/loopd.service \
 	loopd.service:lib/systemd/system/loopd@.service loopd.socket:lib/systemd/system/loopd.socket \
@@ -155,7 +156,7 @@ ifneq ($(MANUAL),)
 endif
 	for pair in $(SYSTEM); do install -D -m 644 systemd/"$${pair%:*}" $(DESTDIR)$(PREFIX)/"$${pair#*:}" || exit; done
 	sed -i 's|@PREFIX@|$(PREFIX)|' $(LIB)/systemd/system/loopd.service $(LIB)/systemd/system/loopd@.service \
-	    $(LIB)/systemd/system/loopd-metrics.service
+	    $(LIB)/systemd/system/loopd-directory@.service $(LIB)/systemd/system/loopd-metrics.service
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
 	    systemd-sysusers loopd.conf && systemd-tmpfiles --create loopd.conf && journalctl --update-catalog && \
@@ -172,7 +173,9 @@ ifeq ($(DESTDIR),)
 	    for socket in /run/loopd-*/admin.sock; do \
 	        [ ! -S "$$socket" ] || $(PREFIX)/bin/loopctl --socket "$$socket" --timeout 10 detach --all --force --wait 2 || :; \
 	    done; \
-	    systemctl disable --now loopd.socket loopd-admin.socket loopd-metrics.timer; systemctl disable loopd@.socket loopd-admin@.socket; \
+	    systemctl stop 'loopd-directory@*.service'; \
+	    systemctl disable --now loopd.socket loopd-admin.socket loopd-metrics.timer; \
+	    systemctl disable loopd@.socket loopd-admin@.socket loopd-directory@.service; \
 	    systemctl stop 'loopd@*.socket' 'loopd-admin@*.socket' loopd.service 'loopd@*.service' 'run-loopd\x2ddev.mount'; \
 	    [ "$$metrics" != active ] || systemctl start loopd-metrics.service; \
 	    systemctl clean --what=fdstore loopd.service 'loopd@*.service' 2>/dev/null || :; \

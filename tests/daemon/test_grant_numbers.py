@@ -23,7 +23,8 @@ from support.untouched import elsewhere, helpers, maker, paused
 from loopd.daemon import counter as counters
 from loopd.loop import LoopControl
 from loopd.protocol import wire
-from loopd.worker.grants import DEVICES, LISTED
+from loopd.protocol.wire import DEVICES
+from loopd.worker.grants import LISTED
 from loopd.worker.make import FIRST
 
 

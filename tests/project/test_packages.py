@@ -322,8 +322,9 @@ def test_what_the_rpm_does_with_units(rpm: Path, tmp_path: Path, stage: str) -> 
     else:
         assert changing == [
             "systemctl is-active loopd-metrics.timer",
+            "systemctl stop loopd-directory@*.service",
             "systemctl --no-reload disable --now loopd-metrics.timer loopd.socket loopd-admin.socket",
-            "systemctl --no-reload disable loopd@.socket loopd-admin@.socket",
+            "systemctl --no-reload disable loopd@.socket loopd-admin@.socket loopd-directory@.service",
             "systemctl stop loopd@*.socket loopd-admin@*.socket",
             r"systemctl stop loopd.service loopd@*.service run-loopd\x2ddev.mount",
             "systemctl clean --what=fdstore loopd.service loopd@*.service",

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 MOUNT = r"run-loopd\x2ddev.mount"
 SERVICES = ("loopd.service", "loopd@.service")
 SOCKETS = ("loopd.socket", "loopd-admin.socket", "loopd@.socket", "loopd-admin@.socket")
-UNITS = (*SERVICES, *SOCKETS, MOUNT, "loopd-metrics.service", "loopd-metrics.timer")
+UNITS = (*SERVICES, *SOCKETS, MOUNT, "loopd-directory@.service", "loopd-metrics.service", "loopd-metrics.timer")
 EXPOSURE = 1.8
 EXPOSURE_WITHOUT_SYS_ADMIN = 1.3
 
