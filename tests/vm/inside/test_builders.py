@@ -36,6 +36,7 @@ def container(work: Path, *command: str, options: tuple[str, ...] = ()) -> str:
 @contextmanager
 def kernel_partitions() -> Iterator[None]:
     """The administrator gives containers nodes of the kernel's partitions."""
+    POLICY.parent.mkdir(exist_ok=True)
     POLICY.write_text("allow.kernel_partitions = true\n")
     run("systemctl", "try-reload-or-restart", SERVICE)
     try:
