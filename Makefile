@@ -1,11 +1,11 @@
 # Each target sets up what it needs: as root on Debian 12 or 13 by itself, elsewhere it says what to install.
 #
 #   make demo         the whole way of one loop device into a sandbox and back, in half a minute
-#   make check        what can be tested on this machine (root), with a sample of long tables of cases; K=EXPR: what matches, and all of that
+#   make check        what can be tested on this machine, with a sample of what takes long (root); K=EXPR for all that matches
 #   make check-all    everything that can be tested on this machine
 #   make fuzz         100,000 datagrams that no client sends, to a daemon that has others to serve (root); FUZZ=NUMBER
 #   make bench        what it costs, beside a broker in C that does no more, and losetup (root, a quarter of an hour); BENCH=--help
-#   make check-vm     the same promises on a real system, in a virtual machine; again a sample
+#   make check-vm     the same promises on a real system, in a virtual machine; likewise a sample
 #   make check-vm-all everything there
 #   make man          the man pages, in build/man: man -l build/man/loopctl.1
 #   make venv         .venv/bin/loopd, .venv/bin/loopctl and the tools for development

@@ -13,6 +13,10 @@ from support.daemon import Daemon, configured, require
 
 pytest_plugins = ["support.sampling"]
 
+# What a shell or a service around the tests says to loopd's programs is not for those of the tests.
+for name in "FDSTORE LOOPD_DIRECTORY LOOPD_SOCKET NOTIFY_SOCKET STATE_DIRECTORY WATCHDOG_PID WATCHDOG_USEC".split():
+    os.environ.pop(name, None)
+
 # Both are ignored in the background of a script, and would be by what the tests run.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)

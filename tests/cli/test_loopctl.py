@@ -213,6 +213,7 @@ def test_a_signal_at_any_step_leaves_no_device_without_a_name(
         named.check()
 
 
+@pytest.mark.exhaustive
 def test_signals_at_random_leave_no_device_without_a_name(world: World, named: Named) -> None:
     chance = random.Random(7)
     for _ in range(40):

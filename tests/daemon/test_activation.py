@@ -81,6 +81,7 @@ def test_patience_of_years(start_daemon: Callable[..., Daemon]) -> None:
     assert start_daemon("--idle-timeout", "1e9").hello().code is None
 
 
+@pytest.mark.exhaustive
 def test_an_account_that_burns_numbers_is_not_forgotten(
     activated: Callable[..., Activated], image: int, directory: int, tmp_path: Path
 ) -> None:

@@ -234,6 +234,7 @@ def test_what_was_handed_over_before_a_kill_is_written(journalled: Activated, jo
     eventually(lambda: not journalled.family(), "it ends when all is written", child.PATIENCE / 2)
 
 
+@pytest.mark.exhaustive
 def test_after_a_kill_it_waits_for_the_journal_but_not_for_ever(journalled: Activated, journal: Journal) -> None:
     stall(journalled)
     journalled.kill()

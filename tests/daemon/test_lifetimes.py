@@ -256,6 +256,7 @@ def test_a_socket_with_something_in_its_queue_is_refused(
         assert not bound_to(tmp_path)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["reply_fd", "lease_fd"])
 def test_nor_is_what_comes_in_at_the_last_moment(
     daemon: Daemon, image: int, directory: int, tmp_path: Path, name: str

@@ -394,6 +394,7 @@ def test_one_file_client_in_a_container(
 # pip ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_pip_install(tmp_path: Path, daemon: Daemon) -> None:
     """From a copy of the tree into an environment of its own, with programs that run."""
     source = tmp_path / "source"

@@ -84,7 +84,7 @@ PROGRAMS = ("builders", "cdi", "containers", "doctor", "documents", "metrics", "
 MACHINES = {
     machine.name: machine
     for machine in (
-        Machine("stable", "stable", aside=("activation", "builders", "containers", "doctor", "package")),
+        Machine("stable", "stable", aside=("activation", "builders", "containers", "doctor", "leases", "package")),
         Machine("oldstable", "oldstable", leave_out=PROGRAMS),
         Machine("5.10", "kernels", "5.10", leave_out=(*PROGRAMS, "activation")),
         Machine("newest", "kernels", "newest", leave_out=(*PROGRAMS, "activation")),

@@ -320,7 +320,7 @@ def boot_loader(label: str, use: str, *, changed: bool = False) -> str:
 STAYED = "there the same\n" * 2
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.deadline(300)
 @pytest.mark.parametrize("use", ["idle", "mounted"])
 @pytest.mark.parametrize("label", GAPS)

@@ -158,6 +158,7 @@ def test_policy(instance: None, disk: Path) -> None:
         build("detach", theirs)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("stopped", [SERVICE, INSTANCE])
 def test_queue(instance: None, stopped: str) -> None:
     """One does not answer at all: the other feels nothing of it."""
@@ -213,6 +214,7 @@ def test_a_group(disk: Path) -> None:
         run("groupdel", "team")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("taken", ["admin", "dev", "nodes"])
 def test_a_name_that_is_taken(taken: str) -> None:
     before = Journal()

@@ -195,6 +195,7 @@ def nothing_leaks() -> None:
 # Kills and restarts -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.deadline(480)
 def test_killed_in_the_middle_of_attaches_and_detaches(disk: Path, folder: Path) -> None:
     """`kill -9` at any moment, with many leases and three clients that come and go."""

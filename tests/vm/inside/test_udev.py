@@ -95,6 +95,7 @@ def test_lvm_is_not_activated(disk: Path) -> None:
         assert "evil" not in run("dmsetup", "ls")
 
 
+@pytest.mark.exhaustive
 def test_md_is_not_assembled(disk: Path) -> None:
     device = run("losetup", "--find", "--show", disk).strip()
     create = "--create /dev/md/evil --run --level=1 --raid-devices=2 --metadata=1.2 --bitmap=none".split()
@@ -112,6 +113,7 @@ def test_md_is_not_assembled(disk: Path) -> None:
         assert "loop" not in Path("/proc/mdstat").read_text()
 
 
+@pytest.mark.exhaustive
 def test_btrfs_is_not_registered(folder: Path) -> None:
     disk = folder / "btrfs.img"
     with disk.open("wb") as file:
