@@ -142,6 +142,20 @@ def test_where_it_is_asked_for() -> None:
     assert not (folder / SPEC.name).exists()
 
 
+def test_one_that_names_other_numbers(device: str) -> None:
+    """As in a folder that outlives the boot: it would let the container open what is another's by now."""
+    spec = json.loads(SPEC.read_text())
+    spec["devices"][0]["containerEdits"]["deviceNodes"][0]["minor"] -= 1
+    SPEC.write_text(json.dumps(spec))
+    warning, path = run("sh", "-c", "loopctl directory build 2>&1").splitlines()
+    assert re.search(f"{SPEC} named devices that are not this directory's", warning)
+    assert path == "/run/loopd-dev/0-build"
+    assert not SPEC.exists()
+    assert loopctl("directory", "--cdi", "build").strip() == device
+    assert loopctl("directory", "build").strip() == path
+    assert SPEC.exists()
+
+
 @pytest.mark.deadline(240)
 def test_the_stand_ins(disk: Path) -> None:
     device = loopctl("directory", "--cdi", "--losetup", "build").strip()
