@@ -12,7 +12,6 @@ import time
 
 from loopd.children.flow import start
 from loopd.children.pool import Job
-from loopd.daemon.accounts import Owner
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
 from loopd.daemon.counter import Exhausted
@@ -98,7 +97,7 @@ class Attaches:
         sender, member = exchange.sender, exchange.member
         mine.holder = Holder(
             member.account, member.unit, sender.pid, sender.uid, sender.gid, time.time(), request.id, "",
-            request.deliver, account.uid is not None,
+            request.deliver, account.uid is not None, exchange.cgroup,
         )  # fmt: skip
         job = job._replace(
             lease=request.lease_fd,
@@ -116,7 +115,7 @@ class Attaches:
         """Refuse what the daemon itself has no room for, and warn the administrator before that."""
         books = self._books
         count = len(books.leases) + self.under_way
-        files = (count + 1) * FDS_OF_A_LEASE + self._watches.files
+        files = (count + 1) * FDS_OF_A_LEASE + books.accounts.cgroups.files
         for what, used in (
             ("open files (LimitNOFILE=)", files / max(1, self._most_fds)),
             ("places in the fd store (FileDescriptorStoreMax=)", books.slots.in_use),
@@ -173,7 +172,7 @@ class Attaches:
             if mine.fresh:
                 exchange.account.numbers.unspend()
             # It is removed: it may have been made, and the account may have open a number that it had before.
-            books.numbers.retire(mine.number, None if mine.fresh else self._heir(exchange))
+            books.numbers.retire(mine.number, None if mine.fresh else exchange.account.heir(exchange.person))
             mine.number = None
         deadline = exchange.started + min(books.policy.number_wait, books.policy.request_timeout / 2)
         while True:
@@ -184,10 +183,6 @@ class Attaches:
                 raise Refusal(Code.TIMEOUT, "no device number came free in time")
             await books.sleep(0.01)
 
-    def _heir(self, exchange: Exchange) -> Owner | None:
-        """The owner that may get the number of an attach again."""
-        return self._watches.heir(exchange.account, exchange.person)
-
     # The flow ---------------------------------------------------------------------------------------------------------
 
     async def attach(self, exchange: Exchange, mine: Reservation, taken: Taken, job: Job) -> None:
@@ -195,8 +190,9 @@ class Attaches:
         done, fds = await self._bind(mine, job)
         with fds:
             if done.cgroup:
-                events = fds.steal(0)
-                self._watches.watch_account_if_possible(exchange.account, events)
+                exchange.cgroup = done.cgroup
+                with contextlib.suppress(OSError):  # no room for a watch: the end is noticed later
+                    self._books.accounts.watch(exchange.account, fds.steal(0))
             if done.refusal is not None:
                 if done.refusal.code in (Code.EXISTS, Code.BUSY):  # its name is taken
                     mine.again = False
@@ -237,7 +233,7 @@ class Attaches:
         """Put the lease into the books: it takes over what was reserved."""
         assert exchange.keeper is not None and mine.slot is not None  # noqa: PT018
         assert mine.holder is not None and done.binding is not None  # noqa: PT018
-        holder = mine.holder._replace(grant=done.grant)
+        holder = mine.holder._replace(grant=done.grant, cgroup=exchange.cgroup)
         keeper = exchange.fds.steal(list(exchange.fds).index(exchange.keeper))
         lease = Lease(done.binding, holder, exchange.account, mine.slot, taken.kept_by, keeper)
         lease.nodes, lease.names, lease.sure = done.nodes, done.names, True
@@ -250,7 +246,7 @@ class Attaches:
     def _objection(self, exchange: Exchange, lease: Lease) -> Refusal | None:
         """Watch the lease; a refusal where it cannot stay all the same."""
         limit = exchange.terms.limits.bytes
-        if lease.account.ended:
+        if lease.account.ended or lease.account.cgroup != exchange.cgroup:
             return Refusal(Code.NOT_PERMITTED, "the sender's cgroup has ended")
         if limit and exchange.account.bytes > limit:
             # Its bytes are not charged while it ends: a smaller device need not wait.
@@ -282,7 +278,8 @@ class Attaches:
             if self._recovery.abandon(slot, mine.exchange.account) == mine.number:
                 mine.number = None  # the lease that ends gives it back
         if mine.number is not None:
-            self._books.numbers.retire(mine.number, self._heir(mine.exchange) if mine.again else None)
+            heir = mine.exchange.account.heir(mine.exchange.person) if mine.again else None
+            self._books.numbers.retire(mine.number, heir)
             mine.number = None
 
 

@@ -33,6 +33,7 @@ class Exchange:
         self.sender = sender
         self.member = member
         self.account = account
+        self.cgroup = account.cgroup
         self.terms = terms
         self.envelope = envelope
         self.started = time.monotonic()
@@ -52,7 +53,7 @@ class Exchange:
     @property
     def person(self) -> Owner:
         """The owner of what the sender attaches without a directory grant: the numbers are counted for it."""
-        return owner_of(self.member.account, self.sender.uid)
+        return owner_of(self.member.account, self.sender.uid, self.cgroup)
 
     def owns(self, holder: Holder) -> bool:
         """Whether a lease of that holder is the sender's."""

@@ -24,7 +24,7 @@ from loopd.daemon.dropping import Dropping
 from loopd.daemon.exchange import Answers, Exchange, answered
 from loopd.daemon.operations import Operations
 from loopd.daemon.policy import Limits
-from loopd.kernel import transport
+from loopd.kernel import cgroups, transport
 from loopd.kernel.poller import ONCE
 from loopd.kernel.transport import FdSet, Sender
 from loopd.protocol import wire
@@ -34,8 +34,8 @@ from loopd.worker import messages
 from loopd.worker.messages import Change, Changed, Recognised, Take, Taken
 
 SHARED_WARNING = (
-    "Clients are not told apart, for their runtime uses cgroups of the first version: all of them are one account with"
-    " strict limits, and only with a directory grant can they list and detach"
+    "Clients are not told apart, for the host or their runtime has cgroups of the first version alone: all of them are"
+    " one account with strict limits, and only with a directory grant can they list and detach"
 )
 
 
@@ -73,6 +73,8 @@ class Service:
 
     def start(self) -> None:
         """Take requests."""
+        if cgroups.root() is None:
+            self._attaches.warn("shared", SHARED_WARNING)
         for index, listener in enumerate(self._listeners):
             self._books.poller.add(listener.socket.fileno(), lambda index=index: self._serve(index), ONCE)  # type: ignore[misc]
 
@@ -157,7 +159,7 @@ class Service:
         envelope, request = decode(payload)
         found = accounts.whose(sender.pid)
         member, by_uid = found or (Membership("", ""), False)
-        account = self._books.accounts.get(member.account, sender.uid if by_uid else None)
+        account = self._books.accounts.now(member.account, sender.uid if by_uid else None)
         if found is None:
             # The sender is gone, or the socket attests nothing: there is nobody to charge and nobody to answer.
             self._drop(index, sender, member, account, "their senders had ended or are unknown", run=False)
