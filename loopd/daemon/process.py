@@ -240,7 +240,7 @@ class Daemon:
 
     @property
     def _hanging(self) -> int:
-        return self._pool.lost + self._dropping.lost
+        return self._pool.lost + self._dropping.hanging
 
     @property
     def _status(self) -> str:
