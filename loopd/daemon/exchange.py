@@ -21,7 +21,7 @@ from loopd.protocol.wire import Code, Envelope, Refusal, Reply
 
 class Exchange:
     """A request that is under way. `fds` are those that its worker handed over, among them the reply socket and the
-    keeper. `taken`: its datagram is off the queue.
+    keeper. `taken`: its datagram is off the queue. `cgroup`: the id of the sender's account's, 0 where it is not known.
     """
 
     def __init__(

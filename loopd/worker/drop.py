@@ -8,6 +8,7 @@ that hangs in a file stays behind. It costs less than a process, and harmless fi
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 from typing import TYPE_CHECKING, NamedTuple
@@ -75,7 +76,8 @@ def drop(channel: Channel, listener: socket.socket) -> None:
         with state.lock:
             state.count = count
             if state.left:
-                channel.send(Released(order.order))
+                with contextlib.suppress(OSError):  # the main process is gone
+                    channel.send(Released(order.order))
 
     while True:
         order, _ = channel.receive()

@@ -553,8 +553,8 @@ def test_what_outlives_a_cgroup_is_not_the_next_ones(
     kept: Kept, cgroup: Cgroup, make_image: Callable[..., int], directory: int, devices: Path, tmp_path: Path,
     outside: int, restarted: str | None,
 ) -> None:  # fmt: skip
-    """Somebody still has a device of the first open when the name comes again; the daemon is killed before the first
-    ends, after that, or not at all.
+    """Somebody still has a device of the first open when the name comes again. The daemon is killed before the first
+    ends, and started when the next one is there; or killed once it has let go of the device; or not at all.
     """
     images = [make_image(name=f"image{turn}") for turn in range(4)]
     wait, go = socket.socketpair()
@@ -571,27 +571,30 @@ def test_what_outlives_a_cgroup_is_not_the_next_ones(
         tell([reply.fields["devname"] for reply in again])
         signal.pause()
 
-    with contextlib.ExitStack() as stack:
-        child = stack.enter_context(client(kept.path, cgroup, images[0], directory, outside))
-        name = child.hear()["devname"]
+    with wait, go, contextlib.ExitStack() as stack:
+        first = stack.enter_context(client(kept.path, cgroup, images[0], directory, outside))
+        name = first.hear()["devname"]
         device = stack.enter_context(open(devices / name, "rb", buffering=0))
+        held = lambda: kept.leases()[name]["state"] == "held"  # noqa: E731
         with kept.outage() if restarted == "before" else contextlib.nullcontext():
-            child.kill()
+            first.kill()
             cgroup.remove()
-        eventually(lambda: kept.leases()[name]["state"] == "held", "loopd has let go of it", SOON)
-        if restarted == "after":
-            kept.kill()
-        cgroup.path.mkdir()
-        with wait, go, Child(next_one, [directory, wait.fileno(), *images]) as child:
-            own, listed, refused = child.hear()
-            assert own != name
-            assert listed == [own]
-            assert refused == ["not-found"] * 3
-            assert kept.leases()[name]["account"] == kept.leases()[own]["account"] == f"/{cgroup.path.name}"
-            device.close()
-            eventually(lambda: not exists(name), "its number is removed", SOON)
-            go.send(b"x")
-            assert name not in child.hear()
+            if restarted != "before":
+                eventually(held, "loopd has let go of it", SOON)
+            if restarted == "after":
+                kept.kill()
+            cgroup.path.mkdir()
+            second = stack.enter_context(Child(next_one, [directory, wait.fileno(), *images]))
+        own, listed, refused = second.hear()
+        assert own != name
+        assert listed == [own]
+        assert refused == ["not-found"] * 3
+        eventually(held, "loopd has let go of it", SOON)
+        assert kept.leases()[name]["account"] == kept.leases()[own]["account"] == f"/{cgroup.path.name}"
+        device.close()
+        eventually(lambda: not exists(name), "its number is removed", SOON)
+        go.send(b"x")
+        assert name not in second.hear()
     eventually(lambda: not bound_to(tmp_path), "the files are free", SOON)
     kept.end()
 
