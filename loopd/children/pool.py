@@ -263,7 +263,7 @@ class Pool:
         job.hung = False
         job.finish()
 
-    def shrink(self, rest: int | None = None) -> None:
-        """End idle children beyond `rest`, by default as many as the pool keeps."""
-        while len(self._idle) > (self._sizes.rest if rest is None else rest):
+    def shrink(self) -> None:
+        """End idle children beyond those that the pool keeps."""
+        while len(self._idle) > self._sizes.rest:
             self._idle.pop(0).close()

@@ -1,17 +1,20 @@
 """Accounts: who is charged, and with what.
 
-Owns the way from a process to its account and the counters of each. Decides nothing: limits are policy's.
+Owns the way from a process to its account and the counters of each. An account is a cgroup of the second version: its
+id tells it from another that has its name later, and its name is for people and policy. Decides nothing: limits are
+policy's.
 """
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from loopd.children.flow import Turns
 from loopd.children.pool import Job
-from loopd.kernel import proc
+from loopd.kernel import cgroups, proc
 
 _UNIT = re.compile(r".\.(?:service|scope|socket|mount|swap|timer|path|target|device|automount)$")
 # Where no service manager made a unit: what runtimes put their containers' cgroups below.
@@ -75,12 +78,10 @@ def whose(pid: int) -> tuple[Membership, bool] | None:
     alone (Docker or the kubelet with the cgroupfs driver), the second has all of them in the runtime's own.
     """
     try:
-        # By newlines alone: no name has one, but a name may have another of the characters that splitlines() knows.
-        lines = proc.read(f"/proc/{pid}/cgroup").decode(errors="surrogateescape").split("\n")
+        paths = cgroups.paths(pid)
     except OSError:
         return None
-    paths = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in lines if line.count(":") >= 2}
-    unified = paths.pop("", None)
+    unified = paths.pop("", None) if cgroups.root() else None
     # Every runtime uses systemd's own hierarchy where there is one; in others the whole host may be moved.
     first = [paths["name=systemd"]] if "name=systemd" in paths else list(paths.values())
     for path in first:
@@ -117,15 +118,18 @@ class Owner(NamedTuple):
 
     account: str
     uid: int
+    cgroup: int = 0
 
 
 NOBODY = Owner("", -1)
 """The owner of a lease of a client that cannot be told from others: its keeper alone ends it."""
 
 
-def owner_of(account: str, uid: int) -> Owner:
-    """The owner of what a process of that account and uid attaches without a directory grant."""
-    return NOBODY if account == SHARED else Owner(account, uid)
+def owner_of(account: str, uid: int, cgroup: int) -> Owner:
+    """The owner of what a process of that account and uid attaches without a directory grant. `cgroup` is the id of the
+    account's cgroup; where it is not known, as with `SHARED`, a later one may have the name.
+    """
+    return Owner(account, uid, cgroup) if cgroup else NOBODY
 
 
 class Bucket:
@@ -171,8 +175,10 @@ class Account:
     MOST_USERS = 64
     """Users of one account that are counted one by one; the others are counted together."""
 
-    def __init__(self, name: str, uid: int | None = None) -> None:
+    def __init__(self, name: str, cgroup: int = 0, uid: int | None = None) -> None:
         self.name = name
+        self.cgroup = cgroup
+        """The id of its cgroup; 0 while that is not known."""
         self.uid = uid
         self.users: dict[int, Account] = {}
         self.ended = False
@@ -202,7 +208,7 @@ class Account:
             self.users = {known: user for known, user in self.users.items() if user.in_use}
             if len(self.users) >= self.MOST_USERS:
                 return self
-        return self.users.setdefault(uid, Account(self.name, uid))
+        return self.users.setdefault(uid, Account(self.name, self.cgroup, uid))
 
     @property
     def hanging(self) -> int:
@@ -233,35 +239,57 @@ class Account:
         """Whether many numbers were used up just now."""
         return self.numbers.half_spent or any(user.burning for user in self.users.values())
 
-    def end(self) -> None:
-        """Its cgroup has ended."""
-        self.ended = True
-        for user in self.users.values():
-            user.ended = True
+    def heir(self, person: Owner) -> Owner | None:
+        """The owner that may get a number of this account and person again."""
+        return None if self.ended or person == NOBODY else person
+
+    def identify(self, cgroup: int, *, ended: bool) -> None:
+        """Its cgroup is known, or has ended."""
+        for account in (self, *self.users.values()):
+            account.cgroup, account.ended = cgroup, ended
 
 
 class Accounts:
-    """All accounts, by name: small, and there for as long as the cgroup is, since what an account spent counts on."""
+    """All accounts, by name and id of their cgroups: small, and there for as long as the cgroup is, since what an
+    account spent counts on. One whose cgroup is not known yet has the id 0.
+    """
 
     MOST = 16384
     """Accounts with nothing in use that are remembered: a user that can make cgroups can make any number of them."""
 
     def __init__(self) -> None:
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[tuple[str, int], Account] = {}
+        self.cgroups = cgroups.Watcher(self._end)
+        self.on_end: Callable[[str], None] = lambda name: None
 
-    def get(self, name: str, uid: int | None = None) -> Account:
-        """The account of that name; with a `uid`, what is counted for that user."""
-        account = self._accounts.get(name)
+    def get(self, name: str, cgroup: int = 0, uid: int | None = None) -> Account:
+        """The account of that cgroup; with a `uid`, what is counted for that user."""
+        account = self._accounts.get((name, cgroup))
         if account is None:
             if len(self._accounts) >= self.MOST:
                 self._accounts = {key: value for key, value in self._accounts.items() if value.in_use}
-            account = self._accounts[name] = Account(name)
+            account = self._accounts[name, cgroup] = Account(name, cgroup)
         return account if uid is None else account.of(uid)
+
+    def now(self, name: str, uid: int | None) -> Account:
+        """The same for a process that was seen in a cgroup of that name just now."""
+        return self.get(name, self.cgroups.living(name), uid)
+
+    def watch(self, account: Account, events: int) -> None:
+        """Know the cgroup of an account, and have the account's leases end with it. Takes over what
+        `cgroups.open_events` gave; OSError where there is no room for a watch.
+        """
+        known = None if account.cgroup else self._accounts.pop((account.name, 0), None)
+        if known is not None:
+            cgroup = cgroups.identity(events)
+            known.identify(cgroup, ended=False)
+            self._accounts[account.name, cgroup] = known
+        self.cgroups.watch(account.name, events)
 
     def last(self, owner: Owner | None) -> Account:
         """What is charged with the devices of an owner that left: the user where users are counted, else the account.
         """
-        account = self.get(owner.account if owner else "")
+        account = self.get(owner.account, owner.cgroup) if owner else self.get("")
         return account.users.get(owner.uid, account) if owner else account
 
     @property
@@ -269,8 +297,8 @@ class Accounts:
         """Whether one has just used up many numbers: forgotten, it could go on at once."""
         return any(account.burning for account in self._accounts.values())
 
-    def end(self, name: str) -> None:
-        """The account's cgroup has ended: a later account of that name is another one."""
-        account = self._accounts.pop(name, None)
+    def _end(self, name: str, cgroup: int) -> None:
+        account = self._accounts.pop((name, cgroup), None)
         if account is not None:
-            account.end()
+            account.identify(cgroup, ended=True)
+        self.on_end(name)

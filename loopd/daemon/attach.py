@@ -48,7 +48,7 @@ class Attaches:
         sender, member = exchange.sender, exchange.member
         mine.holder = Holder(
             member.account, member.unit, sender.pid, sender.uid, sender.gid, time.time(), request.id, "",
-            request.deliver, account.uid is not None,
+            request.deliver, account.uid is not None, cgroup=exchange.cgroup,
         )  # fmt: skip
         job = job._replace(
             lease=request.lease_fd,
@@ -72,8 +72,10 @@ class Attaches:
         done, fds = await self._reservations.bind(mine, job)
         with fds:
             if done.cgroup:
-                events = fds.steal(0)
-                self._watches.watch_account_if_possible(exchange.account, events)
+                exchange.cgroup = done.cgroup
+                mine.person = exchange.person
+                with contextlib.suppress(OSError):  # no room for a watch: the end is noticed later
+                    self._books.accounts.watch(exchange.account, fds.steal(0))
             if done.refusal is not None:
                 if done.refusal.code in (Code.EXISTS, Code.BUSY):  # its name is taken
                     mine.again = False
@@ -105,7 +107,7 @@ class Attaches:
         """Put the lease into the books: it takes over what was reserved."""
         assert exchange.keeper is not None and mine.slot is not None  # noqa: PT018
         assert mine.holder is not None and done.binding is not None  # noqa: PT018
-        holder = mine.holder._replace(grant=done.grant, numbers=mine.granted)
+        holder = mine.holder._replace(grant=done.grant, numbers=mine.granted, cgroup=exchange.cgroup)
         keeper = exchange.fds.steal(list(exchange.fds).index(exchange.keeper))
         lease = Lease(done.binding, holder, exchange.account, mine.slot, taken.kept_by, keeper)
         lease.nodes, lease.names, lease.sure = done.nodes, done.names, True
@@ -118,7 +120,7 @@ class Attaches:
     def _objection(self, exchange: Exchange, lease: Lease) -> Refusal | None:
         """Watch the lease; a refusal where it cannot stay all the same."""
         limit = exchange.terms.limits.bytes
-        if lease.account.ended:
+        if lease.account.ended or lease.account.cgroup != exchange.cgroup:
             return Refusal(Code.NOT_PERMITTED, "the sender's cgroup has ended")
         if limit and exchange.account.bytes > limit:
             # Its bytes are not charged while it ends: a smaller device need not wait.

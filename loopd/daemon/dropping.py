@@ -1,149 +1,116 @@
 """Unwanted datagrams: have a child take them off the queue, for releasing the files in them may take for ever.
 
-One child for each listener drops. When it hangs it is killed, and charged to the account whose datagram it hangs in
-until it is reaped. Until then further datagrams of that account are parked: another child takes them and closes none of
-their files before that. An account has at most `MOST_PARKERS` such children that have not been reaped; beyond that its
-datagrams are dropped as everybody's are.
+One child for each listener drops, and it has a thread for each file that hangs: so an account whose files hang in
+datagrams has no child more than another. The thread is charged to the account as a child that hangs. A child in which
+`MOST_HANGING` threads hang is killed, and another takes its place.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import socket
 
 from loopd.children.child import Child, Children, Role
 from loopd.children.flow import Promise
-from loopd.children.pool import Answer, Job, Pool, Sizes
+from loopd.children.pool import Job
 from loopd.daemon.accounts import Account
 from loopd.kernel.transport import FdSet
-from loopd.worker.drop import Drop, Dropped, drop, park
+from loopd.worker.drop import Drop, Dropped, Released, drop
 
-PATIENCE = 0.02
-"""Seconds for an order. A child that takes longer hangs in a file, whose datagram is off the queue by then."""
-PATIENCE_PARKING = 2.0
-"""The same, where no file is closed."""
+PATIENCE = 2.0
+"""Seconds for an answer of the child, which itself waits for no file."""
+PAUSE = 0.02
+"""Seconds before the next try where no child could be made."""
 MOST = 512
 """Datagrams of one order, which take a few milliseconds."""
-MOST_PARKED = 64
-"""The same, where up to 253 files of each are kept."""
-MOST_PARKERS = 4
-"""Parking children of one account."""
+MOST_HANGING = 64
+"""Threads of one child that hang."""
 
 
-class Parker:
-    """A child that parks: it keeps what it takes."""
+class Dropper:
+    """The child that drops what comes on one listener."""
 
-    def __init__(self, children: Children, listener: socket.socket, account: Account) -> None:
-        """OSError where there is no room for a process."""
-        role = Role("park", lambda channel: park(channel, listener), lambda: [listener.fileno()])
-        self.listener = listener
-        self.full = False
-        self._busy = False
+    def __init__(self, children: Children, listener: socket.socket) -> None:
         self._children = children
+        self._role = Role("drop", lambda channel: drop(channel, listener), lambda: [listener.fileno()])
+        self._child: Child | None = None
         self._answer: Promise[Dropped | None] = Promise()
-        self._child = Child(children, role, self._heard, self._ended)
-        self.reaped = self._child.reaped
-        self._charge = Job(None, [], math.inf, account.jobs)
-        self._child.reaped.then(self._charge.finish)
+        self._charges: dict[int, Job] = {}
+        """What is charged for the order that is under way, and for those in which a thread hangs."""
+        self._orders = itertools.count()
+        self.hanging = 0
+        """Threads that hang."""
 
-    async def drop(self, order: Drop) -> Dropped | None:
-        """Have datagrams parked; None when that is not done in time."""
+    async def drop(self, pid: int, most: int, account: Account) -> Dropped | None:
+        """Have datagrams of a process dropped; None where no child did."""
+        order = Drop(next(self._orders), pid, most)
+        self._charges[order.order] = charge = Job(None, [], math.inf, account.jobs)
         answer = self._answer = Promise()
-        self._busy = True
-        self._child.send(order)
-        deadline = self._children.poller.later(PATIENCE_PARKING, lambda: answer.keep(None))
+        try:
+            self._child = self._child or Child(self._children, self._role, self._heard, self._give_up)
+        except OSError:  # TasksMax=, memory, open files
+            deadline = self._children.poller.later(PAUSE, lambda: answer.keep(None))
+        else:
+            self._child.send(order)
+            deadline = self._children.poller.later(PATIENCE, self._give_up)
         found = await answer
-        self._busy = False
         deadline.cancel()
-        self.full = found is None or found.full
-        if found is None:
-            self._child.kill()
+        if found is not None and found.hangs:
+            charge.slow_at, charge.hung = 0.0, True
+            self.hanging += 1
+            charge.over.then(self._released)
+            if len(self._charges) >= MOST_HANGING:
+                self._give_up()
+        elif order.order in self._charges:
+            self._charges.pop(order.order).finish()
         return found
 
-    def _heard(self, answer: Answer, fds: FdSet) -> None:
-        self._answer.keep(answer.message)
+    def _released(self) -> None:
+        self.hanging -= 1
 
-    def _ended(self) -> None:
-        self.full = True
+    def _heard(self, message: Dropped | Released, fds: FdSet) -> None:
+        if isinstance(message, Dropped):
+            self._answer.keep(message)
+        else:
+            self._charges.pop(message.order).finish()
+
+    def _give_up(self) -> None:
+        """The child has ended, or is of no use any more. What it has is charged until it is reaped."""
+        child, self._child = self._child, None
+        charges, self._charges = self._charges, {}
+        if child is not None:
+            child.kill()
+            for charge in charges.values():
+                child.reaped.then(charge.finish)
         self._answer.keep(None)
 
-    def end(self) -> None:
-        """Have the child close what it keeps, unless it is at work. It is charged until it has."""
-        if not self._busy:
-            self.full = True
+    def rest(self) -> None:
+        """End the child if it has nothing to do."""
+        if self._child is not None and not self._charges:
             self._child.close()
+            self._child = None
 
 
 class Dropping:
-    """The children that drop and park, for all listeners."""
+    """The children that drop, for all listeners."""
 
     def __init__(self, children: Children, listeners: list[socket.socket]) -> None:
-        self._children = children
-        self._listeners = listeners
-        self._pools = [Pool(children, self._role(listener), Sizes(1, 1, 1), lambda: None) for listener in listeners]
-        self._parkers: dict[Account, list[Parker]] = {}
-        self._hung: set[Job] = set()
-        """Orders whose child hangs, until it is reaped."""
-
-    @staticmethod
-    def _role(listener: socket.socket) -> Role:
-        return Role("drop", lambda channel: drop(channel, listener), lambda: [listener.fileno()])
+        self._droppers = [Dropper(children, listener) for listener in listeners]
 
     @property
-    def lost(self) -> int:
-        """Children that hang and have not been reaped."""
-        return sum(pool.lost for pool in self._pools)
+    def hanging(self) -> int:
+        """Threads that hang."""
+        return sum(dropper.hanging for dropper in self._droppers)
 
     async def drop(self, index: int, pid: int, account: Account, *, run: bool) -> tuple[int, bool]:
         """Have the head of a queue dropped, which is from process `pid`; with `run` all of that process's datagrams up
-        to the next one of another. How many there were, and whether the child hangs in one.
+        to the next one of another. How many there were, and whether the child hung in one.
         """
-        hangs = account in self._parkers or not self._hung.isdisjoint(account.jobs)
-        parker = self._parker(self._listeners[index], account) if hangs else None
-        if parker is not None:
-            parked = await parker.drop(Drop((pid,), MOST_PARKED if run else 1))
-            self._settle(account)
-            return (sum(parked.counts.values()), False) if parked else (1, True)
-        job = Job(Drop((pid,), MOST if run else 1), [], PATIENCE, account.jobs)
-        answer = await self._pools[index].submit(job).done()
-        if job.hung:
-            self._hung.add(job)
-            job.over.then(lambda: self._over(job, account))
-        return (sum(answer.counts.values()), False) if isinstance(answer, Dropped) else (1, job.hung)
-
-    def _over(self, job: Job, account: Account) -> None:
-        self._hung.discard(job)
-        self._settle(account)
-
-    def _settle(self, account: Account) -> None:
-        """Once nothing of the account hangs, close what was parked: a child on a busy machine may only have been slow,
-        and who has sent a datagram waits for its end.
-        """
-        if self._hung.isdisjoint(account.jobs):
-            for parker in self._parkers.get(account, []):
-                parker.end()
-
-    def _parker(self, listener: socket.socket, account: Account) -> Parker | None:
-        parkers = self._parkers.get(account, [])
-        for parker in parkers:
-            if parker.listener is listener and not parker.full:
-                return parker
-        if len(parkers) >= MOST_PARKERS:
-            return None
-        try:
-            parker = Parker(self._children, listener, account)
-        except OSError:  # TasksMax=, memory, open files
-            return None
-        self._parkers.setdefault(account, []).append(parker)
-        parker.reaped.then(lambda: self._reaped(parker, account))
-        return parker
-
-    def _reaped(self, parker: Parker, account: Account) -> None:
-        self._parkers[account].remove(parker)
-        if not self._parkers[account]:
-            del self._parkers[account]
+        found = await self._droppers[index].drop(pid, MOST if run else 1, account)
+        return (found.dropped, found.slow) if found else (0, False)
 
     def rest(self) -> None:
         """End the children that have nothing to do."""
-        for pool in self._pools:
-            pool.shrink(0)
+        for dropper in self._droppers:
+            dropper.rest()

@@ -21,7 +21,7 @@ from loopd.protocol.wire import Code, Envelope, Refusal, Reply
 
 class Exchange:
     """A request that is under way. `fds` are those that its worker handed over, among them the reply socket and the
-    keeper. `taken`: its datagram is off the queue.
+    keeper. `taken`: its datagram is off the queue. `cgroup`: the id of the sender's account's, 0 where it is not known.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class Exchange:
         self.sender = sender
         self.member = member
         self.account = account
+        self.cgroup = account.cgroup
         self.terms = terms
         self.envelope = envelope
         self.started = time.monotonic()
@@ -52,7 +53,7 @@ class Exchange:
     @property
     def person(self) -> Owner:
         """The owner of what the sender attaches without a directory grant: fresh numbers are counted for it."""
-        return owner_of(self.member.account, self.sender.uid)
+        return owner_of(self.member.account, self.sender.uid, self.cgroup)
 
     def owns(self, holder: Holder) -> bool:
         """Whether a lease of that holder is the sender's."""

@@ -25,8 +25,9 @@ class Holder(NamedTuple):
     """For whom a lease was made, as the kernel attested then; part of its record. `since`: seconds since 1970.
 
     `grant` names the directory of loopd's that the nodes are in, and begins with a dot where that was made for this
-    lease. `by_uid`: the lease is charged to the user, and not to all of the account. `numbers` are the
-    grant's own, where it owns any: the device has one of these.
+    lease. `by_uid`: the lease is charged to the user, and not to all of the account. `numbers` are the grant's own,
+    where it owns any: the device has one of these. `cgroup` is the id of the account's, 0 where it is not known; of a
+    record counts the file itself.
     """
 
     account: str
@@ -40,6 +41,7 @@ class Holder(NamedTuple):
     deliver: tuple[str, ...] | list[str] = ()
     by_uid: bool = False
     numbers: tuple[int, ...] | list[int] = ()
+    cgroup: int = 0
 
     @property
     def owner(self) -> Owner:
@@ -50,7 +52,7 @@ class Holder(NamedTuple):
     @property
     def person(self) -> Owner:
         """The account and uid that attached it, also where the nodes are in a grant: numbers are counted for these."""
-        return owner_of(self.account, self.uid)
+        return owner_of(self.account, self.uid, self.cgroup)
 
     @property
     def client(self) -> Client:

@@ -151,7 +151,7 @@ class Daemon:
         self._foreign = Foreign(books, releases, bindings)
         granting = Granting(books)
         self._recovery = Recovery(books, self._watches, releases, self._arrangements, bindings, granting)
-        reservations = Reservations(books, self._watches, self._recovery.abandon)
+        reservations = Reservations(books, self._recovery.abandon)
         windows = self._arrangements.windows = Windows(books, reservations, releases)
         answers = Answers(books, sockets, by_hand=os.geteuid() == 0)
         self._dropping = Dropping(self._children, sockets)
@@ -248,7 +248,7 @@ class Daemon:
 
     @property
     def _hanging(self) -> int:
-        return self._pool.lost + self._dropping.lost
+        return self._pool.lost + self._dropping.hanging
 
     @property
     def _status(self) -> str:

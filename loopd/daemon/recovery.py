@@ -23,7 +23,7 @@ from loopd.daemon.leases import Holder, Lease
 from loopd.daemon.release import Releases
 from loopd.daemon.slots import Slot
 from loopd.daemon.watches import Watches
-from loopd.kernel import transport
+from loopd.kernel import cgroups, transport
 from loopd.kernel.transport import FdSet
 from loopd.protocol import wire
 from loopd.worker import devices, records
@@ -82,7 +82,8 @@ class Recovery:
         if size is not None:  # it may have been resized
             binding = binding._replace(size=size)
         fds = dict(stored.fds)
-        account = account or self._books.accounts.get(holder.account, holder.uid if holder.by_uid else None)
+        uid = holder.uid if holder.by_uid else None
+        account = account or self._books.accounts.get(holder.account, holder.cgroup, uid)
         lease = Lease(binding, holder, account, slot, stored.kept_by, fds.pop("keeper", None))
         self._books.leases.add(lease)
         if holder.numbers:
@@ -102,7 +103,8 @@ class Recovery:
         lease, fds = self._lease(stored, _holder(stored), slot, account)
         events = fds.pop("cgroup", None)
         if events is not None:
-            self._watches.watch_account_if_possible(lease.account, events)
+            with contextlib.suppress(OSError):  # no room for a watch
+                self._books.accounts.watch(lease.account, events)
         FdSet(fds.values()).close()
         start(self._releases.release(lease, "failed"))
         return lease.binding.number
@@ -111,12 +113,12 @@ class Recovery:
 
     def go_on(self) -> None:
         """Go on with every lease that was found, and tidy up after a daemon that died."""
-        # Accounts first: where an account ended meanwhile all of its leases end.
+        # Accounts first: where one ended meanwhile all of its leases end.
         for lease, _, fds in self._found:
             events = fds.pop("cgroup", None)
             if events is not None:
                 try:
-                    self._watches.watch_account(lease.account, events)
+                    self._books.accounts.watch(lease.account, events)
                 except OSError as error:
                     account = lease.holder.account
                     text = f"The end of {account} cannot be watched: {error}"
@@ -216,7 +218,9 @@ class Recovery:
 
 def _holder(stored: Stored) -> Holder:
     """The holder of a record; TypeError where something is missing."""
-    return Holder(**{name: value for name, value in stored.holder.items() if name in Holder._fields})
+    holder = Holder(**{name: value for name, value in stored.holder.items() if name in Holder._fields})
+    events = stored.fds.get("cgroup")
+    return holder if events is None else holder._replace(cgroup=cgroups.identity(events))
 
 
 def attached(lease: Lease, warnings: tuple[str, ...] = ()) -> wire.Attached:

@@ -130,5 +130,4 @@ class Releases:
 
     def retire(self, lease: Lease) -> None:
         """The lease's number goes, for a client may have kept a node of it. Only the same owner may get it again."""
-        heir = self.watches.heir(lease.account, lease.holder.person)
-        self._books.numbers.retire(lease.binding.number, heir)
+        self._books.numbers.retire(lease.binding.number, lease.account.heir(lease.holder.person))

@@ -17,7 +17,6 @@ from loopd.daemon.exchange import answered
 from loopd.daemon.leases import Holder
 from loopd.daemon.policy import Limits
 from loopd.daemon.slots import Slot
-from loopd.daemon.watches import Watches
 from loopd.kernel.transport import FdSet
 from loopd.protocol.wire import Code, Refusal
 from loopd.worker.devices import Number
@@ -58,10 +57,9 @@ class Reservation:
 class Reservations:
     """Makes reservations, and ends them."""
 
-    def __init__(self, books: Books, watches: Watches, abandon: Callable[[Slot, Account], int | None]) -> None:
+    def __init__(self, books: Books, abandon: Callable[[Slot, Account], int | None]) -> None:
         """`abandon` is `Recovery.abandon`."""
         self._books = books
-        self._watches = watches
         self._abandon = abandon
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most_fds = limit - min(SPARE_FDS, limit // 2)
@@ -101,7 +99,7 @@ class Reservations:
         """Refuse what the daemon itself has no room for, and warn the administrator before that."""
         books = self._books
         count = len(books.leases) + self.under_way
-        files = (count + 1) * FDS_OF_A_LEASE + self._watches.files
+        files = (count + 1) * FDS_OF_A_LEASE + books.accounts.cgroups.files
         for what, used in (
             ("open files (LimitNOFILE=)", files / max(1, self._most_fds)),
             ("places in the fd store (FileDescriptorStoreMax=)", books.slots.in_use),
@@ -173,7 +171,8 @@ class Reservations:
                 mine.account.numbers.unspend()
             # It is removed: it may have been made, and the account may have open a number that it had before. A grant's
             # number comes free for the grant as soon as the device that somebody else has made is gone.
-            books.numbers.retire(mine.number.number, None if mine.fresh or mine.granted else self._heir(mine))
+            heir = None if mine.fresh or mine.granted else mine.account.heir(mine.person)
+            books.numbers.retire(mine.number.number, heir)
             mine.number = None
         deadline = mine.started + min(books.policy.number_wait, books.policy.request_timeout / 2)
         while True:
@@ -185,10 +184,6 @@ class Reservations:
                     raise _all_in_use(mine.granted)
                 raise Refusal(Code.TIMEOUT, "no device number came free in time")
             await books.sleep(0.01)
-
-    def _heir(self, mine: Reservation) -> Owner | None:
-        """The owner that may get the number again."""
-        return self._watches.heir(mine.account, mine.person)
 
     # The worker -------------------------------------------------------------------------------------------------------
 
@@ -221,7 +216,7 @@ class Reservations:
             if mine.number is not None and left == mine.number.number:
                 mine.number = None  # the lease that ends gives it back
         if mine.number is not None:
-            self._books.numbers.retire(mine.number.number, self._heir(mine) if mine.again else None)
+            self._books.numbers.retire(mine.number.number, mine.account.heir(mine.person) if mine.again else None)
             mine.number = None
 
 

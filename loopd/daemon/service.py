@@ -26,7 +26,7 @@ from loopd.daemon.granting import Granting, job_of
 from loopd.daemon.operations import Operations
 from loopd.daemon.policy import Limits
 from loopd.daemon.reserve import Reservation, Reservations
-from loopd.kernel import transport
+from loopd.kernel import cgroups, transport
 from loopd.kernel.poller import ONCE
 from loopd.kernel.transport import FdSet, Sender
 from loopd.protocol.decode import decode
@@ -35,8 +35,8 @@ from loopd.worker import messages
 from loopd.worker.messages import Recognised, Take, Taken
 
 SHARED_WARNING = (
-    "Clients are not told apart, for their runtime uses cgroups of the first version: all of them are one account with"
-    " strict limits, and only with a directory grant can they list and detach"
+    "Clients are not told apart, for the host or their runtime has cgroups of the first version alone: all of them are"
+    " one account with strict limits, and only with a directory grant can they list and detach"
 )
 
 
@@ -76,6 +76,8 @@ class Service:
 
     def start(self) -> None:
         """Take requests."""
+        if cgroups.root() is None:
+            self._books.warn("shared", SHARED_WARNING)
         for index, listener in enumerate(self._listeners):
             self._books.poller.add(listener.socket.fileno(), lambda index=index: self._serve(index), ONCE)  # type: ignore[misc]
 
@@ -160,7 +162,7 @@ class Service:
         envelope, request = decode(payload)
         found = accounts.whose(sender.pid)
         member, by_uid = found or (Membership("", ""), False)
-        account = self._books.accounts.get(member.account, sender.uid if by_uid else None)
+        account = self._books.accounts.now(member.account, sender.uid if by_uid else None)
         if found is None:
             # The sender is gone, or the socket attests nothing: there is nobody to charge and nobody to answer.
             self._drop(index, sender, member, account, "their senders had ended or are unknown", run=False)

@@ -5,15 +5,12 @@ Each brings about one of the flows, which are given at the start. Decides nothin
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable
 
 from loopd.children.flow import Flow, start
-from loopd.daemon.accounts import NOBODY, Account, Owner
 from loopd.daemon.books import Books
 from loopd.daemon.leases import Lease, State
-from loopd.kernel import cgroups, inotify
+from loopd.kernel import inotify
 from loopd.kernel.inotify import Inotify
 from loopd.kernel.poller import HUNG_UP, READABLE
 
@@ -31,15 +28,10 @@ class Watches:
         self._nodes = nodes
         self._over = over
         self._closed = closed
-        self._cgroups = cgroups.Watcher(self._account_ended)
         self._watched: dict[int, Lease] = {}
-        books.poller.add(self._cgroups.fd, self._cgroups.receive)
+        books.accounts.on_end = self._account_ended
+        books.poller.add(books.accounts.cgroups.fd, books.accounts.cgroups.receive)
         books.poller.add(nodes.fd, self._on_nodes)
-
-    @property
-    def files(self) -> int:
-        """Files that are open for the watches: one for each account."""
-        return self._cgroups.files
 
     # Leases -----------------------------------------------------------------------------------------------------------
 
@@ -84,33 +76,14 @@ class Watches:
             if lease is not None:
                 self._closed(lease)
 
-    # Accounts ---------------------------------------------------------------------------------------------------------
-
-    def watch_account(self, account: Account, events: int) -> None:
-        """Have an account's leases end with its cgroup. Takes over what `cgroups.open_events` gave; OSError where there
-        is no room for a watch.
-        """
-        if account.ended:
-            os.close(events)
-        else:
-            self._cgroups.watch(account.name, events)
-
-    def watch_account_if_possible(self, account: Account, events: int) -> None:
-        """The same where nothing was attached: without it the account gets none of its numbers again."""
-        with contextlib.suppress(OSError):
-            self.watch_account(account, events)
-
-    def heir(self, account: Account, person: Owner) -> Owner | None:
-        """The owner that may get a number of this account and person again. None where the end of the account is not
-        told: another account may have its name later.
-        """
-        told = self._cgroups.watches(account.name) or account.name == "/"
-        return person if told and not account.ended and person != NOBODY else None
-
     def _account_ended(self, name: str) -> None:
         """An account's cgroup is empty: its leases are over, and its name may come again."""
-        self._books.accounts.end(name)
+
+        def end() -> None:
+            for lease in list(self._books.leases):
+                if lease.account.ended:
+                    start(self._over(lease, "expired"))
+
         self._books.numbers.forget(name)
-        for lease in list(self._books.leases):
-            if lease.account.ended:
-                start(self._over(lease, "expired"))
+        # Not now: it may have been noticed on the way of a request, whose worker these ends would take.
+        self._books.poller.later(0, end)

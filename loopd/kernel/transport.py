@@ -14,7 +14,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -167,35 +167,23 @@ def peek(listener: socket.socket) -> Peeked | None:
     return Peeked(payload, _sender(control, address))
 
 
-def drop(
-    listener: socket.socket, pids: Collection[int], most: int, kept: list[int] | None = None, room: int = 0
-) -> dict[int, int]:
-    """Discard at most `most` datagrams of these processes from the head of the queue; how many there were of which
-    process. For the children that drop and park alone: the kernel may take for ever to release what is in a datagram.
+def drop(listener: socket.socket, pid: int, most: int, go_on: Callable[[], bool] = lambda: True) -> int:
+    """Discard at most `most` datagrams of this process from the head of the queue, as long as `go_on()`; how many there
+    were. For the child that drops alone: the kernel may take for ever to release what is in a datagram.
 
-    No fd of a datagram is opened, so that at least no FUSE server is asked to flush it. With `kept` the fds are opened
-    and added to it instead, until there is no `room` for those of one datagram more.
+    No fd of a datagram is opened, so that at least no FUSE server is asked to flush it.
     """
-    dropped, payload = dict.fromkeys(pids, 0), bytearray(1)
-    look = MSG_PEEK | MSG_DONTWAIT
+    count, payload = 0, bytearray(1)
     with contextlib.suppress(BlockingIOError):
-        for _ in range(most):
-            control = listener.recvmsg(0, _NO_FDS, look)[1]
+        while count < most and go_on():
+            control = listener.recvmsg(0, _NO_FDS, MSG_PEEK | MSG_DONTWAIT)[1]
             # Credentials come last: behind the time of arrival, and without room for a pidfd.
             known = control and control[-1][1] == socket.SCM_CREDENTIALS
-            pid = int.from_bytes(control[-1][2][:4], sys.byteorder) if known else 0
-            if pid not in dropped:
+            if pid != (int.from_bytes(control[-1][2][:4], sys.byteorder) if known else 0):
                 break
-            if kept is None:
-                listener.recv_into(payload, 1, MSG_DONTWAIT)
-            elif len(kept) + SCM_MAX_FD > room:
-                break
-            else:
-                rights, pidfds = _received(listener.recvmsg(1, _EVERYTHING, MSG_DONTWAIT | _CLOEXEC)[1])
-                kept += rights
-                FdSet(pidfds).close()
-            dropped[pid] += 1
-    return {pid: count for pid, count in dropped.items() if count}
+            listener.recv_into(payload, 1, MSG_DONTWAIT)
+            count += 1
+    return count
 
 
 def _received(control: list[tuple[int, int, bytes]]) -> tuple[list[int], list[int]]:

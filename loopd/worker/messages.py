@@ -249,7 +249,8 @@ class Surveyed(NamedTuple):
 class Done(NamedTuple):
     """The attach is done, or refused. `names` are the partitions, where there is no directory for their nodes;
     `partitions` is how many the kernel has, `excess` how many were too many; `extents` are those that windows are
-    wanted on. Fds: with `cgroup` the file that tells the end of the account, then the fds for the client.
+    wanted on. Fds: with `cgroup`, the id of the account's, the file that tells the end of that cgroup; then the fds for
+    the client.
     """
 
     refusal: Refusal | None
@@ -260,7 +261,7 @@ class Done(NamedTuple):
     table: int | None = None
     grant: str = ""
     names: tuple[str, ...] = ()
-    cgroup: bool = False
+    cgroup: int = 0
     partitions: int = 0
     excess: int = 0
     extents: tuple[Extent, ...] = ()

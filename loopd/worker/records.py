@@ -34,7 +34,7 @@ class Stored(NamedTuple):
 
     `bound`: the device was bound, and `binding` is as the kernel reports it; otherwise as it was asked for. `answer`
     says how far the answer to the attach is: "" for not begun, "sending" or "sent". `released`: loopd has let go of the
-    device, and waits for its last close.
+    device, and waits for its last close; of the fds it has kept the one that tells whose the lease is.
     """
 
     holder: dict[str, Any]
@@ -89,12 +89,13 @@ def note_answer(slot: int, progress: str) -> None:
 
 
 def note_released(slot: int) -> None:
-    """loopd has let go of the device: keep the record, and close its fds.
+    """loopd has let go of the device: keep the record with the account's cgroup, and close its other fds.
 
     For a worker: one of them may be the last that has the device open, and its close may wait.
     """
     with transport.borrowed(slot) as channel:
-        notes = [json.loads(payload) for payload in _payloads(channel)]
+        payloads = _payloads(channel)
+        notes = [json.loads(payload) for payload in payloads]
         # The new record is written before the old one is dropped: at no moment is the binding in no record. A release
         # that was cut short after that has left some of the older messages.
         last = max((index for index, note in enumerate(notes) if "version" in note), default=None)
@@ -102,7 +103,11 @@ def note_released(slot: int) -> None:
             return
         if not notes[last].get("released"):
             bound = next((note["bound"] for note in notes if note.get("bound")), None)
-            _send(slot, notes[last] | {"fds": [], "released": True, "bound": bound})
+            names = [name for name in notes[last]["fds"] if name in OF_MAIN]
+            with _opened(channel, payloads[:last], len(names)) as fds:
+                kept = {name: fd for name, fd in zip(names, fds, strict=True) if name == "cgroup"}
+                record = notes[last] | {"fds": [*kept], "released": True, "bound": bound}
+                _send(slot, record, [*kept.values()])
             last = len(notes)
         _drop(channel, last)
 
@@ -110,6 +115,19 @@ def note_released(slot: int) -> None:
 def _send(slot: int, record: dict[str, Any], fds: list[int] | None = None) -> None:
     with transport.borrowed(slot) as channel:
         transport.send(channel, json.dumps(record).encode(), fds or (), transport.MSG_DONTWAIT)
+
+
+def _opened(channel: socket.socket, before: list[bytes], count: int) -> FdSet:
+    """The first fds of the message that comes after those, and stays in the queue."""
+    channel.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, sum(map(len, before)))
+    try:
+        opened = transport.receive_some(channel, 1, count, _PEEK)[1] if count else FdSet()
+    finally:
+        channel.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+    if len(opened) != count:
+        opened.close()
+        raise ValueError(f"record with {len(opened)} of {count} fds")
+    return opened
 
 
 def _payloads(channel: socket.socket) -> list[bytes]:
@@ -131,21 +149,20 @@ def read(slot: int, *, every_fd: bool = False) -> Stored | None:
     Raises ValueError for a record of a newer version, which is to be left as it is.
     """
     with transport.borrowed(slot) as channel:
-        notes = [json.loads(payload) for payload in _payloads(channel)]
+        payloads = _payloads(channel)
+        notes = [json.loads(payload) for payload in payloads]
         if not notes:
             return None
         # A release that was cut short leaves two records; the later one counts.
-        record: dict[str, Any] = next((note for note in reversed(notes) if "version" in note), {})
+        last = max((index for index, note in enumerate(notes) if "version" in note), default=0)
+        record: dict[str, Any] = notes[last]
         if not OLDEST <= record["version"] <= VERSION:
             raise ValueError(f"record of version {record['version']}")
-        released = bool(record.get("released"))
-        names = [] if released else [name for name in record["fds"] if every_fd or name in OF_MAIN]
-        if not released and record["fds"] != [name for name in FDS if name in record["fds"]]:
+        if record["fds"] != [name for name in FDS if name in record["fds"]]:
             raise ValueError(f"record with fds named {record['fds']}")
-        _, opened = transport.receive_some(channel, 1, len(names), _PEEK) if names else (b"", FdSet())
+        names = [name for name in record["fds"] if every_fd or name in OF_MAIN]
+        opened = _opened(channel, payloads[:last], len(names))
     with opened:
-        if len(opened) != len(names):
-            raise ValueError(f"record with {len(opened)} fds, named {names}")
         bound = next((note["bound"] for note in notes if note.get("bound")), None)
         # A field that a later edition of this version adds is not known here, and not needed.
         known = {name: value for name, value in record["binding"].items() if name in Binding._fields}
@@ -153,7 +170,7 @@ def read(slot: int, *, every_fd: bool = False) -> Stored | None:
         found = Stored(
             dict(record["holder"]), str(record["kept_by"]), Binding(**known | (bound or {})), int(record["row"]),
             bound is not None, next((note["answer"] for note in reversed(notes) if "answer" in note), ""),
-            released, {},
+            bool(record.get("released")), {},
         )  # fmt: skip
         found.fds.update({name: opened.steal(index) for index, name in enumerate(names)})
         return found

@@ -141,7 +141,7 @@ class _Taking:
         try:
             if self._job.grants is not None:
                 return self._look_after_grants(self._job.grants)
-            events = _open_events(self._job, self._packet)
+            events = self._open_events()
             last = self._attach(events)
         except Refusal as refusal:
             done = Done(refusal)
@@ -152,7 +152,7 @@ class _Taking:
         else:
             return last
         last = self._all_harmless
-        self._worker.say(done._replace(cgroup=events is not None), (events,), last=last)
+        self._worker.say(done._replace(cgroup=_id(events)), (events,), last=last)
         return last
 
     def _look_after_grants(self, job: Change | Survey) -> bool:
@@ -190,18 +190,29 @@ class _Taking:
         with FdSet(client):
             self._harmless |= attaching.harmless
             last = self._all_harmless and not client
-            self._worker.say(done._replace(cgroup=events is not None), (events, *client), last=last)
+            self._worker.say(done._replace(cgroup=_id(events)), (events, *client), last=last)
         return last
 
+    def _open_events(self) -> int | None:
+        """The file that tells the end of the account, where there is one."""
+        assert self._job.holder is not None
+        assert self._pidfd is not None
+        account, cgroup = self._job.holder["account"], self._job.holder["cgroup"]
+        try:
+            events = cgroups.open_events(account, cgroup, self._packet.sender.pid)
+            if events is not None:
+                self._packet.own.add(events)
+                # Now: the process that was looked at was the sender if the sender lives.
+                if not cgroup and peers.ended(self._pidfd):
+                    raise cgroups.Gone
+        except cgroups.Gone:
+            # The process has moved to another cgroup since, or the name is another tenant's by now.
+            raise Refusal(Code.NOT_PERMITTED, "the sender's cgroup has ended") from None
+        return events
 
-def _open_events(job: Take, packet: Packet) -> int | None:
-    """The file that tells the end of the account, where there is one."""
-    try:
-        events = cgroups.open_events(job.holder["account"]) if job.holder is not None else None
-    except cgroups.Gone:
-        # The process has moved to another cgroup since, or the name is another tenant's by now.
-        raise Refusal(Code.NOT_PERMITTED, "the sender's cgroup has ended") from None
-    return None if events is None else packet.own.add(events)
+
+def _id(events: int | None) -> int:
+    return 0 if events is None else cgroups.identity(events)
 
 
 def _living_sender(job: Take, packet: Packet) -> int:

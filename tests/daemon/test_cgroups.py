@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -479,31 +480,140 @@ def test_it_has_ended_before_the_lease_is_booked(
             eventually(lambda: not bound_to(tmp_path), "the file is free", SOON)
 
 
+@contextlib.contextmanager
+def inhabited(cgroup: Cgroup) -> Iterator[Child]:
+    """A process that stays in the cgroup."""
+
+    def stay(tell: Callable[[Any], None]) -> None:
+        cgroup.enter()
+        tell("there")
+        signal.pause()
+
+    with Child(stay) as child:
+        assert child.hear() == "there"
+        yield child
+
+
 def test_another_cgroup_of_its_name(make_cgroup: Callable[[str], Cgroup]) -> None:
     """The name may come again before the end of the first has been read."""
-
-    def stay(cgroup: Cgroup, watcher: cgroups.Watcher, name: str) -> Child:
-        def body(tell: Callable[[Any], None]) -> None:
-            cgroup.enter()
-            tell("there")
-            signal.pause()
-
-        child = Child(body)
-        assert child.hear() == "there"
-        events = cgroups.open_events(name)
-        assert events is not None
-        watcher.watch(name, events)
-        return child
-
-    ended: list[str] = []
-    watcher = cgroups.Watcher(ended.append)
+    ended: list[tuple[str, int]] = []
+    watcher = cgroups.Watcher(lambda name, cgroup: ended.append((name, cgroup)))
     cgroup = make_cgroup("again")
     name = f"/{cgroup.path.name}"
-    with stay(cgroup, watcher, name) as child:
-        assert watcher.watches(name)
+
+    def opened(pid: int) -> int:
+        events = cgroups.open_events(name, 0, pid)
+        assert events is not None
+        return events
+
+    with inhabited(cgroup) as child:
+        assert watcher.living(name) == 0, "nobody has looked"
+        first = opened(child.pid)
+        late = os.dup(first)
+        watcher.watch(name, first)
+        first = cgroups.identity(late)
+        assert watcher.living(name) == first
         child.kill()
     cgroup.remove()
     cgroup.path.mkdir()
-    with stay(cgroup, watcher, name):
-        assert ended == [name]
-        assert not watcher.watches(name), "an attach of the new one is refused, and watches it the next time"
+    with inhabited(cgroup) as child:
+        assert watcher.living(name) == 0
+        assert ended == [(name, first)]
+        events = opened(child.pid)
+        watcher.watch(name, events)
+        second = watcher.living(name)
+        assert second not in (0, first)
+        watcher.watch(name, late)
+        assert ended == [(name, first)] * 2, "a worker had opened it before, and told late"
+        assert watcher.living(name) == second
+        assert watcher.files == 1
+
+
+def test_only_the_cgroup_that_was_decided_on(make_cgroup: Callable[[str], Cgroup]) -> None:
+    """Between the look of the main process and that of the worker the sender may leave, and the name come again."""
+    one, other = make_cgroup("one"), make_cgroup("other")
+    name = f"/{one.path.name}"
+    with inhabited(one) as inside, inhabited(other) as outside:
+        events = cgroups.open_events(name, 0, inside.pid)
+        assert events is not None
+        known = cgroups.identity(events)
+        os.close(events)
+        with pytest.raises(cgroups.Gone):
+            cgroups.open_events(name, 0, outside.pid)
+        with pytest.raises(cgroups.Gone):
+            cgroups.open_events(name, known + 1, inside.pid)
+    one.remove()
+    one.path.mkdir()
+    with inhabited(one) as inside, pytest.raises(cgroups.Gone):
+        cgroups.open_events(name, known, inside.pid)
+
+
+@pytest.mark.parametrize("restarted", [None, "before", "after"])
+def test_what_outlives_a_cgroup_is_not_the_next_ones(
+    kept: Kept, cgroup: Cgroup, make_image: Callable[..., int], directory: int, devices: Path, tmp_path: Path,
+    outside: int, restarted: str | None,
+) -> None:  # fmt: skip
+    """Somebody still has a device of the first open when the name comes again. The daemon is killed before the first
+    ends, and started when the next one is there; or killed once it has let go of the device; or not at all.
+    """
+    images = [make_image(name=f"image{turn}") for turn in range(4)]
+    wait, go = socket.socketpair()
+
+    def next_one(tell: Callable[[Any], None]) -> None:
+        cgroup.enter()
+        own = ask(kept.path, wire.encode_request(wire.Attach(0, 1, 2)), [images[1], directory])
+        listed = ask(kept.path, wire.encode_request(wire.Leases(0)), []).fields["leases"]
+        requests = (wire.Detach(name, 0), wire.Rescan(name, 0), wire.Resize(name, 0))
+        refused = [ask(kept.path, wire.encode_request(request), []).code for request in requests]
+        tell([own.fields["devname"], [lease["devname"] for lease in listed], refused])
+        wait.recv(1)
+        again = [ask(kept.path, wire.encode_request(wire.Attach(0, 1, 2)), [file, directory]) for file in images[2:]]
+        tell([reply.fields["devname"] for reply in again])
+        signal.pause()
+
+    with wait, go, contextlib.ExitStack() as stack:
+        first = stack.enter_context(client(kept.path, cgroup, images[0], directory, outside))
+        name = first.hear()["devname"]
+        device = stack.enter_context(open(devices / name, "rb", buffering=0))
+        held = lambda: kept.leases()[name]["state"] == "held"  # noqa: E731
+        with kept.outage() if restarted == "before" else contextlib.nullcontext():
+            first.kill()
+            cgroup.remove()
+            if restarted != "before":
+                eventually(held, "loopd has let go of it", SOON)
+            if restarted == "after":
+                kept.kill()
+            cgroup.path.mkdir()
+            second = stack.enter_context(Child(next_one, [directory, wait.fileno(), *images]))
+        own, listed, refused = second.hear()
+        assert own != name
+        assert listed == [own]
+        assert refused == ["not-found"] * 3
+        eventually(held, "loopd has let go of it", SOON)
+        assert kept.leases()[name]["account"] == kept.leases()[own]["account"] == f"/{cgroup.path.name}"
+        device.close()
+        eventually(lambda: not exists(name), "its number is removed", SOON)
+        go.send(b"x")
+        assert name not in second.hear()
+    eventually(lambda: not bound_to(tmp_path), "the files are free", SOON)
+    kept.end()
+
+
+def test_what_outlives_a_restart_is_still_its_own(
+    kept: Kept, cgroup: Cgroup, image: int, directory: int, devices: Path, outside: int
+) -> None:
+    """A device that loopd has let go of already, and whose cgroup lives."""
+    with client(kept.path, cgroup, image, directory, outside) as child:
+        name = child.hear()["devname"]
+        with open(devices / name, "rb"):
+            assert kept.admin(wire.Detach(name, 0, force=True)).fields == {"state": "busy"}
+            kept.kill()
+
+            def fields(request: wire.Request) -> dict[str, Any]:
+                return ask(kept.path, wire.encode_request(request), []).fields
+
+            listed = elsewhere(partial(fields, wire.Leases(0)), cgroup.enter)
+            assert [lease["state"] for lease in listed["leases"]] == ["held"]
+            assert elsewhere(partial(fields, wire.Detach(name, 0)), cgroup.enter) == {"state": "busy"}
+        eventually(lambda: not kept.leases(), "the lease is over", SOON)
+    kept.end()

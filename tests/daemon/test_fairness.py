@@ -141,13 +141,14 @@ def test_a_flood_is_taken_out_up_to_the_next_one(option: str, monkeypatch: pytes
         sender.send(b"flood")
         before = os.listdir("/proc/self/fd")
         me = os.getpid()
-        assert transport.drop(listener, [me, 1], 2) == {me: 2}
-        assert transport.drop(listener, [me, 1], 16) == {me: 1}
-        assert transport.drop(listener, [me, 1], 16) == {}
+        assert transport.drop(listener, me, 2) == 2
+        assert transport.drop(listener, me, 16, lambda: False) == 0
+        assert transport.drop(listener, me, 16) == 1
+        assert transport.drop(listener, me, 16) == 0
         assert os.listdir("/proc/self/fd") == before
         assert listener.recv(100) == b"honest"
-        assert transport.drop(listener, [me, 1], 16) == {me: 1}
-        assert transport.drop(listener, [me, 1], 16) == {}
+        assert transport.drop(listener, me, 16) == 1
+        assert transport.drop(listener, me, 16) == 0
 
 
 def test_who_waits_for_room_gets_it(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:

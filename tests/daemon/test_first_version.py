@@ -116,6 +116,22 @@ def test_their_limits_are_strict(
     assert daemon.hello().fields["limits"]["devices"] == 256
 
 
+def test_a_host_without_the_second_version(
+    start_daemon: Callable[..., Daemon], image: int, directory: int, tmp_path: Path
+) -> None:
+    """The same, and the start says so."""
+    hide = ("unshare", "--mount", "sh", "-ec", 'mount -t tmpfs none /sys/fs/cgroup; exec "$@"', "sh")
+    daemon = start_daemon(launcher=hide)
+    hello = daemon.hello().fields
+    assert [record for record in daemon.records("warned") if "Clients are not told apart" in record["MESSAGE"]]
+    assert hello["limits"]["devices"] == 64
+    name = attach(daemon, image, directory)()["devname"]
+    assert request(daemon, wire.Leases(0))["leases"] == []
+    assert request(daemon, wire.Detach(name, 0))["error"]["code"] == "not-found"
+    assert bound_to(tmp_path) == [name]
+
+
 def test_nobody_is_no_owner() -> None:
-    assert owner_of(SHARED, 0) == NOBODY
-    assert owner_of("/a", 0) == Owner("/a", 0)
+    assert owner_of(SHARED, 0, 0) == NOBODY
+    assert owner_of("/a", 0, 0) == NOBODY
+    assert owner_of("/a", 0, 7) == Owner("/a", 0, 7) != owner_of("/a", 0, 8)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import pytest
 from support.daemon import Daemon, eventually, require
 from support.fuse_never import SIZE, Never
 from support.processes import Child
-from support.untouched import send, state
+from support.untouched import honest, send, state
 
+SERVED = 5.0
+"""Seconds in which an honest client has its reply, whatever hangs: before that is written off."""
 WRITTEN_OFF = 6.0
 """Seconds after which the daemons here write a helper off."""
 
@@ -131,3 +134,13 @@ def let_go(daemon: Daemon, image: int, directory: int, devices: Path) -> int:
 
 def sent(daemon: Daemon, fd: int) -> None:
     send(daemon.path, b'{"op": "hello"}', [fd]).close()
+
+
+def served(daemon: Daemon) -> None:
+    """Honest clients are, all of them soon."""
+    for _ in range(6):
+        began, stuck = time.monotonic(), len(daemon.records("stuck"))
+        assert daemon.hello().code is None
+        honest(daemon)
+        # On a busy machine it may take its time, but it does not wait for something to be written off.
+        assert time.monotonic() - began < SERVED or len(daemon.records("stuck")) == stuck
