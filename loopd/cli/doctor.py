@@ -92,20 +92,26 @@ def _greeted(asked: client.Client) -> Greeting | client.Error:
 
 def _socket(asked: client.Client, greeted: Greeting | client.Error) -> Finding:
     if isinstance(greeted, client.Error):
-        return Finding("FAIL", "socket", greeted.message, greeted.hint)
+        # The line about the group says more of what the mode denies.
+        return Finding("FAIL", "socket", greeted.message, "" if _is_denied(greeted) else greeted.hint)
     return Finding("OK", "socket", f"loopd {greeted.loopd} answers at {asked.socket}")
+
+
+def _is_denied(greeted: Greeting | client.Error) -> bool:
+    return isinstance(greeted, client.Error) and getattr(greeted.__cause__, "errno", 0) == errno.EACCES
 
 
 def _group(asked: client.Client, greeted: Greeting | client.Error, place: _Place | None) -> Finding:
     try:
         status = os.stat(asked.socket)
     except OSError as error:
-        return Finding("WARN", "group", f"not known: {asked.socket}: {error.strerror}")
+        remedy = greeted.hint if isinstance(greeted, client.Error) and _is_denied(greeted) else ""
+        return Finding("WARN", "group", f"not known: {asked.socket}: {error.strerror}", remedy)
     text = f"{asked.socket} is of uid {status.st_uid} and gid {status.st_gid}, {stat.filemode(status.st_mode)}"
     if not os.access(asked.socket, os.W_OK, effective_ids=True):
         text += f", and not to be written by uid {os.geteuid()}"
         return Finding("FAIL", "group", text, _membership(asked.socket, status))
-    if isinstance(greeted, client.Error) and getattr(greeted.__cause__, "errno", 0) == errno.EACCES:
+    if _is_denied(greeted):
         return Finding("WARN", "group", f"{text}: not what denies it; a security module may", layers.SELINUX)
     folder = os.path.dirname(asked.socket) or "."
     if os.access(folder, os.W_OK, effective_ids=True) and not (place and place.host):
@@ -320,8 +326,11 @@ def examine(asked: client.Client) -> Iterator[Finding]:
         yield Finding("FAIL", "directory", "/dev cannot be opened")
         return
     try:
-        numbers = [_numbers(asked, place)] if place.grant else []
-        trial = attempted(asked)
+        if isinstance(greeted, client.Error):
+            numbers, trial = [], Trial(error=client.Error("loopd cannot be asked for one"))
+        else:
+            numbers = [_numbers(asked, place)] if place.grant else []
+            trial = attempted(asked)
         found = [_directory(place, getattr(greeted, "uid", None)), *numbers, _nodev(place), _user_namespace(place)]
         found += [*_opening(place, trial), _mknod(place)]
         yield from _agreeing(found, trial)
@@ -334,9 +343,13 @@ def examine(asked: client.Client) -> Iterator[Finding]:
 def _agreeing(findings: list[Finding], trial: Trial) -> Iterator[Finding]:
     """What was found, and no OK beside a FAIL for the same thing: what became of the device is right."""
     error = trial.error
+    refusing = "" if error is None else _refusing(error)
+    told = any(finding.layer == refusing for finding in findings)
     for finding in findings:
-        if error is not None and finding.layer == _refusing(error) and not finding.failed:
+        if error is not None and finding.layer == refusing and not finding.failed:
             yield Finding("FAIL", finding.layer, error.message, error.hint)
+        elif told and finding.layer == "device":
+            yield finding._replace(remedy="")  # it stands in the line of the layer
         elif error is None and finding.failed and finding.layer in ("directory", "nodev", "user namespace"):
             yield finding._replace(level="WARN")  # the device came another way
         else:

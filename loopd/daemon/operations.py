@@ -81,12 +81,11 @@ class Operations:
             self._books.poller.later(size / LISTED_PER_SECOND, exchange.account.listing.give)
 
     def _in_use(self, granted: tuple[int, ...]) -> int:
-        """How many of a grant's numbers are somebody's: another instance's and the host's, too."""
-        known = self._books.numbers
-        return sum(
-            number in known.granted or known.removals.has(number) or bool(devices.size(f"loop{number}"))
-            for number in granted
-        )
+        """How many of a grant's numbers are somebody's: another instance's and the host's, too. An attach waits for one
+        that is being removed.
+        """
+        taken = self._books.numbers.granted - self._books.numbers.removals.under_way.keys()
+        return sum(number in taken or bool(devices.size(f"loop{number}")) for number in granted)
 
     async def _detach(self, exchange: Exchange, request: Detach) -> Reply:
         if request.force and not exchange.admin:

@@ -265,7 +265,7 @@ class LeaseList(NamedTuple):
     """Reply to ``list``; `more` when the reply was full and another request with `after` gives the rest.
 
     `numbers`: the device numbers that the directory owns which was sent along; None where it owns none, or none was
-    sent. `in_use`: how many of these have a device, or one that is not gone yet.
+    sent. `in_use`: how many of these have a device, or one that is detached and still open somewhere.
     """
 
     leases: tuple[LeaseInfo, ...]
