@@ -92,8 +92,9 @@ def _greeted(asked: client.Client) -> Greeting | client.Error:
 
 def _socket(asked: client.Client, greeted: Greeting | client.Error) -> Finding:
     if isinstance(greeted, client.Error):
-        # The line about the group says more of what the mode denies.
-        return Finding("FAIL", "socket", greeted.message, "" if _is_denied(greeted) else greeted.hint)
+        # The line about the group says more of what the mode denies, where that can be seen.
+        told = _is_denied(greeted) and os.path.exists(asked.socket)
+        return Finding("FAIL", "socket", greeted.message, "" if told else greeted.hint)
     return Finding("OK", "socket", f"loopd {greeted.loopd} answers at {asked.socket}")
 
 
@@ -105,8 +106,7 @@ def _group(asked: client.Client, greeted: Greeting | client.Error, place: _Place
     try:
         status = os.stat(asked.socket)
     except OSError as error:
-        remedy = greeted.hint if isinstance(greeted, client.Error) and _is_denied(greeted) else ""
-        return Finding("WARN", "group", f"not known: {asked.socket}: {error.strerror}", remedy)
+        return Finding("WARN", "group", f"not known: {asked.socket}: {error.strerror}")
     text = f"{asked.socket} is of uid {status.st_uid} and gid {status.st_gid}, {stat.filemode(status.st_mode)}"
     if not os.access(asked.socket, os.W_OK, effective_ids=True):
         text += f", and not to be written by uid {os.geteuid()}"

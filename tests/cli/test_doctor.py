@@ -157,6 +157,13 @@ def test_the_administrators_socket_as_a_user(world: World) -> None:
     report = examined(world, LOOPD_SOCKET=str(link), LOOPD_DIRECTORY=grant)
     assert set(report.failed) == {"socket", "group", "device"}
     assert report["group"][1].endswith("; you are not root: sudo loopctl ...")
+    # In a folder of root's own, as that of the host.
+    private = world.folder / "private"
+    private.mkdir(mode=0o700)
+    link.rename(private / "admin.sock")
+    report = examined(world, LOOPD_SOCKET=str(private / "admin.sock"), LOOPD_DIRECTORY=grant)
+    assert set(report.failed) == {"socket", "device"}
+    assert report["socket"][1].endswith("; you are not root: sudo loopctl ...")
 
 
 def test_a_directory_that_is_missing(world: World) -> None:
