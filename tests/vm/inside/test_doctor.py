@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from host import findings, loopctl, run
 from recipes import recipe
-from test_builders import kernel_partitions
+from test_builders import policy
 from test_containers import ROOTFS
 
 MODPROBE = Path("/usr/local/lib/modprobe.d/loopd.conf")
@@ -86,12 +86,21 @@ def test_a_container_with_one_option(folder: Path) -> None:
 @pytest.mark.deadline(240)
 def test_partitions_that_the_device_cgroup_denies(folder: Path) -> None:
     """The device opens, and it is not said that all is well."""
-    with kernel_partitions():
+    with policy("allow.kernel_partitions = true"):
         found = examined(folder)
     assert found["device"][0] == "OK"
     assert found["device cgroup"][0] == found["partitions"][0] == "FAIL"
     assert "p1 cannot be opened: the device cgroup of this container denies it" in found["partitions"][1]
     assert "--device-cgroup-rule" not in found["partitions"][1]
+
+
+@pytest.mark.deadline(240)
+def test_a_partition_without_a_device(folder: Path) -> None:
+    with policy("limits.devices = 1"):
+        found = examined(folder)
+    assert found["device"][0] == "OK"
+    assert found["partitions"][0] == "FAIL"
+    assert "p1 has no device: " in found["partitions"][1]
 
 
 def test_the_host() -> None:
