@@ -392,8 +392,8 @@ UNAVAILABLE = {
     "/run/loopd, read-only",
     errno.ECONNREFUSED: "on the host: systemctl restart loopd.socket; into a container, bind-mount the directory "
     "/run/loopd, not the socket in it",
-    errno.EACCES: "add the user to the group loopd, a container with --group-add; where SELinux is enforcing, with "
-    "--security-opt label=disable",
+    errno.EACCES: "add the user to the group loopd, a container with --group-add; where SELinux is enforcing, by "
+    "loopd's policy module on the host, or with --security-opt label=disable",
 }
 """What helps, by the errno of connect(2)."""
 

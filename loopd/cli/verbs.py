@@ -273,8 +273,12 @@ def doctor(args: argparse.Namespace) -> int:
 
     findings = []
     for finding in doctor.examine(_unproved(args)):
-        put(clean(str(finding)))
+        if not args.json:
+            put(clean(str(finding)))
         findings.append(finding)
+    if args.json:
+        rows = [{name: readable(text) for name, text in finding._asdict().items()} for finding in findings]
+        put(json.dumps({"findings": rows}, indent=2))
     return int(any(finding.failed for finding in findings))
 
 

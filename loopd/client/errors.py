@@ -197,7 +197,8 @@ UNAVAILABLE = {
     "into a container, bind-mount the directory /run/loopd: the socket in it is another one after a restart",
     errno.EACCES: "add the user to the group loopd; "
     "a container with --group-add, in rootless podman --group-add keep-groups; "
-    "where SELinux is enforcing, with --security-opt label=disable",
+    "where SELinux is enforcing, by loopd's policy module on the host, or with --security-opt label=disable; "
+    "`loopctl doctor` gives the group's number",
     errno.EPROTOTYPE: "this is no socket of loopd's; by hand: systemd-socket-activate --datagram",
 }
 """What helps, by the errno of connect(2)."""

@@ -13,6 +13,7 @@ import struct
 from contextlib import suppress
 from typing import NamedTuple
 
+LOOP_MAJOR = 7
 CAP_SYS_ADMIN, CAP_MKNOD = 21, 27
 SYS_MOVE_MOUNT = 429  # the same on every architecture but Alpha; Linux 5.2
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
@@ -26,6 +27,17 @@ BIND = (
     "podman run -v /run/loopd:/run/loopd:ro -v $(loopctl directory NAME):/dev/loopd:ro"
 )
 """The remedy that is recommended: works in every kind of container."""
+SELINUX = (
+    "loopd's policy module on the host (docs/containers.md, SELinux), or podman run --security-opt label=disable for "
+    "this container alone"
+)
+"""The remedy where SELinux is what denies it."""
+KERNEL_PARTITION = (
+    "a rule for their major would let in NVMe disks too: attach the part of the image with --offset and --sizelimit "
+    "(docs/containers.md, By offset); without allow.kernel_partitions in loopd.toml, a container without a user "
+    "namespace of its own gets nodes of loop devices"
+)
+"""The remedy where the device cgroup denies the kernel's partitions."""
 
 
 class Obstacle(NamedTuple):
@@ -167,22 +179,27 @@ def not_the_hosts(dir_fd: int) -> Obstacle | None:
     )
 
 
-def not_this_users() -> Obstacle:
-    """Why a directory of loopd's that is bound in cannot be opened."""
+def not_this_users(uid: int | None = None) -> Obstacle:
+    """Why a directory of loopd's that is bound in cannot be opened. `uid`: this user's on the host, if it is known."""
+    if uid is None and not foreign_user_namespace():
+        uid = os.geteuid()
     return Obstacle(
         "permission",
         f"it is not for uid {os.geteuid()}",
         "`loopctl directory NAME` makes one for who calls it: without sudo, as the user who starts the container; "
-        "for another uid of the host by setpriv --reuid",
+        f"root makes one for this user by `loopctl directory --user={'UID' if uid is None else uid} NAME`",
     )
 
 
 def unopened(dir_fd: int, name: str, device: tuple[int, int], read_only: bool, error: int) -> Obstacle:
     """Which layer made open(2) of a node fail, by its errno (fs/namei.c, security/device_cgroup.c)."""
     if error == errno.EPERM:
-        rule = f"--device-cgroup-rule 'b {device[0]}:* {'r' if read_only else 'rw'}'"
+        rule = f"--device-cgroup-rule 'b {LOOP_MAJOR}:* {'r' if read_only else 'rw'}' for an image that is trusted"
+        remedy = f'podman or docker run --device="$(loopctl directory --cdi NAME)", or {rule}'
         return Obstacle(
-            "device cgroup", "the device cgroup of this container denies it", f"podman or docker run {rule}"
+            "device cgroup",
+            "the device cgroup of this container denies it",
+            remedy if device[0] == LOOP_MAJOR else KERNEL_PARTITION,
         )
     if error != errno.EACCES:
         return Obstacle("device", os.strerror(error), "`loopctl list` shows whether it is still attached")
@@ -205,7 +222,7 @@ def unopened(dir_fd: int, name: str, device: tuple[int, int], read_only: bool, e
     return Obstacle(
         "lsm",
         "a security module, SELinux or AppArmor, denies it",
-        "its audit log on the host tells why; for SELinux: podman run --security-opt label=disable",
+        f"its audit log on the host tells why; for SELinux: {SELINUX}",
     )
 
 

@@ -108,6 +108,16 @@ class Requests(Exchange):
             leases.update((lease.devname, lease) for lease in self._listed(None))
             return tuple(map(backing.present, leases.values()))
 
+    def own_numbers(self, dir_fd: int) -> tuple[tuple[int, ...], int] | None:
+        """The device numbers that a directory of loopd's owns, and how many of these are in use. None where it owns
+        none, and where the daemon is an earlier one.
+        """
+        with ExitStack() as stack:
+            # Behind the last device: the rows are not wanted.
+            fields = self._ask(stack, wire.Leases(dir_fd=0, after="loop9999999"), (dir_fd,)).fields
+        numbers, in_use = fields.get("numbers"), fields.get("in_use")
+        return (tuple(numbers), in_use) if isinstance(numbers, list) and type(in_use) is int else None
+
     def _listed(self, dir_fd: int | None) -> Iterator[LeaseInfo]:
         request, fds = (wire.Leases(), ()) if dir_fd is None else (wire.Leases(dir_fd=0), (dir_fd,))
         while True:

@@ -64,11 +64,9 @@ class Attaches:
 
     # The flow ---------------------------------------------------------------------------------------------------------
 
-    async def attach(
-        self, exchange: Exchange, mine: Reservation, taken: Taken, job: Job, granted: tuple[int, ...]
-    ) -> None:
-        """From `Taken` to the reply. `granted` are the numbers that the client's grant owns. Raises Refusal."""
-        self._reservations.take_from(mine, granted)
+    async def attach(self, exchange: Exchange, mine: Reservation, taken: Taken, job: Job) -> None:
+        """From `Taken` to the reply. Raises Refusal."""
+        self._reservations.take_from(mine, exchange.numbers)
         done, fds = await self._reservations.bind(mine, job)
         with fds:
             if done.cgroup:

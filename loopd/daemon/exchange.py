@@ -22,6 +22,7 @@ from loopd.protocol.wire import Code, Envelope, Refusal, Reply
 class Exchange:
     """A request that is under way. `fds` are those that its worker handed over, among them the reply socket and the
     keeper. `taken`: its datagram is off the queue. `cgroup`: the id of the sender's account's, 0 where it is not known.
+    `grant`: the directory of loopd's that was sent along, and `numbers` are its own.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Exchange:
         self.finished = False
         self.address = b""
         self.grant = ""
+        self.numbers: tuple[int, ...] = ()
         self.fds = FdSet()
         self.reply_fd: int | None = None
         self.keeper: int | None = None

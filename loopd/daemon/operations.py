@@ -17,6 +17,7 @@ from loopd.daemon.metrics import Gauges
 from loopd.daemon.release import Releases
 from loopd.protocol import wire
 from loopd.protocol.wire import Code, Detach, Hello, Leases, Refusal, Reply, Rescan, Resize
+from loopd.worker import devices
 
 MOST_ROWS = 64
 """Leases in one reply to ``list``; a client that has more asks again."""
@@ -24,6 +25,8 @@ LISTED_PER_SECOND = 8 << 20
 """Bytes of replies to ``list`` that one account gets in a second. A full reply takes the main process a millisecond; so
 one account's lists take an eighth of its time at most.
 """
+NUMBER_BYTES = 1024
+"""To look whether a device number is in use takes as long as so many bytes of a reply."""
 
 
 class Operations:
@@ -52,7 +55,7 @@ class Operations:
             "requests": exchange.terms.limits.requests,
         }
         own = (name for name, kind in wire.OPERATIONS.items() if kind is not wire.Metrics or exchange.admin)
-        return wire.Greeting(__version__, wire.VERSION, tuple(own), limits)
+        return wire.Greeting(__version__, wire.VERSION, tuple(own), limits, exchange.sender.uid)
 
     async def _list(self, exchange: Exchange, request: Leases) -> Reply:
         # In the order of their numbers: the device that the last reply ended with may be gone by now.
@@ -70,10 +73,19 @@ class Operations:
                     more = True
                     break
                 rows.append(row)
-            return wire.LeaseList(tuple(rows), more=more)
+            numbers = exchange.numbers or None
+            size += NUMBER_BYTES * len(exchange.numbers)
+            return wire.LeaseList(tuple(rows), more, numbers, numbers and self._in_use(numbers))
         finally:
             # Given back only when what this reply takes is earned again.
             self._books.poller.later(size / LISTED_PER_SECOND, exchange.account.listing.give)
+
+    def _in_use(self, granted: tuple[int, ...]) -> int:
+        """How many of a grant's numbers are somebody's: another instance's and the host's, too. An attach waits for one
+        that is being removed.
+        """
+        taken = self._books.numbers.granted - self._books.numbers.removals.under_way.keys()
+        return sum(number in taken or bool(devices.size(f"loop{number}")) for number in granted)
 
     async def _detach(self, exchange: Exchange, request: Detach) -> Reply:
         if request.force and not exchange.admin:

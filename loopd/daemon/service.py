@@ -214,9 +214,10 @@ class Service:
                 raise request
             if taken.refusal is not None:
                 raise taken.refusal
-            numbers = await self._recognise(exchange, job) if taken.granted else ()
+            if taken.granted:
+                await self._recognise(exchange, job)
             if mine is not None:
-                await self._attaches.attach(exchange, mine, taken, job, numbers)
+                await self._attaches.attach(exchange, mine, taken, job)
             elif message.grants is not None:
                 self._answers.send(exchange, await self._granting.perform(exchange, message.grants, job))
             else:
@@ -252,13 +253,12 @@ class Service:
         self._release_head(exchange)
         return taken
 
-    async def _recognise(self, exchange: Exchange, job: Job) -> tuple[int, ...]:
-        """Find out which grant was sent along. The numbers that it owns, if it does."""
+    async def _recognise(self, exchange: Exchange, job: Job) -> None:
+        """Find out which grant was sent along, and the numbers that it owns."""
         message: Recognised = answered(await job.done())
         if message.refusal is not None:
             raise message.refusal
-        exchange.grant = message.grant
-        return message.numbers or ()
+        exchange.grant, exchange.numbers = message.grant, message.numbers or ()
 
     def _stuck(self, exchange: Exchange) -> None:
         """Record that the worker hangs, most likely on one of the client's own files."""

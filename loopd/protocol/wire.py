@@ -264,10 +264,16 @@ class LeaseInfo(NamedTuple):
 
 
 class LeaseList(NamedTuple):
-    """Reply to ``list``; `more` when the reply was full and another request with `after` gives the rest."""
+    """Reply to ``list``; `more` when the reply was full and another request with `after` gives the rest.
+
+    `numbers`: the device numbers that the directory owns which was sent along; None where it owns none, or none was
+    sent. `in_use`: how many of these have a device, or one that is detached and still open somewhere.
+    """
 
     leases: tuple[LeaseInfo, ...]
     more: bool = False
+    numbers: tuple[int, ...] | None = None
+    in_use: int | None = None
 
 
 class Granted(NamedTuple):
@@ -314,12 +320,15 @@ class Resized(NamedTuple):
 
 
 class Greeting(NamedTuple):
-    """Reply to ``hello``: versions, the operations of this socket, and limits in bytes, numbers and seconds."""
+    """Reply to ``hello``: versions, the operations of this socket, and limits in bytes, numbers and seconds. `uid`: the
+    sender's, as the host counts.
+    """
 
     loopd: str
     protocol: int
     operations: tuple[str, ...]
     limits: dict[str, int]
+    uid: int | None = None
 
 
 class Measured(NamedTuple):

@@ -12,7 +12,7 @@ _loopctl() {
         [directory]='--remove --devices --json --user --cdi --cdi-dir --losetup --force'
         [rescan]=''
         [resize]=''
-        [doctor]=''
+        [doctor]='--json'
         [hello]='--json'
         [metrics]=''
     )

@@ -66,7 +66,7 @@ _loopctl() {
                 list)
                     _arguments $common '(-o --output)'{-o,--output}'[the columns to print]:columns:_loopctl_columns' \
                         '(-n --noheadings)'{-n,--noheadings}'[leave out the names of the columns]' '--json[print JSON]' ;;
-                hello) _arguments $common '--json[print JSON]' ;;
+                doctor|hello) _arguments $common '--json[print JSON]' ;;
                 directory)
                     _arguments $common '--remove[remove it]' '--devices[how many device numbers it owns]:number:' \
                         '--json[print JSON]' '--user[the directory of another user]:user:_users' \
@@ -74,7 +74,7 @@ _loopctl() {
                         '--losetup[with the stand-ins for losetup and mount]' '--force[also where max_loop is not in force]' \
                         '1:name:' ;;
                 rescan|resize) _arguments $common '1:device:_loopctl_devices' ;;
-                doctor|metrics) _arguments $common ;;
+                metrics) _arguments $common ;;
             esac ;;
     esac
 }

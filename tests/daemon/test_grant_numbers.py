@@ -190,6 +190,38 @@ def _make(name: str) -> bytes:
     return wire.encode_request(wire.Directory(name, 0))
 
 
+def told(daemon: Daemon, grant: Grant) -> tuple[list[int] | None, int | None]:
+    fields = daemon.ask(wire.Leases(1, dir_fd=0), [grant.fd]).fields
+    return fields.get("numbers"), fields.get("in_use")
+
+
+def test_a_container_is_told_of_its_numbers(
+    daemon: Daemon, make: Callable[..., Grant], grants: Path, image: int, tmp_path: Path
+) -> None:
+    """With its list: it may ask for no directories. Counted is what the host has taken, too."""
+    grant = make(daemon, "build", devices=3)
+    assert told(daemon, grant) == (grant.numbers, 0)
+    number = grant.number(image)
+    assert told(daemon, grant) == (grant.numbers, 1)
+    (hosts, _) = set(grant.numbers) - {number}
+    (tmp_path / "hosts").write_bytes(bytes(4096))
+    with contextlib.closing(LoopControl()) as control:
+        control.add(hosts)
+    subprocess.run(["losetup", f"/dev/loop{hosts}", tmp_path / "hosts"], check=True)
+    try:
+        assert told(daemon, grant) == (grant.numbers, 2)
+    finally:
+        subprocess.run(["losetup", "--detach", f"/dev/loop{hosts}"], check=True)
+        with contextlib.closing(LoopControl()) as control:
+            control.remove(hosts)
+    grant.detach(number)
+    eventually(lambda: told(daemon, grant) == (grant.numbers, 0), "all are free")
+    # Nobody else is told, nor is there anything to tell of a grant of an earlier loopd.
+    assert daemon.ask(wire.Leases(0), []).fields.keys() == {"leases", "more"}
+    (grants / f"{os.getuid()}-old").mkdir(mode=0o700)
+    assert told(daemon, make(daemon, "old")) == (None, None)
+
+
 # In use, and free again -----------------------------------------------------------------------------------------------
 
 

@@ -34,10 +34,10 @@ def container(work: Path, *command: str, options: tuple[str, ...] = ()) -> str:
 
 
 @contextmanager
-def kernel_partitions() -> Iterator[None]:
-    """The administrator gives containers nodes of the kernel's partitions."""
+def policy(text: str) -> Iterator[None]:
+    """The administrator's configuration."""
     POLICY.parent.mkdir(exist_ok=True)
-    POLICY.write_text("allow.kernel_partitions = true\n")
+    POLICY.write_text(f"{text}\n")
     run("systemctl", "try-reload-or-restart", SERVICE)
     try:
         yield
@@ -77,7 +77,7 @@ def test_fai_diskimage(folder: Path) -> None:
     (folder / "config/basefiles/LOOPD.tar.zst").symlink_to("/srv/base.tar.zst")
     (folder / "etc").mkdir()
     command = "fai-diskimage -C /srv/work/etc -u built -S 600M -c LOOPD -s /srv/work/config disk.raw"
-    with kernel_partitions():  # grub-install asks sysfs which disk a partition is of
+    with policy("allow.kernel_partitions = true"):  # grub-install asks sysfs which disk a partition is of
         print(container(folder, *command.split(), options=("--device-cgroup-rule=b 259:* rw",)))
     wait_for("nothing is bound", lambda: not bound())
 

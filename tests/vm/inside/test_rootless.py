@@ -146,6 +146,7 @@ def test_the_doctor_in_podman(work: Path, root: str) -> None:
     whole = recipe("Podman, rootless", IMAGE=root)
     found = examined(whole, work)
     assert {level for level, _ in found.values()} == {"OK"}
+    assert "p1 opens: the kernel's partition, whose node loopd can close" in found["partitions"][1]
 
     found = examined(whole.replace("--group-add=keep-groups", ""), work)
     assert found["socket"][0] == found["group"][0] == "FAIL"
@@ -164,3 +165,4 @@ def test_the_doctor_in_podman(work: Path, root: str) -> None:
     loopctl("directory", "--remove", "roots")
     assert found["directory"][0] == "FAIL"
     assert "without sudo" in found["directory"][1]
+    assert f"loopctl directory --user={UID} NAME" in found["directory"][1]
