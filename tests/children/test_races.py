@@ -29,7 +29,7 @@ FAULTS = """
 import errno, os, signal, time, types
 from pathlib import Path
 from loopd.daemon import release, slots
-from loopd.worker import attach, bind, messages, process, records, upkeep
+from loopd.worker import bind, booking, messages, process, records, upkeep
 
 release.HELD_CHECK = 1.0
 flags = Path({flags!r})
@@ -183,7 +183,7 @@ if {clear == "hangs"}:
 
 
 LOSE_AND_ASK = """
-ask = attach.Attaching._ask_for_number
+ask = booking.Booking._ask_for_number
 
 def lose(loop, request):
     if seen("lose"):
@@ -194,14 +194,14 @@ def killed(self):
     number = ask(self)
     if seen("lost"):
         if not number.made:
-            self._tools.control.add(number.number)
+            self._worker.tools.control.add(number.number)
         put("asked", str(number.number))
         wait("die")
         signal.raise_signal(signal.SIGKILL)
     return number
 
 add(bind, "_configure", lose)
-attach.Attaching._ask_for_number = killed
+booking.Booking._ask_for_number = killed
 """
 
 

@@ -43,7 +43,7 @@ class Rig:
         self._records = 0
 
     def take_grant(self) -> int:
-        self.granted = Path(self.daemon.ask(wire.Directory("lost", 0), []).fields["path"])
+        self.granted = Path(self.daemon.ask(wire.Directory("lost", 0, devices=16), []).fields["path"])
         return os.open(self.granted, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def image(self, name: str, size: int = MIB) -> int:

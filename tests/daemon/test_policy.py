@@ -471,7 +471,7 @@ PERMISSIONS = "".join(
 
 
 def test_permissions(configured: Callable[..., Daemon], make_image: Callable[..., int], tmp_path: Path) -> None:
-    assert {*TAKEN, "mknod"} == set(policy.ALLOW_KEYS)
+    assert {*TAKEN, "mknod", "kernel_partitions"} == set(policy.ALLOW_KEYS)
     daemon = configured(PERMISSIONS)
     image, readable = make_image(), make_image(flags=os.O_RDONLY)
 

@@ -275,8 +275,8 @@ def test_make_installs_them(tmp_path: Path, stand_ins: Path) -> None:
 # What the document says -------------------------------------------------------------------------------------------
 
 CONTAINERS = {
-    "with `b 7:* rw` and `CAP_SYS_ADMIN`": [],
-    "with `b 7:* rw` alone": ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"],
+    "`--device`, `--cap-add=SYS_ADMIN`": [],
+    "`--device` alone": ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"],
     "rootless, in a user namespace": ["unshare", "--user", "--map-root-user", "--mount", "--propagation=unchanged"],
 }
 """What each column of the table takes away from a container; the first two have a device cgroup, too."""
@@ -289,10 +289,10 @@ d=$(losetup -f --show image); {FILLED}; dd if=$d of=copy bs=1M status=none; cmp 
 mkfs.vfat -n BOOT image >/dev/null; d=$(losetup -f --show image)
 mcopy -i $d text ::text; mtype -i $d ::text; losetup -d $d
 """,
+    "`losetup -P`, and the same on `/dev/loopNpM`": f"d=${{disk}}p1; {FILLED}",
     "`kpartx`, and the same on `/dev/mapper/loopNpM`": f"""
 d=/dev/mapper/$(kpartx -asv maps.img | cut -d' ' -f3 | head -1); {FILLED}; kpartx -dsv maps.img
 """,
-    "`losetup -P`, and the same on `/dev/loopNpM`": f"d=${{disk}}p1; {FILLED}",
     "`mount DEVICE`, `mount -o loop`": """
 mkfs.ext4 -q -F image; mkdir -p m; d=$(losetup -f --show image); mount $d m; umount m; losetup -d $d
 mount -o loop image m; umount m
