@@ -102,7 +102,7 @@ check: venv for-check
 	.venv/bin/pytest $(if $(K),-k "$(K)") $(AGAIN)
 
 fuzz: venv for-check
-	LOOPD_FUZZ_DATAGRAMS=$(FUZZ) .venv/bin/pytest tests/fuzz.py $(AGAIN)
+	LOOPD_FUZZ_DATAGRAMS=$(FUZZ) .venv/bin/pytest tests/protocol/fuzz.py $(AGAIN)
 
 bench: venv for-bench
 	.venv/bin/python -c 'import matplotlib' 2>/dev/null || \

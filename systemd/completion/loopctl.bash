@@ -1,4 +1,4 @@
-# Completion of loopctl(1) for bash. Needs nothing but bash; tests/test_completion.py holds it against loopctl's options.
+# Completion of loopctl(1) for bash. Needs nothing but bash; tests/cli/test_completion.py holds it against loopctl's options.
 
 _loopctl() {
     local common='--socket --admin --timeout --help'

@@ -1,4 +1,4 @@
-# Completion of loopctl(1) for fish; tests/test_completion.py holds it against loopctl's options.
+# Completion of loopctl(1) for fish; tests/cli/test_completion.py holds it against loopctl's options.
 
 set -l verbs attach run detach list directory rescan resize doctor hello metrics
 complete -c loopctl -f

@@ -1,5 +1,5 @@
 #compdef loopctl
-# Completion of loopctl(1) for zsh; tests/test_completion.py holds it against loopctl's options.
+# Completion of loopctl(1) for zsh; tests/cli/test_completion.py holds it against loopctl's options.
 
 _loopctl_devices() {
     local -a devices

@@ -25,13 +25,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import untouched
-from conftest import ROOT, Daemon, ask, bound_to, eventually  # the path is set above
-from fuse_never import Never
-from kept import Kept
-from processes import Child
 from report import Row, alone, compared, load, plot, save, table, write_into
-from untouched import LONG_QUEUE, cgroup, pair, reply_of, send
+from support import untouched
+from support.daemon import ROOT, Daemon, ask, bound_to, eventually  # the path is set above
+from support.fuse_never import Never
+from support.kept import Kept
+from support.processes import Child
+from support.untouched import LONG_QUEUE, cgroup, pair, reply_of, send
 
 import loopd
 from loopd.loop import Loop

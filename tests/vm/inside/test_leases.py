@@ -38,7 +38,7 @@ from host import (
 PROJECT = Path(__file__).parents[3]
 sys.path.insert(0, str(PROJECT / "tests"))
 
-from fuse_never import Never  # noqa: E402  # a file system that never answers, shared with the machine's tests
+from support.fuse_never import Never  # noqa: E402  # a file system that never answers, shared with the machine's tests
 
 PRESERVES = systemd_version() >= 254
 """FileDescriptorStorePreserve=: what is in the fd store outlives a stop."""

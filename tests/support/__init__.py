@@ -1,0 +1,1 @@
+"""What tests share, and no test: daemons and clients, what goes on around them, and what may not be left over."""
