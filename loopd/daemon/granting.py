@@ -69,7 +69,8 @@ class Granting:
         administrator may: a device plugin of Kubernetes makes a grant for each container.
         """
         account, limits = exchange.account, exchange.terms.limits
-        if not exchange.admin and not account.numbers.spend(limits.new_numbers, limits.new_numbers_per_minute / 60, count):
+        a_second = limits.new_numbers_per_minute / 60
+        if not exchange.admin and not account.numbers.spend(limits.new_numbers, a_second, count):
             limit = f"{limits.new_numbers} and {limits.new_numbers_per_minute:g} a minute"
             reason = f"a directory with {count} device numbers is more than this account may have now: {limit}"
             raise Refusal(Code.QUOTA, reason)
