@@ -17,7 +17,7 @@ from loopd.deviceplugin import messages
 from loopd.deviceplugin.service import Service
 
 CALL = 5.0
-"""Seconds that the kubelet has for an answer."""
+"""Seconds that the kubelet has for an answer, and its calls for theirs when the service ends."""
 CALLS = 16
 """Calls of the kubelet's that are served at a time. One is its watch."""
 # gRPC's library makes an authority of the escaped path of a socket, which some servers refuse as malformed.
@@ -85,6 +85,7 @@ class Endpoint:
         """Serve no longer. Waits: the library removes the socket by its name."""
         self._registered = (None, None)
         if self._server is not None:
+            self._service.end_watches()
             self._server.stop(CALL).wait()
             self._server = None
 

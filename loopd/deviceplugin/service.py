@@ -39,6 +39,7 @@ class Service:
         self.failures = 0
         self._say = say
         self._healthy = False
+        self._ended = 0
         self._changed = threading.Condition()
 
     @property
@@ -50,6 +51,12 @@ class Service:
         """Whether loopd answers."""
         with self._changed:
             self._healthy = healthy
+            self._changed.notify_all()
+
+    def end_watches(self) -> None:
+        """Return from every watch: a server that is to end would wait for them."""
+        with self._changed:
+            self._ended += 1
             self._changed.notify_all()
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -82,11 +89,16 @@ class Service:
         if not context.add_callback(wake):  # it has ended already
             return
         said: bool | None = None
+        ended = self._ended
+
+        def over() -> bool:
+            return self._ended != ended or not context.is_active()
+
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._healthy is not said or not context.is_active())  # noqa: B023
+                self._changed.wait_for(lambda: self._healthy is not said or over())  # noqa: B023
                 said = self._healthy
-            if not context.is_active():
+            if over():
                 return
             yield messages.list_and_watch_response(self.grants.resource.ids, said)
 

@@ -206,7 +206,7 @@ def test_what_an_id_had_before_ends(ready: Node) -> None:
     (answer,) = ready.allocate("loop-7")
     with Container(ready, answer).attached() as number:
         (fresh,) = ready.allocate("loop-7")
-        assert not exists(f"loop{number}")
+        eventually(lambda: not exists(f"loop{number}"), "its device has gone")
     (name,) = ready.grants()
     assert str(ready.grants_at / name) in {mount["host_path"] for mount in fresh["mounts"]}
     before, after = (set(Container(ready, each).numbers) for each in (answer, fresh))
@@ -356,7 +356,7 @@ def test_a_plugin_that_is_started_again(ready: Node, number: signal.Signals) -> 
         assert ready.grants() == before
         assert exists(f"loop{attached}")
         ready.allocate("loop-0")
-        assert not exists(f"loop{attached}")
+        eventually(lambda: not exists(f"loop{attached}"), "its device has gone")
         assert not before.keys() & ready.grants().keys()
 
 

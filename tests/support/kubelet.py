@@ -1,9 +1,9 @@
 """A stand-in for the kubelet, as far as a device plugin sees one: a process of its own, told what to do line by line.
 
 Its messages are made by protobuf's own library from the table below, which has the fields of the kubelet's api.proto
-(k8s.io/kubelet v0.34, pkg/apis/deviceplugin/v1beta1 and pkg/apis/podresources/v1). Nothing of loopd is imported. As the
-kubelet does, it removes every socket in its folder when it starts, makes its own anew, calls back whoever registers, and
-lists no pods until it is told of them.
+(k8s.io/kubelet, pkg/apis/deviceplugin/v1beta1 and pkg/apis/podresources/v1). Nothing of loopd is imported. As the
+kubelet does, it removes every socket in its folder when it starts, makes its own anew, calls back whoever registers,
+and lists no pods until it is told of them.
 
     kubelet.py FOLDER AUTHORITY
 
@@ -36,7 +36,8 @@ FIELDS = {
         ContainerAllocateRequest: string* devices_ids 1
         CDIDevice: string name 1
         AllocateResponse: ContainerAllocateResponse* container_responses 1
-        ContainerAllocateResponse: map envs 1, Mount* mounts 2, DeviceSpec* devices 3, map annotations 4, CDIDevice* cdi_devices 5
+        ContainerAllocateResponse: map envs 1, Mount* mounts 2, DeviceSpec* devices 3
+        ContainerAllocateResponse: map annotations 4, CDIDevice* cdi_devices 5
         Mount: string container_path 1, string host_path 2, bool read_only 3
         DeviceSpec: string container_path 1, string host_path 2, string permissions 3
     """,
@@ -50,7 +51,7 @@ FIELDS = {
         NUMANode: int64 ID 1
     """,
 }  # fmt: skip
-"""A message a line; * is repeated, map is of string to string."""
+"""A message a line, or its next fields; * is repeated, map is of string to string."""
 HEALTHY = "Healthy"
 
 
@@ -61,7 +62,8 @@ def described(package: str) -> descriptor_pb2.FileDescriptorProto:
     scalars = {"string": kinds.TYPE_STRING, "bool": kinds.TYPE_BOOL, "int64": kinds.TYPE_INT64}
     for line in FIELDS[package].strip().splitlines():
         name, _, rest = line.strip().partition(":")
-        message = file.message_type.add(name=name)
+        known = [each for each in file.message_type if each.name == name]
+        message = known[0] if known else file.message_type.add(name=name)
         for text in filter(None, rest.strip().split(", ")):
             kind, label, number = text.split()
             field = message.field.add(name=label, number=int(number), label=kinds.LABEL_OPTIONAL)
@@ -121,7 +123,7 @@ class Plugin:
                 self.devices = {device.ID: device.health for device in answer.devices}
                 self.lists += 1
         except grpc.RpcError as error:
-            self.ended = error.code().name  # type: ignore[attr-defined]  # it is the call, too
+            self.ended = error.code().name
         self.devices = {}
 
     def options(self) -> Any:

@@ -1,4 +1,4 @@
-"""A node of Kubernetes for tests: loopd, the stand-in for a kubelet, the device plugin, and containers as it asks for."""
+"""A node of Kubernetes for tests: loopd, a stand-in for the kubelet, the device plugin, and the containers of pods."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from loopd.protocol import wire
 from support.daemon import ROOT, eventually
 from support.kept import Kept
-
-from loopd.protocol import wire
 
 KIND = "loopd.alt/loop"
 LOCALHOST = "localhost"
@@ -33,6 +32,7 @@ class StandIn:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
+        self.ask("state")  # it is there
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -172,6 +172,8 @@ class Container:
         command += ["--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"]
         command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/run", "--tmpfs", "/tmp"]
         command += ["--bind", str(self.work), "/work", "--chdir", "/work"]
+        for folder in (node.prefix, node.prefix / "bin", node.prefix / "lib"):  # else they are root's alone
+            command += ["--perms", "0755", "--dir", str(folder)]
         for mount in answer["mounts"]:
             assert mount["read_only"]
             command += ["--dev-bind", mount["host_path"], mount["container_path"]]
@@ -188,7 +190,9 @@ class Container:
 
     def run(self, script: str) -> str:
         command = [*self._command, "sh", "-ec", script]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
