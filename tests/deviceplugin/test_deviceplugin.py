@@ -103,7 +103,8 @@ def test_an_authority_that_is_a_path(node: Node) -> None:
 def test_it_waits_for_the_kubelet(node: Node) -> None:
     (node.folder / "device-plugins").mkdir(mode=0o750)
     node.start_plugin()
-    time.sleep(1)
+    eventually(lambda: "loopd answers" in node.told(), "it looks at loopd")
+    time.sleep(1.5)
     assert node.told().splitlines() == ["loopd-device-plugin: loopd.alt/loop: loopd answers"]
     node.start_kubelet()
     node.ready()

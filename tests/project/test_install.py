@@ -16,6 +16,8 @@ from loopd import __version__
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SYSTEM_PYTHON = "/usr/bin/python3"
+PLUGIN_MODULES = {f"usr/lib/loopd/{path.relative_to(ROOT)}" for path in (ROOT / "loopd/deviceplugin").glob("*.py")}
+PLUGIN_PAGE = "usr/share/man/man8/loopd-device-plugin.8"
 STAND_INS = ("losetup", "mount", "kpartx", "dmsetup", "partx", "partprobe")
 """Programs that are installed to be bind-mounted alone, each under the name of what it stands in for."""
 
@@ -52,11 +54,12 @@ def prefix(tmp_path: Path) -> Path:
 def test_files_of_the_package(tmp_path: Path) -> None:
     install(f"DESTDIR={tmp_path}", "PREFIX=/usr")
     found = files(tmp_path)
-    modules = {f"usr/lib/loopd/{path.relative_to(ROOT)}" for path in (ROOT / "loopd").rglob("*.py")}
+    modules = {f"usr/lib/loopd/{path.relative_to(ROOT)}" for path in (ROOT / "loopd").rglob("*.py")} - PLUGIN_MODULES
     tag = subprocess.check_output([SYSTEM_PYTHON, "-c", "import sys; print(sys.implementation.cache_tag, end='')"])
     compiled = {f"{os.path.dirname(name)}/__pycache__/{Path(name).stem}.{tag.decode()}.pyc" for name in modules}
     stand_ins = {f"usr/lib/loopd/bin/{name}" for name in STAND_INS}
     pages = {f"usr/share/man/man{path.stem[-1]}/{path.stem}" for path in (ROOT / "docs/man").iterdir()}
+    pages.remove(PLUGIN_PAGE)
     assert found == modules | compiled | stand_ins | pages | {
         "usr/lib/python3/dist-packages/loopd",
         "usr/bin/loopctl",
@@ -87,6 +90,19 @@ def test_files_of_the_package(tmp_path: Path) -> None:
         text = (tmp_path / name).read_text()
         assert "@PREFIX@" not in text, name
         assert str(tmp_path) not in text, name
+
+
+def test_files_of_the_device_plugin(tmp_path: Path) -> None:
+    """Beside loopd's, of which it has none."""
+    done = make("install-device-plugin", f"DESTDIR={tmp_path}", "PREFIX=/usr")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr in ("", "make: missing: python3-grpcio, without which it does not start\n")
+    found = {name for name in files(tmp_path) if "__pycache__" not in name}
+    unit = "usr/lib/systemd/system/loopd-device-plugin.service"
+    assert found == PLUGIN_MODULES | {PLUGIN_PAGE, unit, "usr/sbin/loopd-device-plugin"}
+    assert "\nExecStart=/usr/sbin/loopd-device-plugin $OPTIONS\n" in (tmp_path / unit).read_text()
+    for name in found:
+        assert str(tmp_path) not in (tmp_path / name).read_text(), name
 
 
 def test_everybody_can_read_it_whatever_the_umask(tmp_path: Path) -> None:

@@ -91,7 +91,11 @@ for _package in FIELDS:
 
 def message(name: str) -> Any:
     """The class of a message, by its full name."""
-    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(name))
+    found = _POOL.FindMessageTypeByName(name)
+    if hasattr(message_factory, "GetMessageClass"):
+        return message_factory.GetMessageClass(found)
+    older: Any = message_factory.MessageFactory(_POOL)  # before protobuf 4.22
+    return older.GetPrototype(found)
 
 
 def plain(value: Any) -> Any:
