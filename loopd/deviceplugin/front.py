@@ -54,9 +54,11 @@ class Front(client.Client):
 
     def end(self, numbers: tuple[int, ...]) -> None:
         """End what is attached by these numbers. A device that is open stays until its last close."""
-        for number in numbers:
-            with suppress(client.NotFound, client.ImageIncomplete):  # the journal of the host has the second
-                self.detach(f"loop{number}", force=True)
+        names = {f"loop{number}" for number in numbers}
+        for lease in self._listed(None):  # a detach of what is not there would be a refusal in the journal
+            if lease.devname in names and lease.state == "bound":
+                with suppress(client.NotFound, client.ImageIncomplete):  # the journal has the second
+                    self.detach(lease.devname, force=True, diskseq=lease.diskseq)
 
     def grants(self) -> tuple[wire.GrantInfo, ...]:
         """All that there are."""

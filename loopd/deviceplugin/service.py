@@ -106,10 +106,12 @@ class Service:
         try:
             answer = self._made(request)
         except Refused as refused:
-            self.failures += 1
+            with self._changed:
+                self.failures += 1
             self._say(f"{self.grants.resource.name}: {request}: {refused}")
             context.abort(refused.code, str(refused))
-        self.allocations += len(answer)
+        with self._changed:
+            self.allocations += len(answer)
         return answer
 
     def _made(self, request: Ids) -> tuple[Container, ...]:

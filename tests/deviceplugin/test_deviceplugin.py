@@ -431,7 +431,7 @@ def test_load(node: Node) -> None:
     assert fds[-1] <= fds[0] + 5, fds
     children = Path(f"/proc/{node.plugin.pid}/task/{node.plugin.pid}/children").read_text().split()
     assert children == []
-    assert "refused" not in node.told()
+    assert node.daemon.records("refused") == []
 
 
 def _attach_and_end(node: Node, image: Path, directory: str) -> None:
