@@ -18,7 +18,7 @@ DISKS = (
 ).split()
 CONTAINERS = "podman crun uidmap passt slirp4netns fuse-overlayfs bubblewrap docker.io lxc".split()
 # What the device plugin needs, and beside it the stand-in for a kubelet.
-PLUGIN = ["python3-grpcio"]
+PLUGIN = ["python3-grpcio", "libre2-11"]  # debootstrap does not find the second, which the first needs by another name
 KUBELET = [*PLUGIN, "python3-protobuf"]
 BUILDERS = "fai-server fai-setup-storage debootstrap".split()
 
