@@ -31,6 +31,7 @@ STAND_INS = losetup:losetup mountloop:mount kpartx:kpartx dmsetup:dmsetup partx:
 SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/systemd/catalog/loopd.catalog \
 	loopd-admin.socket:lib/systemd/system/loopd-admin.socket \
 	loopd-admin@.socket:lib/systemd/system/loopd-admin@.socket \
+	loopd-directory@.service:lib/systemd/system/loopd-directory@.service \
 	loopd-metrics.service:lib/systemd/system/loopd-metrics.service \
 	loopd-metrics.timer:lib/systemd/system/loopd-metrics.timer loopd.service:lib/systemd/system/loopd.service \
 	loopd.service:lib/systemd/system/loopd@.service loopd.socket:lib/systemd/system/loopd.socket \
@@ -151,7 +152,7 @@ ifneq ($(MANUAL),)
 endif
 	for pair in $(SYSTEM); do install -D -m 644 systemd/"$${pair%:*}" $(DESTDIR)$(PREFIX)/"$${pair#*:}" || exit; done
 	sed -i 's|@PREFIX@|$(PREFIX)|' $(LIB)/systemd/system/loopd.service $(LIB)/systemd/system/loopd@.service \
-	    $(LIB)/systemd/system/loopd-metrics.service
+	    $(LIB)/systemd/system/loopd-directory@.service $(LIB)/systemd/system/loopd-metrics.service
 ifeq ($(DESTDIR),)
 	if [ -d /run/systemd/system ]; then \
 	    systemd-sysusers loopd.conf && systemd-tmpfiles --create loopd.conf && journalctl --update-catalog && \
@@ -169,7 +170,9 @@ ifeq ($(DESTDIR),)
 	        [ ! -S "$$socket" ] || $(PREFIX)/bin/loopctl --socket "$$socket" --timeout 10 detach --all --force --wait 2 || :; \
 	    done; \
 	    systemctl disable --now loopd-device-plugin.service 2>/dev/null; \
-	    systemctl disable --now loopd.socket loopd-admin.socket loopd-metrics.timer; systemctl disable loopd@.socket loopd-admin@.socket; \
+	    systemctl stop 'loopd-directory@*.service'; \
+	    systemctl disable --now loopd.socket loopd-admin.socket loopd-metrics.timer; \
+	    systemctl disable loopd@.socket loopd-admin@.socket loopd-directory@.service; \
 	    systemctl stop 'loopd@*.socket' 'loopd-admin@*.socket' loopd.service 'loopd@*.service' 'run-loopd\x2ddev.mount'; \
 	    [ "$$metrics" != active ] || systemctl start loopd-metrics.service; \
 	    systemctl clean --what=fdstore loopd.service 'loopd@*.service' 2>/dev/null || :; \
@@ -181,7 +184,7 @@ endif
 	    $(foreach pair,$(SYSTEM) $(COMPLETION) $(PAGES),$(DESTDIR)$(PREFIX)/$(lastword $(subst :, ,$(pair))))
 	rmdir --ignore-fail-on-non-empty $(DESTDIR)$(PREFIX)/share/doc/loopd 2>/dev/null || :
 ifeq ($(DESTDIR),)
-	rm -rf /run/loopd /run/loopd-admin /run/loopd-*/sock /run/loopd-*/admin.sock
+	rm -rf /run/loopd /run/loopd-admin /run/loopd-*/sock /run/loopd-*/admin.sock /run/cdi/loopd-*.json
 	rmdir --ignore-fail-on-non-empty /etc/loopd /run/loopd-* 2>/dev/null || :
 	if [ -d /run/systemd/system ]; then \
 	    systemctl daemon-reload && journalctl --update-catalog && { ! [ -S /run/udev/control ] || udevadm control --reload; }; \

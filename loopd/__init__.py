@@ -46,14 +46,16 @@ if TYPE_CHECKING:
         Unsupported,
         attach,
         detach,
+        directories,
         directory,
+        grant,
         hello,
         pidfd_open,
         rescan,
         resize,
     )
     from loopd.client.api import leases as list  # noqa: A004  # it is to read loopd.list()
-    from loopd.protocol.wire import Attached, Code, Greeting, LeaseInfo
+    from loopd.protocol.wire import Attached, Code, Granted, GrantInfo, Greeting, LeaseInfo
 
 __all__ = [
     "ADMIN_SOCKET",
@@ -71,6 +73,8 @@ __all__ = [
     "Dropped",
     "Error",
     "Exists",
+    "GrantInfo",
+    "Granted",
     "Greeting",
     "ImageIncomplete",
     "Internal",
@@ -90,7 +94,9 @@ __all__ = [
     "Unsupported",
     "attach",
     "detach",
+    "directories",
     "directory",
+    "grant",
     "hello",
     "list",
     "pidfd_open",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import bound_to, eventually, require
+from conftest import eventually, require
 from test_deliveries import UID, World, as_user, world
 from test_install import install
 
@@ -334,7 +334,8 @@ def test_what_it_brings_works(world: World, loopctl: Command, prefix: Path) -> N
     assert attached == f"/dev/loopd/{listed}"
     assert {int(re.findall(r"\d+$", device)[0]) for device in (attached, flat)} < set(numbers)
     assert mount == "/usr/local/sbin/mount"
-    eventually(lambda: not bound_to(Path("/tmp")), "the devices have ended with their container")
+    bound = [Path(f"/sys/block/loop{number}/loop") for number in numbers]
+    eventually(lambda: not any(path.exists() for path in bound), "the devices have ended with their container")
 
 
 def test_it_is_refused_without_max_loop(world: World, loopctl: Command) -> None:
@@ -416,8 +417,9 @@ def test_no_container_gets_the_administrators_socket(world: World, loopctl: Comm
         (["--losetup"], "--losetup needs --cdi"),
         (["--force"], "--force needs --cdi"),
         (["--cdi-dir", "/x"], "--cdi-dir needs --cdi"),
-        (["--cdi", "--remove"], "--remove takes the specification away"),
-        (["--cdi", "--admin"], "not for --admin's"),
+        (["--cdi", "--remove"], "a specification goes by itself"),
+        (["--cdi", "--admin"], "--cdi goes with neither --json nor --admin"),
+        (["--cdi", "--json"], "--cdi goes with neither --json nor --admin"),
     ],
 )
 def test_wrong_options(loopctl: Command, options: list[str], told: str) -> None:

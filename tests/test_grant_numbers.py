@@ -23,7 +23,8 @@ from untouched import elsewhere, helpers, maker, paused
 from loopd.daemon import counter as counters
 from loopd.loop import LoopControl
 from loopd.protocol import wire
-from loopd.worker.grants import DEVICES, LISTED
+from loopd.protocol.wire import DEVICES
+from loopd.worker.grants import LISTED
 from loopd.worker.make import FIRST
 
 
@@ -294,7 +295,7 @@ def test_they_survive_the_daemon(kept: Kept, make: Callable[..., Grant], image: 
 def test_a_worker_that_made_it_and_was_killed(kept: Kept, make: Callable[..., Grant], grants: Path, image: int) -> None:
     """Before it wrote the numbers down, as where the daemon is killed."""
     kept.hello()
-    with injected(helpers(kept), "symlinkat:signal=KILL:when=1"):
+    with injected([kept.pid, *helpers(kept)], "symlinkat:signal=KILL:when=1"):
         assert kept.ask(wire.Directory("build", 0), []).code == "internal"
     fd = os.open(grants / f"{os.getuid()}-build", os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -387,7 +388,7 @@ def test_removed_while_a_device_is_held_open(daemon: Daemon, make: Callable[...,
 def test_what_is_left_of_one_is_tidied_up(kept: Kept, grants: Path, make: Callable[..., Grant]) -> None:
     """A worker was killed between the two steps of a removal."""
     grant, other = make(kept, "build"), make(kept, "other")
-    with injected(helpers(kept), "unlinkat:signal=KILL:when=2"):
+    with injected([kept.pid, *helpers(kept)], "unlinkat:signal=KILL:when=2"):
         assert kept.ask(wire.Directory("build", 0, remove=True), []).code == "internal"
     assert len(list((grants / ".numbers").iterdir())) == 2
     assert not set(make(kept, "build").numbers) & set(grant.numbers)

@@ -149,13 +149,15 @@ def refusal(granted: Granted) -> str | None:
 # Files --------------------------------------------------------------------------------------------------------
 
 
-def folders(uid: int) -> list[str]:
-    """Where runtimes look that this user's containers may come from; the first is written to."""
+def folders(uid: int, first: str | None) -> list[str]:
+    """Where the specification of a user's directory may be; the first is written to."""
     if uid == 0 or os.geteuid() == 0:
-        return ["/run/cdi", "/etc/cdi"]
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return [os.path.join(folder, "cdi") for folder in (runtime, config) if folder]
+        known = ["/run/cdi", "/etc/cdi"]
+    else:
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+        known = [os.path.join(folder, "cdi") for folder in (runtime, config) if folder]
+    return known if first is None else [first, *(folder for folder in known if folder != os.path.normpath(first))]
 
 
 def write(folder: str, uid: int, name: str, spec: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ VERBS: dict[str, Verb] = {
     "detach": Verb("detach devices and wait until their images are free", verbs.detach, options.detach_options),
     "list": Verb("show the devices that are held", verbs.listed, options.list_options),
     "directory": Verb(
-        "on the host: make a directory to be bound into a container, and print its path",
+        "on the host: make a directory to be bound into a container, and print its path; or list them",
         verbs.directory,
         options.directory_options,
     ),
@@ -96,7 +96,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     behind.parse_args(rest, args)  # leaves be what was given in front of the verb
     if args.verb == "detach":
         _check_detach(args, behind)
-    elif args.verb == "directory":
+    if args.verb == "directory":
         _check_directory(args, behind)
     return args
 
@@ -111,13 +111,15 @@ def _check_detach(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def _check_directory(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.name is None and (args.remove or args.devices or args.cdi or args.user):
+        parser.error("expected the NAME of the directory")
+    if args.remove and (args.devices or args.json or args.cdi):
+        parser.error("--remove goes with neither --devices nor --json nor --cdi: a specification goes by itself")
     for option in ("losetup", "force", *(() if args.remove else ("cdi_dir",))):
         if getattr(args, option) and not args.cdi:
             parser.error(f"--{option.replace('_', '-')} needs --cdi")
-    if args.cdi and args.remove:
-        parser.error("--remove takes the specification away by itself: --cdi is not for it")
-    if args.cdi and args.admin:
-        parser.error("--cdi gives a container the socket, so it is not for --admin's")
+    if args.cdi and (args.json or args.admin):
+        parser.error("--cdi goes with neither --json nor --admin")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

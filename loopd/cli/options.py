@@ -13,7 +13,7 @@ from typing import Any, Iterable, NoReturn
 from loopd import __version__
 from loopd.cli.output import put, readable, say
 from loopd.cli.table import COLUMNS
-from loopd.cli.values import columns, device, device_or_image, lifetime, seconds, size
+from loopd.cli.values import columns, device, device_or_image, devices, lifetime, seconds, size
 from loopd.client import api as client
 from loopd.protocol import wire
 
@@ -144,8 +144,15 @@ def detach_options(parser: argparse.ArgumentParser) -> None:
 
 def directory_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("name", metavar="NAME", help="its name, of letters, digits and any of _.-")
+    add("name", metavar="NAME", nargs="?", help="its name, of letters, digits and any of _.-; without one, list all")
     add("--remove", action="store_true", help="remove it; there may be no device in it")
+    add(
+        "--devices",
+        metavar="N",
+        type=devices,
+        help=f"how many device numbers it owns, 1 to {wire.MAX_DEVICES} (default: {wire.DEVICES} where it is made)",
+    )
+    add("--json", action="store_true", help="print JSON, with its device numbers")
     add("--user", metavar="USER", help="as root: the directory of another user, for that user's rootless containers")
     add(
         "--cdi",

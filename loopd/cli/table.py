@@ -1,14 +1,14 @@
-"""The table of ``loopctl list``: its columns, and how a value looks in one.
+"""The tables of ``loopctl list`` and ``loopctl directory``: their columns, and how a value looks in one.
 
 Changes when there is another column.
 """
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 from loopd.cli.output import clean
-from loopd.protocol.wire import LeaseInfo
+from loopd.protocol.wire import GrantInfo, LeaseInfo
 
 SUFFIXES = "KMGTPE"
 
@@ -55,6 +55,28 @@ COLUMNS: dict[str, Callable[[LeaseInfo], str]] = {
 }
 """Of ``loopctl list``. Names of any length come last."""
 
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """As 4096-4103,4160."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
+
+
+GRANTS: dict[str, Callable[[GrantInfo], str]] = {
+    "NAME": lambda grant: grant.name,
+    "UID": lambda grant: str(grant.uid),
+    "DEVICES": lambda grant: str(len(grant.numbers)),
+    "IN-USE": lambda grant: str(grant.in_use),
+    "NUMBERS": lambda grant: _ranges(grant.numbers) or "-",
+    "PATH": lambda grant: grant.path,
+}
+"""Of ``loopctl directory``."""
+
 OWN = ("NAME", "SIZE", "RO", "DIO", "SECTOR", "AGE", "STATE", "LEASE", "BACK-FILE")
 """What a user sees of his own devices."""
 EVERYBODYS = ("NAME", "SIZE", "AGE", "STATE", "LEASE", "UID", "PID", "UNIT", "OPEN-IN", "BACK-FILE")
@@ -67,11 +89,16 @@ def _cut(text: str) -> str:
     return text if len(text) <= WIDEST else f"{text[: WIDEST - 11]}...{text[-8:]}"
 
 
-def table(leases: Sequence[LeaseInfo], columns: Sequence[str], *, cut: bool, headings: bool) -> str:
-    """The leases in lines, below the names of the columns; with `cut`, all but the last cell are of limited width."""
+def table(
+    records: Sequence[Any], columns: Sequence[str], *, cut: bool, headings: bool,
+    known: Mapping[str, Callable[[Any], str]] = COLUMNS,
+) -> str:  # fmt: skip
+    """Leases, or what `known` has columns of, in lines below the names of the columns. With `cut`, all but the last
+    cell are of limited width.
+    """
     rows = [list(columns)] if headings else []
-    for lease in leases:
-        *cells, last = (clean(COLUMNS[column](lease)) for column in columns)
+    for record in records:
+        *cells, last = (clean(known[column](record)) for column in columns)
         rows.append([*(map(_cut, cells) if cut else cells), last])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

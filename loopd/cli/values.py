@@ -43,6 +43,14 @@ def seconds(text: str) -> float:
     return value
 
 
+def devices(text: str) -> int:
+    """How many device numbers a directory owns."""
+    value = int(text) if text.isascii() and text.isdecimal() and len(text) < 9 else 0
+    if not 1 <= value <= wire.MAX_DEVICES:
+        raise argparse.ArgumentTypeError(f"expected 1 to {wire.MAX_DEVICES}, not {text!r}")
+    return value
+
+
 def is_device(text: str) -> bool:
     """Whether a word is a device's name or the path of its node, and not the path of a file that is named so."""
     try:

@@ -15,7 +15,7 @@ from typing import Iterator
 from loopd.cli import command
 from loopd.cli.interrupt import Interrupt
 from loopd.cli.output import Failure, clean, explain, fields, put, readable, tell, warn
-from loopd.cli.table import EVERYBODYS, OWN, table
+from loopd.cli.table import EVERYBODYS, GRANTS, OWN, table
 from loopd.cli.values import is_device
 from loopd.client import api as client
 from loopd.protocol import wire
@@ -201,11 +201,18 @@ def listed(args: argparse.Namespace) -> int:
 
 
 def directory(args: argparse.Namespace) -> int:
+    asked = _client(args)
+    if args.name is None:
+        found = asked.directories()
+        if args.json:
+            put(json.dumps({"directories": [fields(grant) for grant in found]}, indent=2))
+        elif found:
+            put(table(found, tuple(GRANTS), cut=False, headings=True, known=GRANTS))
+        return 0
     from loopd.cli import cdi, user  # noqa: PLC0415  # nobody else needs them
 
-    asked = _client(args)
     uid = user.uid_of(args.user)
-    within = [*cdi.folders(uid), *([args.cdi_dir] if args.cdi_dir else [])]
+    within = cdi.folders(uid, args.cdi_dir)
     if args.remove:
         with user.acting_as(args.user, asked.socket):
             missing = _removed(asked, args.name)
@@ -216,22 +223,27 @@ def directory(args: argparse.Namespace) -> int:
     if args.cdi and "metrics" in asked.hello().operations:
         raise Failure(f"--cdi gives a container the socket, and {asked.socket} is an administrator's")
     with user.acting_as(args.user, asked.socket):
-        granted = asked.granted(args.name)
-        # A daemon that has just been started does not know yet whether max_loop is in force.
-        deadline = time.monotonic() + min(args.timeout, 10)
-        while args.cdi and granted.remade is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-            granted = asked.granted(args.name)
+        granted = _granted(asked, args)
     if args.cdi:
         spec = cdi.checked(uid, args.name, granted, cdi.parts(asked.socket, args.losetup), args.force)
-        cdi.write(args.cdi_dir or within[0], uid, args.name, spec)
-        cdi.remove([folder for folder in within if folder != (args.cdi_dir or within[0])], uid, args.name)
+        cdi.write(within[0], uid, args.name, spec)
+        cdi.remove(within[1:], uid, args.name)
         put(f"{cdi.kind(uid)}={args.name}")
         return 0
     for stale in cdi.remove(within, uid, args.name, unless=granted.numbers):
         warn(f"warning: {stale} named devices that are not this directory's, and is removed: --cdi writes it anew")
-    put(granted.path)
+    put(json.dumps(fields(granted), indent=2) if args.json else granted.path)
     return 0
+
+
+def _granted(asked: client.Client, args: argparse.Namespace) -> wire.Granted:
+    granted = asked.grant(args.name, devices=args.devices)
+    # A daemon that has just been started does not know yet whether max_loop is in force.
+    deadline = time.monotonic() + min(args.timeout, 10)
+    while args.cdi and granted.remade is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        granted = asked.grant(args.name)
+    return granted
 
 
 def _removed(asked: client.Client, name: str) -> client.NotFound | None:

@@ -56,7 +56,7 @@ from loopd.client.inputs import (
 )
 from loopd.client.requests import Requests
 from loopd.protocol import wire
-from loopd.protocol.wire import Attached, Code, Greeting, LeaseInfo
+from loopd.protocol.wire import Attached, Code, Granted, GrantInfo, Greeting, LeaseInfo
 
 __all__ = [
     "ADMIN_SOCKET",
@@ -78,6 +78,8 @@ __all__ = [
     "Dropped",
     "Error",
     "Exists",
+    "GrantInfo",
+    "Granted",
     "Greeting",
     "ImageIncomplete",
     "Internal",
@@ -98,8 +100,10 @@ __all__ = [
     "Unsupported",
     "attach",
     "detach",
+    "directories",
     "directory",
     "directory_grant",
+    "grant",
     "hello",
     "leases",
     "node_path",
@@ -240,9 +244,25 @@ def resize(device: StrPath, *, socket: StrPath | None = None, timeout: float = T
     return Client(socket, timeout).resize(device)
 
 
-def directory(name: str, *, remove: bool = False, socket: StrPath | None = None, timeout: float = TIMEOUT) -> str:
+def directory(
+    name: str, *, remove: bool = False, devices: int | None = None, socket: StrPath | None = None,
+    timeout: float = TIMEOUT,
+) -> str:  # fmt: skip
     """`Client.directory`: the path of a directory to be bound into a container."""
-    return Client(socket, timeout).directory(name, remove=remove)
+    return Client(socket, timeout).directory(name, remove=remove, devices=devices)
+
+
+def grant(
+    name: str, *, remove: bool = False, devices: int | None = None, socket: StrPath | None = None,
+    timeout: float = TIMEOUT,
+) -> Granted:  # fmt: skip
+    """`Client.grant`: the same with the device numbers that the directory owns."""
+    return Client(socket, timeout).grant(name, remove=remove, devices=devices)
+
+
+def directories(*, socket: StrPath | None = None, timeout: float = TIMEOUT) -> tuple[GrantInfo, ...]:
+    """`Client.directories`: the directories of this user."""
+    return Client(socket, timeout).directories()
 
 
 def hello(*, socket: StrPath | None = None, timeout: float = TIMEOUT) -> Greeting:

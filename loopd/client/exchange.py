@@ -30,7 +30,17 @@ from loopd.client.errors import (
 from loopd.client.inputs import StrPath
 from loopd.protocol import wire
 from loopd.protocol.decode import VALIDATORS
-from loopd.protocol.wire import Attached, Detached, Granted, Greeting, LeaseInfo, Measured, Rescanned, Resized
+from loopd.protocol.wire import (
+    Attached,
+    Detached,
+    Granted,
+    GrantInfo,
+    Greeting,
+    LeaseInfo,
+    Measured,
+    Rescanned,
+    Resized,
+)
 
 SOCKET = "/run/loopd/loopd.sock"
 """Where loopd listens; the environment variable LOOPD_SOCKET says otherwise."""
@@ -235,7 +245,7 @@ def _decoded(data: bytes) -> dict[str, Any]:
         raise BadReply(f"the reply makes no sense: {error}") from error
 
 
-Record = TypeVar("Record", Attached, Detached, LeaseInfo, Granted, Rescanned, Resized, Greeting, Measured)
+Record = TypeVar("Record", Attached, Detached, LeaseInfo, Granted, GrantInfo, Rescanned, Resized, Greeting, Measured)
 
 
 def _record(kind: type[Record], fields: dict[str, Any]) -> Record:

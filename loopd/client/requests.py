@@ -14,7 +14,7 @@ from loopd.client.errors import BadReply, Busy, Error, ImageIncomplete, NotFound
 from loopd.client.exchange import Exchange, parsed
 from loopd.client.inputs import StrPath, has_node, opened_grant, opened_places
 from loopd.protocol import wire
-from loopd.protocol.wire import Detached, Granted, Greeting, LeaseInfo, Measured, Rescanned, Resized
+from loopd.protocol.wire import Detached, Granted, GrantInfo, Greeting, LeaseInfo, Measured, Rescanned, Resized
 
 
 class Requests(Exchange):
@@ -49,28 +49,30 @@ class Requests(Exchange):
         request = wire.Resize(devname=os.path.basename(os.fspath(device)))
         return parsed(Resized, self._about(device, request)).size
 
-    def directory(self, name: str, *, remove: bool = False) -> str:
+    def directory(self, name: str, *, remove: bool = False, devices: int | None = None) -> str:
         """Make the directory `name` of this user on the host, to be bound into a container, or `remove` it; its path.
 
-        A directory that exists stays as it is. `Busy` where the directory to remove has a device in it.
+        A directory that exists stays as it is. `Busy` where the directory to remove has a device in it. `devices`: how
+        many device numbers the directory owns, by default as many as it has, and 8 where it is made; `Exists` where it
+        has another number of them.
         """
-        return self.granted(name, remove=remove).path
+        return self.grant(name, remove=remove, devices=devices).path
 
-    def granted(self, name: str, *, remove: bool = False) -> Granted:
-        """As `directory`; with all that the daemon says of it."""
+    def grant(self, name: str, *, remove: bool = False, devices: int | None = None) -> Granted:
+        """The same, with the device numbers that the directory owns now."""
         with ExitStack() as stack:
             try:
-                granted = parsed(Granted, self._ask(stack, wire.Directory(name, remove=remove)).fields)
-                path = granted.path
+                request = wire.Directory(name, remove=remove, devices=devices)
+                granted = parsed(Granted, self._ask(stack, request).fields)
                 # Root binds the path into containers, so accept only what a loopd would answer.
-                if not os.path.isabs(path) or os.path.basename(path) != f"{os.getuid()}-{name}":
-                    raise BadReply(f"{path} is no directory {name} of loopd's")
+                if not os.path.isabs(granted.path) or os.path.basename(granted.path) != f"{os.getuid()}-{name}":
+                    raise BadReply(f"{granted.path} is no directory {name} of loopd's")
                 # And writes the numbers into what runtimes let containers open.
                 if not all(type(number) is int and 0 <= number < 1 << 20 for number in granted.numbers):
                     raise BadReply(f"{granted.numbers} are no numbers of devices")
                 return granted
             except NotFound as error:
-                error.hint = "as root, `ls /run/loopd-dev` shows those that there are"
+                error.hint = "`loopctl directory` shows those that there are"
                 raise
             except Busy as error:
                 with suppress(Error):
@@ -78,6 +80,21 @@ class Requests(Exchange):
                     shows = f"`LOOPD_DIRECTORY={path} loopctl list` shows them"
                     error.hint = f"{shows}, `loopctl detach {path}/loopN` ends one"
                 raise
+
+    def directories(self) -> tuple[GrantInfo, ...]:
+        """The directories of this user on the host; on the admin socket those of all."""
+        found: list[GrantInfo] = []
+        request = wire.Directories()
+        while True:
+            with ExitStack() as stack:
+                fields = self._ask(stack, request).fields
+            rows = fields.get("directories")
+            if not isinstance(rows, list):
+                raise BadReply("the reply makes no sense: it has no directories")
+            found += [parsed(GrantInfo, row) for row in rows]
+            if not fields.get("more") or not rows:
+                return tuple(found)
+            request = request._replace(after=f"{found[-1].uid}-{found[-1].name}")
 
     def list(self) -> tuple[LeaseInfo, ...]:
         """The leases of this owner and of this container's directory; on the admin socket those of all.

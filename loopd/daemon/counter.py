@@ -120,6 +120,8 @@ class Counter:
     def touch(self, number: int) -> None:
         """The number's use ends now: its quarantine is counted from here."""
         block = (number - FIRST) // BLOCK
+        if not 0 <= block < BLOCKS:  # the host's
+            return
         with contextlib.suppress(OSError):  # the time of its reservation stays
             # The block of a grant's numbers may be another instance's, and stays it.
             used, instance = self._entry(block)

@@ -5,6 +5,8 @@ The numbers are kept with the directories, by the workers; the main process keep
 
 from __future__ import annotations
 
+from typing import Any
+
 from loopd.children.flow import start
 from loopd.children.pool import Job
 from loopd.daemon.audit import Event
@@ -93,20 +95,24 @@ class Granting:
     # All grants -------------------------------------------------------------------------------------------------------
 
     async def inspect(self) -> None:
-        """See to it that no number of a grant is handed out again while the grant is there, nor left idle, where the
-        host's losetup would find it and a client may have its node. A grant may have been made through any instance.
-        """
+        """Look at the numbers that grants own."""
         books = self._books
-        books.poller.later(DAY, lambda: start(self.inspect()))
 
         def stuck() -> None:
             books.audit.record(Event.STUCK, "The directory grants cannot be looked at: they are locked")
 
         job = Job(Inspect(BLOCK), [], books.policy.request_timeout, books.accounts.get("").jobs, stuck)
-        answer = await books.pool.submit(job).done()
+        self.inspected(await books.pool.submit(job).done())
+
+    def inspected(self, answer: Any) -> None:
+        """See to it that no number of a grant is handed out again while the grant is there, nor left idle, where the
+        host's losetup would find it and a client may have its node. A grant may have been made through any instance.
+        """
+        self._books.poller.later(DAY, lambda: start(self.inspect()))
         if not isinstance(answer, Inspected):
             return
-        books.numbers.fresh.keep(answer.blocks)
+        numbers = self._books.numbers
+        numbers.fresh.keep(answer.blocks)
         for number in answer.idle:
-            if number not in books.numbers.granted and not books.numbers.removals.has(number):
-                books.numbers.retire(number, None)
+            if number not in numbers.granted and not numbers.removals.has(number):
+                numbers.retire(number, None)

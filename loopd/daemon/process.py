@@ -29,7 +29,7 @@ from loopd.daemon.leases import State
 from loopd.daemon.metrics import Metrics
 from loopd.daemon.numbers import Numbers
 from loopd.daemon.operations import Operations
-from loopd.daemon.recovery import PAUSE, Recovery
+from loopd.daemon.recovery import Recovery
 from loopd.daemon.release import Releases
 from loopd.daemon.report import Reporter, collect_garbage
 from loopd.daemon.service import Listener, Service
@@ -147,13 +147,12 @@ class Daemon:
         releases.watches = self._arrangements.watches = self._watches
         self._releases = releases
         self._foreign = Foreign(books, releases, bindings)
-        self._recovery = Recovery(books, self._watches, releases, self._arrangements, bindings)
+        granting = Granting(books)
+        self._recovery = Recovery(books, self._watches, releases, self._arrangements, bindings, granting)
         answers = Answers(books, sockets, by_hand=os.geteuid() == 0)
         self._dropping = Dropping(self._children, sockets)
         self._operations = Operations(books, releases, self._arrangements, lambda: self._hanging)
         attaches = Attaches(books, answers, self._watches, releases, self._recovery)
-        granting = Granting(books)
-        books.poller.later(PAUSE, lambda: start(granting.inspect()))
         self._service = Service(books, listeners, self._dropping, answers, attaches, granting, self._operations)
 
     # Policy and signals -----------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from loopd.daemon.accounts import Account
 from loopd.daemon.arrange import Arrangements
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
+from loopd.daemon.counter import BLOCK
+from loopd.daemon.granting import Granting
 from loopd.daemon.leases import Holder, Lease
 from loopd.daemon.release import Releases
 from loopd.daemon.slots import Slot
@@ -37,13 +39,15 @@ class Recovery:
     """Done once, at the start. `abandon` does the same for one attach whose worker was killed."""
 
     def __init__(
-        self, books: Books, watches: Watches, releases: Releases, arrangements: Arrangements, bindings: Bindings
-    ) -> None:
+        self, books: Books, watches: Watches, releases: Releases, arrangements: Arrangements, bindings: Bindings,
+        granting: Granting,
+    ) -> None:  # fmt: skip
         self._books = books
         self._watches = watches
         self._releases = releases
         self._arrangements = arrangements
         self._bindings = bindings
+        self._granting = granting
         self._started = time.time()
         self._found: list[tuple[Lease, Stored, dict[str, int]]] = []
         self._unread: list[socket.socket] = []
@@ -170,9 +174,10 @@ class Recovery:
         # All at once: one that hangs keeps no other bound.
         for row, job in [(row, self._by_worker(Tidy(row))) for row in rows]:
             self._tidied(row, await job.done())
-        await self._by_worker(Sweep(tuple(row.number for row in rows), self._started)).done()
+        found = await self._by_worker(Sweep(tuple(row.number for row in rows), self._started, BLOCK)).done()
         # A number that lingered because its device was bound can go now.
         self._books.numbers.removals.retry()
+        self._granting.inspected(found)
 
     def _tidied(self, row: Row, answer: Any) -> None:
         if not isinstance(answer, Tidied):

@@ -33,6 +33,8 @@ MAX_REF = 63
 """Bytes of ``ref``: the kernel's ``lo_file_name`` holds 64 with its terminating NUL."""
 MAX_AFTER = 80
 """Characters of ``after``: a directory's name with its uid."""
+DEVICES = 8
+"""Device numbers of a directory, where the request that makes it does not say."""
 MAX_DEVICES = 64
 """Device numbers that one directory may own."""
 MAX_WAIT = 3600

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable
 
 from loopd.kernel import libc
-from loopd.protocol.wire import Code, GrantInfo, Refusal
+from loopd.protocol.wire import DEVICES, Code, GrantInfo, Refusal
 from loopd.worker import devices
 from loopd.worker.files import identify
 from loopd.worker.links import Links
@@ -26,8 +26,6 @@ from loopd.worker.nodes import READ, SEARCH, WRITE, access_list, listed, names
 ROOT = "/run/loopd-dev"
 MOST = 256
 """Directories of one uid."""
-DEVICES = 8
-"""Device numbers of a grant, where the request does not say."""
 LISTED = 48
 """Grants in one reply: each takes up to a KiB of it."""
 OWNER = stat.S_ISVTX

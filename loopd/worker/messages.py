@@ -163,11 +163,12 @@ class Tidy(NamedTuple):
 
 class Sweep(NamedTuple):
     """After a start: remove the nodes in loopd's own directories that were left `before` that time (seconds since
-    1970), of these numbers and of all that are not bound.
+    1970), of these numbers and of all that are not bound. And do what `Inspect` is for.
     """
 
     numbers: tuple[int, ...]
     before: float
+    block: int
 
 
 class Inspect(NamedTuple):

@@ -147,11 +147,10 @@ def sweep(worker: Worker, job: Sweep, fds: FdSet) -> bool:
     worker.tools.grants.sweep(
         job.before, lambda name: int(name[4:]) not in lost and backing_file(int(name[4:])) is not None
     )
-    worker.say(Finished())
-    return False
+    return inspect(worker, job, fds)
 
 
-def inspect(worker: Worker, job: Inspect, fds: FdSet) -> bool:
+def inspect(worker: Worker, job: Inspect | Sweep, fds: FdSet) -> bool:
     """Look at the numbers that grants own, and tidy up behind grants that are gone."""
     owned = worker.tools.grants.owned()
     blocks = {number // job.block: number for number in owned}

@@ -9,7 +9,7 @@ _loopctl() {
         [run]="$image"
         [detach]='-a --all --wait --force'
         [list]='-o --output -n --noheadings --json'
-        [directory]='--remove --user --cdi --cdi-dir --losetup --force'
+        [directory]='--remove --devices --json --user --cdi --cdi-dir --losetup --force'
         [rescan]=''
         [resize]=''
         [doctor]=''
@@ -34,7 +34,7 @@ _loopctl() {
         case $word in
             --admin) admin=--admin ;;
             --socket|--timeout|-d|--directory|--deliver|-o|--offset|--output|--sizelimit|-b|--sector-size|--direct-io|\
-            --ref|--lifetime|--wait|--user|--cdi-dir) skip=1 ;;
+            --ref|--lifetime|--wait|--devices|--user|--cdi-dir) skip=1 ;;
             --) command=$((index + 1)); break ;;
             -*|=) ;;
             *) verb=${verb:-$word} ;;
@@ -68,7 +68,7 @@ _loopctl() {
             compopt -o nospace
             return
             ;;
-        -o|--offset|--sizelimit|--ref|--timeout|--wait) return ;;
+        -o|--offset|--sizelimit|--ref|--timeout|--wait|--devices) return ;;
         *)
             if [[ ! $verb ]]; then
                 word="${!options[*]} $common --version"

@@ -33,7 +33,7 @@ for verb in attach run
     complete -c loopctl -n "__fish_seen_subcommand_from $verb" -l ref -x -d 'text to keep with the device'
 end
 complete -c loopctl -n '__fish_seen_subcommand_from attach' -l lifetime -x -a 'container parent detach' -d 'what ends the device'
-complete -c loopctl -n '__fish_seen_subcommand_from attach list hello' -l json -d 'print JSON'
+complete -c loopctl -n '__fish_seen_subcommand_from attach list directory hello' -l json -d 'print JSON'
 set -l columns all NAME SIZE RO DIO SECTOR OFFSET SIZELIMIT AGE STATE LEASE UID PID REF UNIT OWNER OPEN-IN BACK-FILE
 complete -c loopctl -n '__fish_seen_subcommand_from list' -s o -l output -x -a "(__fish_append , $columns)" -d 'the columns to print'
 complete -c loopctl -n '__fish_seen_subcommand_from list' -s n -l noheadings -d 'leave out the names of the columns'
@@ -49,3 +49,4 @@ complete -c loopctl -n '__fish_seen_subcommand_from directory' -l cdi -d 'write 
 complete -c loopctl -n '__fish_seen_subcommand_from directory' -l cdi-dir -x -a '(__fish_complete_directories)' -d 'where that is'
 complete -c loopctl -n '__fish_seen_subcommand_from directory' -l losetup -d "with the stand-ins for losetup and mount"
 complete -c loopctl -n '__fish_seen_subcommand_from directory' -l force -d 'also where max_loop is not in force'
+complete -c loopctl -n '__fish_seen_subcommand_from directory' -l devices -x -d 'how many device numbers it owns'

@@ -68,7 +68,8 @@ _loopctl() {
                         '(-n --noheadings)'{-n,--noheadings}'[leave out the names of the columns]' '--json[print JSON]' ;;
                 hello) _arguments $common '--json[print JSON]' ;;
                 directory)
-                    _arguments $common '--remove[remove it]' '--user[the directory of another user]:user:_users' \
+                    _arguments $common '--remove[remove it]' '--devices[how many device numbers it owns]:number:' \
+                        '--json[print JSON]' '--user[the directory of another user]:user:_users' \
                         '--cdi[write a specification for container runtimes]' '--cdi-dir[where that is]:directory:_directories' \
                         '--losetup[with the stand-ins for losetup and mount]' '--force[also where max_loop is not in force]' \
                         '1:name:' ;;

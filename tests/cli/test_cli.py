@@ -697,6 +697,60 @@ def test_directory(ctl: Ctl) -> None:
         assert ctl("directory", "build", "--remove") == (0, "", "")
 
 
+def test_a_directory_with_its_numbers(ctl: Ctl) -> None:
+    granted = {"path": "/run/loopd-dev/0-build", "numbers": [4096, 4097, 4160], "remade": False}
+
+    def step(request: Request) -> None:
+        assert request.fields.get("devices") == (3 if len(peer.requests) == 1 else None)
+        request.reply(granted if len(peer.requests) < 3 else {"path": granted["path"]})
+
+    with Peer(ctl.sock, step, step, step) as peer:
+        assert ctl("directory", "--devices", "3", "build") == (0, "/run/loopd-dev/0-build\n", "")
+        assert json.loads(ctl("directory", "--json", "build").out) == granted
+        # An earlier loopd says no more.
+        assert json.loads(ctl("directory", "--json", "build").out) == {"path": granted["path"], "numbers": []}
+
+
+def test_directories(ctl: Ctl) -> None:
+    rows = [
+        {"name": "build", "uid": 0, "path": "/run/loopd-dev/0-build", "numbers": [4096, 4097, 4160], "in_use": 1},
+        {"name": "a-b", "uid": 1000, "path": "/run/loopd-dev/1000-a-b", "numbers": [], "in_use": 0},
+    ]
+
+    def page(request: Request) -> None:
+        assert request.fields["op"] == "directories"
+        first = request.fields.get("after", "") == ""
+        assert first or request.fields["after"] == "0-build"
+        request.reply({"directories": rows[:1] if first else rows[1:], "more": first})
+
+    with Peer(ctl.sock, page, page, page, page, lambda request: request.reply({"directories": [], "more": False})):
+        result = ctl("directory")
+        assert (result.code, result.err) == (0, "")
+        assert result.out.splitlines() == [
+            "NAME   UID   DEVICES  IN-USE  NUMBERS         PATH",
+            "build  0     3        1       4096-4097,4160  /run/loopd-dev/0-build",
+            "a-b    1000  0        0       -               /run/loopd-dev/1000-a-b",
+        ]
+        assert json.loads(ctl("directory", "--json").out) == {"directories": rows}
+        assert ctl("directory") == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--remove"], "expected the NAME of the directory"),
+        (["--devices", "4"], "expected the NAME of the directory"),
+        (["build", "--remove", "--devices", "4"], "--remove goes with neither --devices nor --json"),
+        (["build", "--remove", "--json"], "--remove goes with neither --devices nor --json"),
+        *((["build", "--devices", word], f"expected 1 to 64, not {word!r}") for word in ("0", "65", "x", "1.5", "")),
+    ],
+)
+def test_a_wrong_command_line_about_directories(ctl: Ctl, words: list[str], said: str) -> None:
+    result = ctl("directory", *words)
+    assert (result.code, result.out) == (2, "")
+    assert said in result.err
+
+
 def test_rescan_prints_paths_and_resize_bytes(ctl: Ctl, loop: Loop) -> None:
     name = os.path.basename(loop.path)
     partitions = [f"{name}p1", f"{name}p2"]
@@ -805,7 +859,7 @@ def test_the_timeout(ctl: Ctl) -> None:
         "detach loop1 --all",
         "detach --all --admin",
         "attach a --deliver pigeon",
-        "directory",
+        "directory --remove",
         "rescan",
         "resize loop1 loop2",
         "doctor loop1",

@@ -939,6 +939,31 @@ def test_a_directory_is_asked_for(sock: Path) -> None:
         loopd.directory("build", remove=True, socket=sock)
 
 
+def test_a_directory_that_owns_numbers(sock: Path) -> None:
+    def made(request: Request) -> None:
+        assert request.fields == {"op": "directory", "name": "build", "reply_fd": 0, "devices": 2}
+        request.reply({"path": "/run/loopd-dev/0-build", "numbers": [4096, 4097], "remade": True})
+
+    def other(request: Request) -> None:
+        request.refuse("exists", "directory build has 2")
+
+    path = "/run/loopd-dev/0-build"
+    row: dict[str, Any] = {"name": "build", "uid": 0, "path": path, "numbers": [4096, 4097], "in_use": 1}
+
+    with Peer(sock, made, made, other, lambda request: request.reply({"directories": [row], "more": False})):
+        assert loopd.grant("build", devices=2, socket=sock) == ("/run/loopd-dev/0-build", (4096, 4097), True)
+        assert loopd.directory("build", devices=2, socket=sock) == "/run/loopd-dev/0-build"
+        with pytest.raises(loopd.Exists, match="has 2"):
+            loopd.directory("build", devices=3, socket=sock)
+        assert loopd.directories(socket=sock) == (loopd.GrantInfo(**{**row, "numbers": (4096, 4097)}),)
+
+
+@pytest.mark.parametrize("fields", [{}, {"directories": 1}, {"directories": [1]}, {"directories": [{"name": "x"}]}])
+def test_a_list_of_directories_that_makes_no_sense(sock: Path, fields: dict[str, Any]) -> None:
+    with Peer(sock, lambda request: request.reply(fields)), pytest.raises(loopd.BadReply):
+        loopd.directories(socket=sock)
+
+
 @pytest.mark.parametrize("path", ["/", "/run/loopd-dev/0-other", "/run/loopd-dev/7-build", "0-build", "/0-build/.."])
 def test_a_directory_that_was_not_asked_for_is_none(sock: Path, path: str) -> None:
     """Root binds it into a container: whoever answers in the place of loopd must not choose it."""
@@ -954,7 +979,7 @@ def test_what_to_do_about_a_directory_that_cannot_be_removed(sock: Path) -> None
     with Peer(sock, lambda request: request.refuse("busy"), path, lambda request: request.refuse("not-found")):
         with pytest.raises(loopd.Busy, match="`LOOPD_DIRECTORY=/run/loopd-dev/0-build loopctl list` shows them"):
             loopd.directory("build", remove=True, socket=sock)
-        with pytest.raises(loopd.NotFound, match="`ls /run/loopd-dev`"):
+        with pytest.raises(loopd.NotFound, match="`loopctl directory`"):
             loopd.directory("build", remove=True, socket=sock)
 
 

@@ -195,6 +195,40 @@ def test_a_directory_is_made_used_and_removed(world: World) -> None:
     assert world.ctl("directory", "build", "--remove", uid=UID, check=False).returncode == 1
 
 
+def test_a_directory_with_devices_of_its_own(world: World) -> None:
+    """As the user asks for it, uses it up, and sees it listed; and as the unit for the boot makes and removes it."""
+    made = json.loads(world.ctl("directory", "build", "--devices", 2, "--json", uid=UID).stdout)
+    assert Path(made["path"]).parent == world.grants
+    images = [world.image(name) for name in ("one", "two", "three")]
+    grant = {"LOOPD_DIRECTORY": made["path"]}
+    devices = [world.ctl("attach", image, uid=UID, **grant).stdout.rstrip("\n") for image in images[:2]]
+    assert sorted(int(Path(device).name[4:]) for device in devices) == made["numbers"]
+    refused = world.ctl("attach", "-d", made["path"], images[2], uid=UID, check=False, **grant)
+    assert (refused.returncode, "all 2 device numbers of this directory are in use" in refused.stderr) == (1, True)
+    world.ctl("detach", devices[0], uid=UID)
+    assert world.ctl("attach", images[2], uid=UID, **grant).stdout == f"{devices[0]}\n"
+    unit = (ROOT / "systemd/loopd-directory@.service").read_text()
+    start, stop = (
+        line.replace("@PREFIX@/bin/", "").replace("%i", "boot").replace("$OPTIONS", "--devices=3").split()
+        for line in re.findall(r"(?m)^Exec(?:Start|Stop)=-?(.*)$", unit)
+    )
+    path = world.run(start).stdout.rstrip("\n")
+    rows = [line.split() for line in world.ctl("directory").stdout.splitlines()]
+    assert [row[:4] for row in rows] == [["NAME", "UID", "DEVICES", "IN-USE"], ["boot", "0", "3", "0"]]
+    rows = [line.split() for line in world.ctl("directory", uid=UID).stdout.splitlines()[1:]]
+    assert [row[:4] for row in rows] == [["build", str(UID), "2", "2"]]
+    everybodys = json.loads(world.ctl("--socket", world.daemon.admin, "directory", "--json").stdout)["directories"]
+    assert {row["name"] for row in everybodys} == {"boot", "build"}
+    device = world.ctl("attach", images[2], LOOPD_DIRECTORY=path).stdout.rstrip("\n")
+    assert world.run(stop, check=False).returncode == 1
+    assert os.path.exists(path)
+    world.ctl("detach", device)
+    world.run(stop)
+    assert not os.path.exists(path)
+    for device in devices:
+        world.ctl("detach", device, uid=UID)
+
+
 def test_a_directory_is_asked_for_from_the_host_alone(world: World) -> None:
     done = world.run(["unshare", "--mount", "loopctl", "directory", "build"], check=False)
     assert (done.returncode, done.stdout) == (1, "")

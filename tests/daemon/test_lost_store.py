@@ -100,7 +100,7 @@ class Rig:
         eventually(lambda: not list(self.granted.iterdir()), "the grant is empty", SOON)
         reply = self.daemon.ask(wire.Directory("lost", 0, remove=True), [])
         assert reply.code is None, reply.fields
-        eventually(lambda: not list(self.grants.iterdir()), "no directory is left", SOON)
+        eventually(lambda: not list(self.grants.glob("[!.]*")), "no directory is left", SOON)
 
     def close(self) -> None:
         """End the daemon, with what a failed test leaves: no daemon may know of it any more."""

@@ -21,6 +21,7 @@ from loopd.daemon.slots import Slots
 from loopd.protocol import wire
 from loopd.worker import grants
 from loopd.worker.grants import Grants
+from loopd.worker.links import Links
 from loopd.worker.make import FIRST
 
 MIB = 1 << 20
@@ -130,12 +131,15 @@ def test_the_grants_have_room_and_no_more(grant_directory: Path) -> None:
     contents.
     """
     directories = Grants(str(grant_directory))
-    numbers = iter(range(FIRST, 2**20))
+    root = os.open(grant_directory, os.O_RDONLY | os.O_DIRECTORY)
+    links, numbers = Links(root), iter(range(FIRST, 2**20))
     for name in (f"{uid}-{number}" for uid in range(1000, 1050) for number in range(grants.MOST)):
-        uid, _, own = name.partition("-")
-        directories.create(int(uid), own, 64, lambda count: tuple(itertools.islice(numbers, count)))
+        (grant_directory / name).mkdir(mode=0o700)
+        directories.admit(name, int(name[:4]))
+        links.write((grant_directory / name).stat().st_ino, itertools.islice(numbers, 64))
     for number in range(8192):
         os.mknod(grant_directory / f"1000-0/loop{number}", 0o600 | 0o060000, os.makedev(7, number))
+    os.close(root)
     status = os.statvfs(grant_directory)
     assert status.f_ffree > 0.9 * status.f_files - 2 * 50 * grants.MOST
     assert status.f_bfree == status.f_blocks, "no link takes a page"

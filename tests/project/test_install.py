@@ -69,6 +69,7 @@ def test_files_of_the_package(tmp_path: Path) -> None:
         "usr/lib/systemd/catalog/loopd.catalog",
         "usr/lib/systemd/system/loopd-admin.socket",
         "usr/lib/systemd/system/loopd-admin@.socket",
+        "usr/lib/systemd/system/loopd-directory@.service",
         "usr/lib/systemd/system/loopd-metrics.service",
         "usr/lib/systemd/system/loopd-metrics.timer",
         "usr/lib/systemd/system/loopd.service",

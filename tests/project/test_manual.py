@@ -250,6 +250,7 @@ REPLIES: dict[str, Any] = {
     "detach": wire.Detached,
     "list": wire.LeaseList,
     "directory": wire.Granted,
+    "directories": wire.GrantList,
     "rescan": wire.Rescanned,
     "resize": wire.Resized,
     "hello": wire.Greeting,
@@ -280,6 +281,10 @@ def test_reply(page: dict[str, Page], name: str) -> None:
     assert page["loopd-protocol.7"].names("OPERATIONS", f"Reply to {name}") == set(REPLIES[name]._fields)
 
 
+def test_row_of_directories(page: dict[str, Page]) -> None:
+    assert page["loopd-protocol.7"].names("OPERATIONS", "A row of directories") == set(wire.GrantInfo._fields)
+
+
 def test_row_of_leases(page: dict[str, Page]) -> None:
     assert page["loopd-protocol.7"].names("OPERATIONS", "A row of leases") == set(wire.LeaseInfo._fields)
 
@@ -304,6 +309,7 @@ def test_codes(page: dict[str, Page]) -> None:
         f"This is version {wire.VERSION} of the protocol",
         f"At most {wire.MAX_ID} printable characters",
         f"At most {wire.MAX_REF} bytes",
+        f"it owns, 1 to {wire.MAX_DEVICES}. Without it as many as it has, and {wire.DEVICES} where it is made",
         f'may take to say "released"; at most {wire.MAX_WAIT}',
         f"{', '.join(map(str, wire.SECTOR_SIZES[:-1]))} or {wire.SECTOR_SIZES[-1]}",
     ],

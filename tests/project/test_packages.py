@@ -155,7 +155,7 @@ def test_what_the_deb_is_tested_with(
         (command,) = re.findall(r"^Test-Command: (.*)", (tests / "control").read_text(), re.MULTILINE)
         assert run("sh", "-euc", command, env=environment).strip() == __version__
         assert re.search(r"disk\.img: 11/\d+ files", run(tests / "attach", env=environment))
-        assert list(grants.iterdir()) == []
+        assert list(grants.glob("[!.]*")) == []
         daemon.stop()
     finally:
         run("umount", "--lazy", grants)
@@ -276,8 +276,9 @@ def test_what_the_rpm_does_with_units(rpm: Path, tmp_path: Path, stage: str) -> 
     else:
         assert changing == [
             "systemctl is-active loopd-metrics.timer",
+            "systemctl stop loopd-directory@*.service",
             "systemctl --no-reload disable --now loopd-metrics.timer loopd.socket loopd-admin.socket",
-            "systemctl --no-reload disable loopd@.socket loopd-admin@.socket",
+            "systemctl --no-reload disable loopd@.socket loopd-admin@.socket loopd-directory@.service",
             "systemctl stop loopd@*.socket loopd-admin@*.socket",
             r"systemctl stop loopd.service loopd@*.service run-loopd\x2ddev.mount",
             "systemctl clean --what=fdstore loopd.service loopd@*.service",

@@ -97,9 +97,10 @@ def test_the_socket_is_nobodys_to_replace() -> None:
 def test_compose() -> None:
     file = yaml.safe_load(recipe("Compose", "yaml", IMAGE="builder"))
     (service,) = file["services"].values()
-    assert service["devices"] == DEVICE
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["device_ids"]) == ("cdi", DEVICE)
     assert service["volumes"] == [".:/work"]
-    assert service.keys() == {"image", "command", "working_dir", "network_mode", "devices", "volumes"}
+    assert service.keys() == {"image", "command", "working_dir", "network_mode", "volumes", "deploy"}
 
 
 def test_quadlet() -> None:

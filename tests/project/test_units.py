@@ -30,7 +30,8 @@ MOUNT = r"run-loopd\x2ddev.mount"
 SERVICES = ("loopd.service", "loopd@.service")
 SOCKETS = ("loopd.socket", "loopd-admin.socket", "loopd@.socket", "loopd-admin@.socket")
 PLUGIN = "loopd-device-plugin.service"
-UNITS = (*SERVICES, *SOCKETS, MOUNT, "loopd-metrics.service", "loopd-metrics.timer", PLUGIN)
+METRICS = ("loopd-metrics.service", "loopd-metrics.timer")
+UNITS = (*SERVICES, *SOCKETS, MOUNT, "loopd-directory@.service", *METRICS, PLUGIN)
 EXPOSURE = 1.8
 EXPOSURE_WITHOUT_SYS_ADMIN = 1.3
 

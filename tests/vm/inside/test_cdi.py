@@ -9,12 +9,11 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from host import bound, loopctl, run, wait_for
-from test_containers import ROOT, USR, docker_image
+from test_containers import ROOT, below_usr, docker_image
 
 __all__ = ["docker_image"]  # a fixture
 
@@ -95,33 +94,9 @@ def test_no_other_device_opens(device: str, secret: int) -> None:
 @pytest.mark.deadline(480)
 def test_docker(device: str, secret: int, docker_image: str) -> None:
     """It gives CAP_MKNOD by default."""
-    node = f"--volume={ROOT}/srv:/srv"
-    command = ["docker", "run", "--rm", "--network=none", f"--device={device}", f"--volume={USR}", node, docker_image]
+    volumes = [f"--volume={volume}" for volume in (*below_usr(), f"{ROOT}/srv:/srv")]
+    command = ["docker", "run", "--rm", "--network=none", f"--device={device}", *volumes, docker_image]
     judge(run(*command, "sh", "-c", PROBE, "sh", str(secret)))
-
-
-@pytest.mark.deadline(240)
-def test_containerd(device: str, secret: int, folder: Path) -> None:
-    run("systemctl", "start", "containerd.service")
-    try:
-        with overlay(folder) as root:
-            command = ["ctr", "run", "--rm", f"--device={device}", "--rootfs", str(root), "loopd-test"]
-            judge(run(*command, "sh", "-c", PROBE, "sh", str(secret)))
-    finally:
-        run("systemctl", "stop", "containerd.service")
-
-
-@contextmanager
-def overlay(folder: Path) -> Iterator[Path]:
-    """The root directory, whose changes are thrown away."""
-    for name in ("upper", "work", "root"):
-        (folder / name).mkdir()
-    options = f"lowerdir={ROOT},upperdir={folder}/upper,workdir={folder}/work"
-    run("mount", "-t", "overlay", "-o", options, "overlay", folder / "root")
-    try:
-        yield folder / "root"
-    finally:
-        run("umount", folder / "root")
 
 
 @pytest.mark.deadline(240)
@@ -132,7 +107,8 @@ def test_the_rules_outlive_a_reload_of_systemd(
     """systemd puts its own list of devices in the place of the runtime's then."""
     script = "truncate -s 8M disk.img; until [ -e go ]; do sleep 0.2; done; loopctl run disk.img -- mkfs.ext4 -q {}"
     podmans = ["--log-driver=none", "--rootfs", f"{ROOT}:O"]
-    image = podmans if engine == "podman" else [f"--volume={USR}", request.getfixturevalue("docker_image")]
+    dockers = [f"--volume={volume}" for volume in below_usr()]
+    image = podmans if engine == "podman" else [*dockers, request.getfixturevalue("docker_image")]
     options = ["--detach", "--name=reload", "--network=none", f"--volume={folder}:/work", "--workdir=/work"]
     run(engine, "run", f"--device={device}", *options, *image, "sh", "-ec", script)
     try:
@@ -165,6 +141,20 @@ def test_where_it_is_asked_for() -> None:
     finally:
         loopctl("directory", "--remove", "build")
     assert not (folder / SPEC.name).exists()
+
+
+def test_one_that_names_other_numbers(device: str) -> None:
+    """As in a folder that outlives the boot: it would let the container open what is another's by now."""
+    spec = json.loads(SPEC.read_text())
+    spec["devices"][0]["containerEdits"]["deviceNodes"][0]["minor"] -= 1
+    SPEC.write_text(json.dumps(spec))
+    warning, path = run("sh", "-c", "loopctl directory build 2>&1").splitlines()
+    assert re.search(f"{SPEC} named devices that are not this directory's", warning)
+    assert path == "/run/loopd-dev/0-build"
+    assert not SPEC.exists()
+    assert loopctl("directory", "--cdi", "build").strip() == device
+    assert loopctl("directory", "build").strip() == path
+    assert SPEC.exists()
 
 
 @pytest.mark.deadline(240)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,11 @@ def test_a_container_finds_a_socket_that_was_made_anew(work: Path) -> None:
 USR = f"{ROOT}/usr:/usr"
 
 
+def below_usr() -> list[str]:
+    """The same, but for /usr/local: Docker mounts volumes over what a specification brings."""
+    return [f"{path}:/usr/{path.name}" for path in sorted((ROOT / "usr").iterdir()) if path.name != "local"]
+
+
 @pytest.fixture(scope="module")
 def docker_image() -> Iterator[str]:
     """An image that has all but /usr, which takes minutes to import; it is USR that is bind-mounted instead."""
@@ -111,14 +117,16 @@ def recorded_for_docker(journal: Journal, work: Path) -> None:
 
 @pytest.mark.deadline(480)
 def test_docker(work: Path, docker_image: str, journal: Journal) -> None:
-    perform(recipe("Docker", IMAGE=f"--volume={USR} {docker_image}"), work)
+    volumes = " ".join(f"--volume={volume}" for volume in below_usr())
+    perform(recipe("Docker", IMAGE=f"{volumes} {docker_image}"), work)
     recorded_for_docker(journal, work)
 
 
 @pytest.mark.deadline(480)
 def test_compose(work: Path, docker_image: str, journal: Journal) -> None:
     text = recipe("Compose", "yaml", IMAGE=docker_image)
-    (work / "compose.yaml").write_text(text.replace("volumes:\n", f"volumes:\n      - {USR}\n"))
+    assert "volumes: [" in text
+    (work / "compose.yaml").write_text(text.replace("volumes: [", f"volumes: [{', '.join(below_usr())}, "))
     perform(recipe("Compose"), work)
     recorded_for_docker(journal, work)
 
@@ -242,15 +250,24 @@ def test_what_cap_mknod_would_give(work: Path) -> None:
 
 
 def test_directories_at_boot() -> None:
-    unit = Path("/etc/systemd/system/loopd-directory@.service")
-    unit.write_text(recipe("At boot", "ini"))
+    folder = Path("/etc/systemd/system/loopd-directory@build.service.d")
+    folder.mkdir()
+    (folder / "devices.conf").write_text(recipe("At boot", "ini"))
     try:
         run("systemctl", "enable", "--now", "loopd-directory@build")
+        (row,) = json.loads(run("loopctl", "directory", "--json"))["directories"]
+        assert (row["name"], len(row["numbers"])) == ("build", 16)
         assert Path("/run/loopd-dev/0-build").is_dir()
+        (device,) = json.loads(Path("/run/cdi/loopd-0-build.json").read_text())["devices"]
+        assert [node["path"] for node in device["containerEdits"]["deviceNodes"]] == [
+            f"/dev/loop{number}" for number in row["numbers"]
+        ]
         run("systemctl", "disable", "--now", "loopd-directory@build")
+        assert not Path("/run/loopd-dev/0-build").exists()
+        assert not Path("/run/cdi/loopd-0-build.json").exists()
     finally:
-        unit.unlink()
-        loopctl("directory", "--remove", "build")
+        shutil.rmtree(folder)
+        run("systemctl", "daemon-reload")
 
 
 def test_a_directory_that_docker_made() -> None:
