@@ -16,7 +16,7 @@ from loopd.protocol.wire import Granted
 
 PATIENCE = 5.0
 """Seconds that a look at loopd may take: one that does not answer makes the devices unhealthy."""
-REMADE = 10.0
+REMADE = 30.0
 """Seconds after its start in which a daemon finds out whether max_loop is in force."""
 
 
@@ -59,21 +59,3 @@ class Front(client.Client):
             if lease.devname in names and lease.state == "bound":
                 with suppress(client.NotFound, client.ImageIncomplete):  # the journal has the second
                     self.detach(lease.devname, force=True, diskseq=lease.diskseq)
-
-    def grants(self) -> tuple[wire.GrantInfo, ...]:
-        """All that there are."""
-        found: list[wire.GrantInfo] = []
-        request = wire.Directories()
-        while True:
-            with ExitStack() as stack:
-                fields = self._ask(stack, request).fields
-            rows = fields.get("directories")
-            if not isinstance(rows, list):
-                raise client.BadReply("the reply makes no sense: it has no directories")
-            try:
-                found += [wire.GrantInfo(**{**row, "numbers": tuple(row["numbers"])}) for row in rows]
-            except (KeyError, TypeError) as error:
-                raise client.BadReply(f"the reply makes no sense: {error}") from error
-            if not fields.get("more") or not rows:
-                return tuple(found)
-            request = request._replace(after=f"{found[-1].uid}-{found[-1].name}")

@@ -91,7 +91,7 @@ class Grants:
 
     def _all(self) -> list[GrantInfo]:
         own = f"{PREFIX}.{self.resource.key}."
-        return [grant for grant in self.front.grants() if grant.name.startswith(own) and _id(grant.name)]
+        return [grant for grant in self.front.directories() if grant.name.startswith(own) and _id(grant.name)]
 
     def _end(self, grant: GrantInfo) -> bool:
         """End a grant; False where a device of it is still open somewhere, and keeps it for now."""

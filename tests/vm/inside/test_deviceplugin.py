@@ -6,13 +6,14 @@ The kubelet is a stand-in; what it says and hears is tested in tests/deviceplugi
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import build
 import pytest
 from host import bound, loopctl, run, wait_for
 from recipes import DOCS, recipe
-from test_cdi import PROBE, judge, overlay, podman, secret
+from test_cdi import PROBE, judge, podman, secret
 from test_containers import ROOT
 
 __all__ = ["secret"]  # a fixture
@@ -52,9 +53,11 @@ class Kubelet:
 
     def allocate(self, ident: str, kind: str = KIND) -> dict[str, Any]:
         wait_for("the plugin has registered", lambda: self.ready(kind), 60)
-        (answer,) = self.ask("allocate", resource=kind, containers=[[ident]])
-        assert isinstance(answer, dict), answer
-        return answer
+        answer = self.ask("allocate", resource=kind, containers=[[ident]])
+        assert isinstance(answer, list), answer  # else an error
+        (found,) = answer
+        assert isinstance(found, dict)
+        return found
 
     def close(self) -> None:
         self.process.kill()
@@ -148,17 +151,52 @@ def test_a_partitioned_image(kubelet: Kubelet, folder: Path) -> None:
 
 
 @pytest.mark.deadline(300)
-@pytest.mark.parametrize("kubelet", ["--cdi"], indirect=True)
 def test_containerd(kubelet: Kubelet, secret: int, folder: Path) -> None:
+    """By a specification as containerd's CRI makes it of what a kubelet asks for."""
     answer = kubelet.allocate("loop-0")
-    (device,) = answer["cdi_devices"]
-    run("systemctl", "start", "containerd.service")
+    with overlay(folder) as root:
+        spec = specification(answer, root, ["sh", "-c", PROBE, "sh", str(secret)])
+        (folder / "spec.json").write_text(json.dumps(spec))
+        run("systemctl", "start", "containerd.service")
+        try:
+            judge(run("ctr", "run", "--rm", "--config", folder / "spec.json", "loopd-test"), numbers_of(answer))
+        finally:
+            run("systemctl", "stop", "containerd.service")
+
+
+def specification(answer: dict[str, Any], root: Path, command: list[str]) -> dict[str, Any]:
+    """With CAP_MKNOD. A node's numbers are read off the host's."""
+    spec: dict[str, Any] = json.loads(run("ctr", "oci", "spec"))
+    process, linux = spec["process"], spec["linux"]
+    process["args"] = command
+    process["env"] += [f"{name}={value}" for name, value in answer["envs"].items()]
+    for granted in process["capabilities"].values():
+        granted.append("CAP_MKNOD")
+    spec["root"] = {"path": str(root)}
+    for mount in answer["mounts"]:
+        options = ["rbind", "rprivate", "ro" if mount["read_only"] else "rw"]
+        ends = {"source": mount["host_path"], "destination": mount["container_path"]}
+        spec["mounts"].append({"type": "bind", **ends, "options": options})
+    for device in answer["devices"]:
+        status = os.stat(device["host_path"])
+        number = {"type": "b", "major": os.major(status.st_rdev), "minor": os.minor(status.st_rdev)}
+        node = {"path": device["container_path"], "fileMode": status.st_mode & 0o777, "uid": 0, "gid": 0}
+        linux.setdefault("devices", []).append({**number, **node})
+        linux["resources"]["devices"].append({"allow": True, "access": device["permissions"], **number})
+    return spec
+
+
+@contextmanager
+def overlay(folder: Path) -> Iterator[Path]:
+    """The root directory, whose changes are thrown away."""
+    for name in ("upper", "work", "root"):
+        (folder / name).mkdir()
+    options = f"lowerdir={ROOT},upperdir={folder}/upper,workdir={folder}/work"
+    run("mount", "-t", "overlay", "-o", options, "overlay", folder / "root")
     try:
-        with overlay(folder) as root:
-            command = ["ctr", "run", "--rm", f"--device={device['name']}", "--rootfs", str(root), "loopd-test"]
-            judge(run(*command, "sh", "-c", PROBE, "sh", str(secret)), numbers_of(answer))
+        yield folder / "root"
     finally:
-        run("systemctl", "stop", "containerd.service")
+        run("umount", folder / "root")
 
 
 @pytest.mark.deadline(300)
