@@ -351,12 +351,13 @@ def test_a_plugin_that_is_started_again(ready: Node, number: signal.Signals) -> 
     (answer,) = ready.allocate("loop-0")
     with Container(ready, answer).attached() as attached:
         assert ready.stop_plugin(number) == (0 if number == signal.SIGTERM else -number)
+        eventually(lambda: not ready.listed(), "the kubelet has noticed")
         before = ready.grants()
         ready.start_plugin()
         ready.ready()
         assert ready.grants() == before
         assert exists(f"loop{attached}")
-        ready.allocate("loop-0")
+        assert isinstance(ready.allocate("loop-0"), list)
         eventually(lambda: not exists(f"loop{attached}"), "its device has gone")
         assert not before.keys() & ready.grants().keys()
 

@@ -169,6 +169,7 @@ def specification(answer: dict[str, Any], root: Path, command: list[str]) -> dic
     spec: dict[str, Any] = json.loads(run("ctr", "oci", "spec"))
     process, linux = spec["process"], spec["linux"]
     process["args"] = command
+    process["env"] = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
     process["env"] += [f"{name}={value}" for name, value in answer["envs"].items()]
     for granted in process["capabilities"].values():
         granted.append("CAP_MKNOD")
