@@ -162,6 +162,7 @@ def test_program_runs_compiled_and_isolated(prefix: Path, tmp_path: Path, progra
 
 
 def test_programs_are_those_of_the_package(prefix: Path) -> None:
+    assert make("install-device-plugin", "DESTDIR=/", f"PREFIX={prefix}").returncode == 0
     for name, entry in PROJECT["scripts"].items():
         (program,) = prefix.glob(f"*bin/{name}")
         module, _, function = entry.partition(":")
@@ -276,6 +277,7 @@ def test_uninstall_takes_away_what_install_brought_and_nothing_else(tmp_path: Pa
     other.parent.mkdir(parents=True)
     other.touch()
     install(f"DESTDIR={tmp_path}")
+    assert make("install-device-plugin", f"DESTDIR={tmp_path}").returncode == 0
     assert make("uninstall", f"DESTDIR={tmp_path}").returncode == 0
     assert files(tmp_path) == {"usr/local/lib/systemd/system/other.service"}
 
