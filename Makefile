@@ -10,6 +10,7 @@
 #   make man          the man pages, in build/man: man -l build/man/loopctl.1
 #   make venv         .venv/bin/loopd, .venv/bin/loopctl and the tools for development
 #   make install      for good; `systemctl enable --now loopd.socket` then starts it
+#   make install-device-plugin  after that: a program of its own, for Kubernetes
 #   make uninstall    takes it away again, all but configuration and state
 #   make deb          build/loopd_VERSION_all.deb and python3-loopd, the library; for Debian 13 and later
 #   make rpm          build/loopd-VERSION-1.noarch.rpm and python3-loopd
@@ -24,7 +25,7 @@ PYTHON = /usr/bin/python3
 VM_PYTHON = $(CURDIR)/.venv/bin/python
 
 LIB = $(DESTDIR)$(PREFIX)/lib
-MODULES = $(wildcard loopd/*.py loopd/*/*.py) loopd/py.typed
+MODULES = $(filter-out $(PLUGIN),$(wildcard loopd/*.py loopd/*/*.py)) loopd/py.typed
 PROGRAMS = sbin/loopd:daemon bin/loopctl:cli
 # Each is packed into one file that needs nothing of the package, to be bind-mounted alone, under the name of what it stands in for.
 STAND_INS = losetup:losetup mountloop:mount kpartx:kpartx dmsetup:dmsetup partx:partx partx:partprobe
@@ -43,7 +44,7 @@ SYSTEM = 00-loopd.rules:lib/udev/rules.d/00-loopd.rules loopd.catalog:lib/system
 COMPLETION = loopctl.bash:share/bash-completion/completions/loopctl loopctl.fish:share/fish/vendor_completions.d/loopctl.fish \
 	loopctl.zsh:share/zsh/site-functions/_loopctl
 MANUAL = $(patsubst docs/man/%.rst,build/man/%,$(wildcard docs/man/*.rst))
-PAGES = $(foreach page,$(MANUAL),$(page):share/man/man$(subst .,,$(suffix $(page)))/$(notdir $(page)))
+PAGES = $(foreach page,$(filter-out build/man/loopd-device-plugin.8,$(MANUAL)),$(page):share/man/man$(subst .,,$(suffix $(page)))/$(notdir $(page)))
 # A program, or a module of $(PYTHON)'s, that a target cannot do without, and the Debian package that has it.
 FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-activate:systemd $(SYSTEMD_PYTHON)
 SYSTEMD_PYTHON = systemd.daemon:python3-systemd
@@ -173,6 +174,7 @@ ifeq ($(DESTDIR),)
 	    for socket in /run/loopd-*/admin.sock; do \
 	        [ ! -S "$$socket" ] || $(PREFIX)/bin/loopctl --socket "$$socket" --timeout 10 detach --all --force --wait 2 || :; \
 	    done; \
+	    systemctl disable --now loopd-device-plugin.service 2>/dev/null; \
 	    systemctl stop 'loopd-directory@*.service'; \
 	    systemctl disable --now loopd.socket loopd-admin.socket loopd-metrics.timer; \
 	    systemctl disable loopd@.socket loopd-admin@.socket loopd-directory@.service; \
@@ -183,7 +185,7 @@ ifeq ($(DESTDIR),)
 endif
 	[ ! -d $(LIB) ] || $(OURS) -delete
 	rm -rf $(LIB)/loopd
-	rm -f $(foreach pair,$(PROGRAMS),$(DESTDIR)$(PREFIX)/$(firstword $(subst :, ,$(pair)))) \
+	rm -f $(PLUGIN_FILES) $(foreach pair,$(PROGRAMS),$(DESTDIR)$(PREFIX)/$(firstword $(subst :, ,$(pair)))) \
 	    $(foreach pair,$(SYSTEM) $(COMPLETION) $(PAGES),$(DESTDIR)$(PREFIX)/$(lastword $(subst :, ,$(pair))))
 	rmdir --ignore-fail-on-non-empty $(DESTDIR)$(PREFIX)/share/doc/loopd 2>/dev/null || :
 ifeq ($(DESTDIR),)

@@ -25,9 +25,13 @@ MOST_BYTES = 1024
 
 
 def job_of(exchange: Exchange, request: Directory | Directories) -> Change | Survey:
-    """What a worker is to do for a request about grants."""
+    """What a worker is to do for a request about grants. Raises Refusal."""
     uid = exchange.sender.uid
     if isinstance(request, Directory):
+        if request.uid is not None:
+            if not exchange.admin:
+                raise Refusal(Code.NOT_PERMITTED, "uid: for the administrator, on the admin socket")
+            uid = request.uid
         return Change(uid, request.name, request.remove, request.devices, exchange.admin)
     return Survey(None if exchange.admin else uid, request.after, exchange.admin)
 
@@ -58,20 +62,25 @@ class Granting:
             return wire.Granted(message.path, (), numbers.remade)
         if reserved and message.numbers != reserved:  # another request made the directory meanwhile
             numbers.fresh.put_back(reserved)
-            exchange.account.numbers.unspend(len(reserved))
+            if not exchange.admin:
+                exchange.account.numbers.unspend(len(reserved))
         return wire.Granted(message.path, message.numbers, numbers.remade)
 
     def _reserve(self, exchange: Exchange, count: int) -> tuple[int, ...]:
-        """Numbers for a new grant, charged to the account: one that makes and removes grants would use up all."""
+        """Numbers for a new grant, charged to the account: one that makes and removes grants would use up all. The
+        administrator may: a device plugin of Kubernetes makes a grant for each container.
+        """
         account, limits = exchange.account, exchange.terms.limits
-        if not account.numbers.spend(limits.new_numbers, limits.new_numbers_per_minute / 60, count):
+        a_second = limits.new_numbers_per_minute / 60
+        if not exchange.admin and not account.numbers.spend(limits.new_numbers, a_second, count):
             limit = f"{limits.new_numbers} and {limits.new_numbers_per_minute:g} a minute"
             reason = f"a directory with {count} device numbers is more than this account may have now: {limit}"
             raise Refusal(Code.QUOTA, reason)
         try:
             return self._books.numbers.fresh.take_some(count)
         except (Exhausted, OSError) as error:
-            account.numbers.unspend(count)
+            if not exchange.admin:
+                account.numbers.unspend(count)
             text = f"There are no {count} new device numbers for a directory: {error}"
             self._books.audit.record(Event.WARNED, text, code=Code.NO_DEVICE.value)
             reason = f"no {count} device numbers are free; the journal of the host says more"

@@ -23,6 +23,7 @@ from loopd.protocol.wire import (
     MAX_REF,
     MAX_REQUEST,
     MAX_WAIT,
+    NO_UID,
     OPERATIONS,
     SECTOR_SIZES,
     Attach,
@@ -62,6 +63,12 @@ def _devices(value: Any) -> int:
     if type(value) is int and 1 <= value <= MAX_DEVICES:
         return value
     raise ValueError(f"a number of devices, 1 to {MAX_DEVICES}")
+
+
+def _uid(value: Any) -> int:
+    if type(value) is int and 0 <= value < NO_UID:
+        return value
+    raise ValueError(f"a user's number, 0 to {NO_UID - 1}")
 
 
 def _seconds(value: Any) -> float:
@@ -136,6 +143,7 @@ VALIDATORS: dict[str, Callable[[Any], Any]] = {
     "force": _flag,
     "after": _text(MAX_AFTER, len, "characters"),
     "devices": _devices,
+    "uid": _uid,
 }
 """Every field of every request, by name: a name means the same in each operation."""
 

@@ -39,6 +39,8 @@ MAX_DEVICES = 64
 """Device numbers that one directory may own."""
 MAX_WAIT = 3600
 """Seconds that ``detach`` may be asked to wait."""
+NO_UID = 2**32 - 1
+"""What the kernel takes for no user."""
 SECTOR_SIZES = (512, 1024, 2048, 4096)
 """Logical sector sizes in bytes that every supported kernel accepts on every page size."""
 DIRECT_IO = ("auto", "on", "off")
@@ -126,6 +128,7 @@ class Directory(NamedTuple):
     """Make a directory to be bound into a container, or `remove` it. Asked from the host, not from a container.
 
     `devices`: how many device numbers the directory owns. None: as many as it has, and 8 where it is made.
+    `uid`: whose directory it is; on the admin socket. None: the sender's.
     """
 
     name: str
@@ -133,6 +136,7 @@ class Directory(NamedTuple):
     id: str | None = None
     remove: bool = False
     devices: int | None = None
+    uid: int | None = None
 
 
 class Directories(NamedTuple):

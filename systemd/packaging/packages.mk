@@ -17,7 +17,7 @@ fi; \
 echo $$version
 endef
 
-.PHONY: deb rpm zipapp install-library for-deb for-rpm
+.PHONY: deb rpm zipapp install-library install-device-plugin for-deb for-rpm
 for-deb: NEEDED = $(FOR_DEB)
 for-rpm: NEEDED = $(FOR_RPM)
 
@@ -35,6 +35,28 @@ LIBRARY = loopd/__init__.py loopd/loop.py loopd/py.typed $(wildcard loopd/client
 install-library:
 	for module in $(LIBRARY); do install -D -m 644 $$module $(DESTDIR)$(SITE)/$$module || exit; done
 	umask 022 && $(PYTHON) -m compileall -q -s '$(DESTDIR)' -p / $(DESTDIR)$(SITE)/loopd
+
+# A package of its own, for it needs python3-grpcio. Its modules lie beside those of loopd, which they need.
+PLUGIN = $(wildcard loopd/deviceplugin/*.py)
+PLUGIN_FILES = $(DESTDIR)$(PREFIX)/sbin/loopd-device-plugin $(LIB)/systemd/system/loopd-device-plugin.service \
+	$(DESTDIR)$(PREFIX)/share/man/man8/loopd-device-plugin.8
+
+install-device-plugin:
+	for module in $(PLUGIN); do install -D -m 644 $$module $(LIB)/loopd/$$module || exit; done
+	umask 022 && $(PYTHON) -m compileall -q -s '$(DESTDIR)' -p / $(LIB)/loopd/loopd/deviceplugin
+	umask 022 && install -d $(DESTDIR)$(PREFIX)/sbin && program=$(DESTDIR)$(PREFIX)/sbin/loopd-device-plugin && \
+	    printf '%s\n' '#!$(PYTHON) -I' 'import sys' 'sys.path.insert(0, "$(PREFIX)/lib/loopd")' \
+	        'from loopd.deviceplugin import main' 'sys.exit(main())' >$$program && chmod 755 $$program
+	install -D -m 644 systemd/loopd-device-plugin.service $(LIB)/systemd/system/loopd-device-plugin.service
+	sed -i 's|@PREFIX@|$(PREFIX)|' $(LIB)/systemd/system/loopd-device-plugin.service
+ifneq ($(MANUAL),)
+	@! $(PYTHON) -Ic 'import docutils' 2>/dev/null || { $(MAKE) -s man && \
+	    install -D -m 644 build/man/loopd-device-plugin.8 $(DESTDIR)$(PREFIX)/share/man/man8/loopd-device-plugin.8; }
+endif
+ifeq ($(DESTDIR),)
+	[ ! -d /run/systemd/system ] || { systemctl daemon-reload && systemctl try-restart loopd-device-plugin.service; }
+endif
+	@$(PYTHON) -Ic 'import grpc' 2>/dev/null || echo 'make: missing: python3-grpcio, without which it does not start' >&2
 
 deb: for-deb
 	$(call copy_sources,build/deb)

@@ -71,6 +71,15 @@ def test_folders_import_in_one_direction() -> None:
             del left[folder]
 
 
+def test_nothing_imports_the_device_plugin_nor_what_it_needs() -> None:
+    """gRPC's library has threads, and the daemon forks; a client has no such package."""
+    for path, tree in MODULES.items():
+        if folder_of(path) != "deviceplugin":
+            assert "deviceplugin" not in imports(path), path
+            names = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+            assert "grpc" not in names, path
+
+
 def test_no_import_goes_round() -> None:
     """Within a folder, too."""
     needs: dict[Path, set[Path]] = {}

@@ -50,6 +50,9 @@ RUN_BY = {
     ("docs/man/loopctl.1.rst", "EXAMPLES"): ("tests/project/test_manual.py::test_examples_of_loopctl",),
     ("docs/man/loopd.toml.5.rst", "EXAMPLES"): ("tests/project/test_manual.py::test_example_of_a_configuration",),
     ("docs/man/loopd-protocol.7.rst", "EXAMPLES"): ("tests/project/test_manual.py::test_example_of_the_protocol",),
+    ("docs/man/loopd-device-plugin.8.rst", "EXAMPLES"): (
+        "tests/project/test_manual.py::test_example_of_the_device_plugin",
+    ),
     ("docs/man/loopd-losetup.8.rst", "EXAMPLES"): ("tests/standins/test_losetup.py::test_examples_of_the_manual",),
 }
 """Tests that run what these sections have, without taking it from there."""

@@ -10,7 +10,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from support.install import SYSTEM_PYTHON, files, imported, install, make, no_import, prefix_fixture  # noqa: F401
+from support.install import (  # noqa: F401
+    PLUGIN_MODULES,
+    PLUGIN_PAGE,
+    SYSTEM_PYTHON,
+    files,
+    imported,
+    install,
+    make,
+    no_import,
+    prefix_fixture,
+)
 
 from loopd import __version__
 
@@ -23,11 +33,12 @@ STAND_INS = ("losetup", "mount", "kpartx", "dmsetup", "partx", "partprobe")
 def test_files_of_the_package(tmp_path: Path) -> None:
     install(f"DESTDIR={tmp_path}", "PREFIX=/usr")
     found = files(tmp_path)
-    modules = {f"usr/lib/loopd/{path.relative_to(ROOT)}" for path in (ROOT / "loopd").rglob("*.py")}
+    modules = {f"usr/lib/loopd/{path.relative_to(ROOT)}" for path in (ROOT / "loopd").rglob("*.py")} - PLUGIN_MODULES
     tag = subprocess.check_output([SYSTEM_PYTHON, "-c", "import sys; print(sys.implementation.cache_tag, end='')"])
     compiled = {f"{os.path.dirname(name)}/__pycache__/{Path(name).stem}.{tag.decode()}.pyc" for name in modules}
     stand_ins = {f"usr/lib/loopd/bin/{name}" for name in STAND_INS}
     pages = {f"usr/share/man/man{path.stem[-1]}/{path.stem}" for path in (ROOT / "docs/man").iterdir()}
+    pages.remove(PLUGIN_PAGE)
     assert found == modules | compiled | stand_ins | pages | {
         "usr/lib/python3/dist-packages/loopd",
         "usr/bin/loopctl",
@@ -61,6 +72,19 @@ def test_files_of_the_package(tmp_path: Path) -> None:
         text = (tmp_path / name).read_text()
         assert "@PREFIX@" not in text, name
         assert str(tmp_path) not in text, name
+
+
+def test_files_of_the_device_plugin(tmp_path: Path) -> None:
+    """Beside loopd's, of which it has none."""
+    done = make("install-device-plugin", f"DESTDIR={tmp_path}", "PREFIX=/usr")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr in ("", "make: missing: python3-grpcio, without which it does not start\n")
+    found = {name for name in files(tmp_path) if "__pycache__" not in name}
+    unit = "usr/lib/systemd/system/loopd-device-plugin.service"
+    assert found == PLUGIN_MODULES | {PLUGIN_PAGE, unit, "usr/sbin/loopd-device-plugin"}
+    assert "\nExecStart=/usr/sbin/loopd-device-plugin $OPTIONS\n" in (tmp_path / unit).read_text()
+    for name in found:
+        assert str(tmp_path) not in (tmp_path / name).read_text(), name
 
 
 def test_everybody_can_read_it_whatever_the_umask(tmp_path: Path) -> None:
@@ -110,6 +134,7 @@ def test_program_runs_compiled_and_isolated(prefix: Path, tmp_path: Path, progra
 
 
 def test_programs_are_those_of_the_package(prefix: Path) -> None:
+    assert make("install-device-plugin", "DESTDIR=/", f"PREFIX={prefix}").returncode == 0
     for name, entry in PROJECT["scripts"].items():
         (program,) = prefix.glob(f"*bin/{name}")
         module, _, function = entry.partition(":")
@@ -224,6 +249,7 @@ def test_uninstall_takes_away_what_install_brought_and_nothing_else(tmp_path: Pa
     other.parent.mkdir(parents=True)
     other.touch()
     install(f"DESTDIR={tmp_path}")
+    assert make("install-device-plugin", f"DESTDIR={tmp_path}").returncode == 0
     assert make("uninstall", f"DESTDIR={tmp_path}").returncode == 0
     assert files(tmp_path) == {"usr/local/lib/systemd/system/other.service"}
 

@@ -1,29 +1,30 @@
-"""The manifests in docs/kubernetes: valid by the API's schemas, of one piece, and their commands do what they say."""
+"""The manifests in docs/kubernetes: valid by the API's schemas, and of one piece with each other and the device plugin.
+
+The image is built, and run as its manifest has it, in a virtual machine: tests/vm/inside/test_deviceplugin.py.
+"""
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate  # type: ignore[import-untyped]  # it has no types
 import pytest
 import yaml
-from support.daemon import ROOT, bound_to, eventually, require
+from support.daemon import ROOT
 
 from loopd.daemon import policy
+from loopd.deviceplugin import options
+from loopd.deviceplugin.options import Options
 
 sys.path.insert(0, str(ROOT / "tests/vm/inside"))
-from recipes import recipe
+from recipes import blocks, recipe
 
 PAGE = ROOT / "docs/kubernetes.md"
 MANIFESTS = sorted((ROOT / "docs/kubernetes").glob("*.yaml"))
-SOCKET_DIRECTORY = "/run/loopd-builds/sock"
+VERSIONS = ["1.30", kubernetes_validate.latest_version()]
 
 
 def objects(name: str) -> dict[str, dict[str, Any]]:
@@ -36,7 +37,13 @@ def pod(name: str, kind: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])
+def plugin() -> tuple[dict[str, Any], Options]:
+    """The container of the device plugin, and what its options say."""
+    (container,) = pod("device-plugin.yaml", "DaemonSet")["containers"]
+    return container, options.parse(container["args"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
 def test_schemas(manifest: Path, version: str) -> None:
     """Strictly: a field that the API does not know is an error."""
@@ -46,6 +53,18 @@ def test_schemas(manifest: Path, version: str) -> None:
         kubernetes_validate.validate(each, version, strict=True)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_schemas_of_the_page(version: str) -> None:
+    resources, quota = (yaml.safe_load(text) for _, kind, text in blocks("kubernetes.md") if kind == "yaml")
+    kubernetes_validate.validate(quota, version, strict=True)
+    wanted = {"containers": [{"name": "build", **resources}]}
+    asked = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "build"}, "spec": wanted}
+    kubernetes_validate.validate(asked, version, strict=True)
+    names = {f"requests.{resource.name}" for resource in plugin()[1].resources}
+    assert set(quota["spec"]["hard"]) == names == {name for name in quotas() if "loopd" in name}
+    assert f"requests.{next(iter(resources['resources']['limits']))}" in names
+
+
 def test_the_schemas_refuse() -> None:
     wrong = objects("job.yaml")["Job"]
     wrong["spec"]["template"]["spec"]["containers"][0]["priviledged"] = True
@@ -53,105 +72,77 @@ def test_the_schemas_refuse() -> None:
         kubernetes_validate.validate(wrong, kubernetes_validate.latest_version(), strict=True)
 
 
+def quotas() -> dict[str, str]:
+    found: dict[str, str] = objects("namespace.yaml")["ResourceQuota"]["spec"]["hard"]
+    return found
+
+
 def test_the_page_names_every_manifest() -> None:
     assert set(re.findall(r"\]\(kubernetes/([a-z-]+\.yaml)\)", PAGE.read_text())) == {path.name for path in MANIFESTS}
 
 
-def test_the_socket_gets_from_the_unit_into_the_pod() -> None:
+def test_the_build_has_what_its_resource_is_for() -> None:
+    """The level `restricted` of the pod security standards, whose fields these are; and nothing of the node."""
+    namespace, job = objects("namespace.yaml"), pod("job.yaml", "Job")
+    assert namespace["Namespace"]["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "restricted"}
+    (container,) = job["containers"]
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert job["securityContext"]["runAsNonRoot"] is True
+    assert job["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert all(volume.keys() == {"name", "emptyDir"} for volume in job["volumes"])
+    assert not {"hostPID", "hostNetwork", "hostIPC", "runtimeClassName", "hostUsers"} & job.keys()
+    (asked,) = (name for name in container["resources"]["limits"] if "/" in name)
+    assert container["resources"]["limits"][asked] == 1
+    (resource,) = (resource for resource in plugin()[1].resources if resource.name == asked)
+    assert resource.uid == job["securityContext"]["runAsUser"] != 0
+    assert int(quotas()[f"requests.{asked}"]) > 0
     unit = (ROOT / "systemd/loopd@.socket").read_text().replace("%i", "builds")
-    assert f"ListenDatagram={SOCKET_DIRECTORY}/loopd.sock\n" in unit
-    namespace = objects("namespace.yaml")
-    volume, claim = namespace["PersistentVolume"], namespace["PersistentVolumeClaim"]
-    assert volume["spec"]["hostPath"]["path"] == SOCKET_DIRECTORY
-    names = {"namespace": claim["metadata"]["namespace"], "name": claim["metadata"]["name"]}
-    assert volume["spec"]["claimRef"] == names
-    assert claim["spec"]["volumeName"] == volume["metadata"]["name"]
-    job = pod("job.yaml", "Job")
-    (mounted,) = (each["name"] for each in job["volumes"] if "persistentVolumeClaim" in each)
-    (mount,) = (each for each in job["containers"][0]["volumeMounts"] if each["name"] == mounted)
-    assert (mount["mountPath"], mount["readOnly"]) == ("/run/loopd", True)
-    assert job["runtimeClassName"] == objects("runtimeclass.yaml")["RuntimeClass"]["metadata"]["name"]
-    assert "MKNOD" in job["containers"][0]["securityContext"]["capabilities"]["drop"]
+    assert f"ListenDatagram={resource.socket}\n" in unit
+    assert "SocketMode=0666\n" in unit  # the kubelet gives a container no group
+    assert f"enable --now loopd@{namespace['Namespace']['metadata']['name']}.socket" in (
+        ROOT / "docs/kubernetes/installer.yaml"
+    ).read_text()
+
+
+def test_the_plugin_has_each_place_as_the_node_has_it() -> None:
+    """What it names is for the kubelet."""
+    container, chosen = plugin()
+    volumes = {each["name"]: each["hostPath"]["path"] for each in pod("device-plugin.yaml", "DaemonSet")["volumes"]}
+    mounts = {each["mountPath"]: each for each in container["volumeMounts"]}
+    assert {path: each["name"] for path, each in mounts.items()} == {path: name for name, path in volumes.items()}
+    written = {str(Path(path)) for path, each in mounts.items() if not each.get("readOnly")}
+    assert chosen.textfile is not None
+    assert written == {chosen.plugins, chosen.nodes, chosen.cdi_dir, str(Path(chosen.textfile).parent)}
+    needed = [chosen.pods, *(path for each in chosen.resources for path in (each.socket, each.admin_socket))]
+    for path in needed:
+        assert any(Path(path).is_relative_to(mounted) for mounted in mounts), path
     exporter = pod("node-exporter.yaml", "DaemonSet")["volumes"][0]["hostPath"]["path"]
+    assert str(Path(chosen.textfile).parent) == exporter
     assert f"Environment=TEXTFILES={exporter}\n" in (ROOT / "systemd/loopd-metrics.service").read_text()
 
 
-def test_the_runtimes_handler(tmp_path: Path) -> None:
-    """The page's command adds a rule to a specification, and its configuration names the file for the handler."""
-    command = recipe("The device cgroup", page="kubernetes.md")
-    (ctr := tmp_path / "ctr").write_text(
-        '#!/bin/sh\n[ "$*" = "oci spec" ] && echo \'{"linux": {"resources": {"devices": []}},'
-        ' "process": {"capabilities": {"bounding": ["CAP_CHOWN", "CAP_MKNOD"]}}}\'\n'
-    )
-    ctr.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    script = command.replace("/etc/containerd", str(tmp_path))
-    subprocess.run(["/bin/sh", "-euc", script], check=True, env=environment)
-    specification = yaml.safe_load((tmp_path / "loopd.json").read_text())
-    assert specification["linux"]["resources"]["devices"] == [{"allow": True, "type": "b", "major": 7, "access": "rw"}]
-    assert specification["process"]["capabilities"] == {"bounding": ["CAP_CHOWN"]}
-    handler = objects("runtimeclass.yaml")["RuntimeClass"]["handler"]
-    settings = recipe("The device cgroup", "toml", page="kubernetes.md")
-    page = (ROOT / "docs/kubernetes.md").read_text()
-    (newer,) = re.findall(r'the plugin is `"(io\.containerd\.[\w.]+)"`', page)
-    older = "io.containerd.grpc.v1.cri"
-    for plugin in (older, newer):
-        runtimes = tomllib.loads(settings.replace(older, plugin))["plugins"][plugin]["containerd"]["runtimes"]
-        assert runtimes[handler]["base_runtime_spec"] == "/etc/containerd/loopd.json"
+def test_the_plugin_has_no_more_than_the_unit() -> None:
+    context = plugin()[0]["securityContext"]
+    unit = (ROOT / "systemd/loopd-device-plugin.service").read_text()
+    (bounding,) = re.findall(r"(?m)^CapabilityBoundingSet=(.*)$", unit)
+    assert context["capabilities"] == {"drop": ["ALL"], "add": [name[4:] for name in bounding.split()]}
+    assert (context["allowPrivilegeEscalation"], context["readOnlyRootFilesystem"]) == (False, True)
+    spec = pod("device-plugin.yaml", "DaemonSet")
+    assert not {"hostPID", "hostNetwork", "hostIPC", "hostUsers"} & spec.keys()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [recipe("Limits", "toml", page="kubernetes.md"), objects("daemonset.yaml")["ConfigMap"]["data"]["loopd.toml"]],
-)
-def test_limits_are_loopds(text: str, tmp_path: Path) -> None:
-    (tmp_path / "loopd.toml").write_text(text)
+def test_options_of_the_page() -> None:
+    """Each line of its table is an option, with the default where it is one."""
+    for option in re.findall(r"(?m)^\| `(--[^`]+)` \|", PAGE.read_text()):
+        chosen = options.parse([option]).resources
+        if option in ("--count=32", "--devices=8"):
+            assert chosen == options.parse([]).resources
+        else:
+            assert chosen != options.parse([]).resources, option
+
+
+def test_limits_are_loopds(tmp_path: Path) -> None:
+    (tmp_path / "loopd.toml").write_text(recipe("A namespace that builds", "toml", page="kubernetes.md"))
     account = "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod0.slice/cri-containerd-0.scope"
     terms = policy.load(str(tmp_path / "loopd.toml")).terms("builds", account, 0, 0)
-    assert (terms.limits.devices, terms.limits.bytes) == (16, 100 << 30)
-
-
-def test_daemonset_and_job_on_a_node(tmp_path: Path) -> None:
-    """Their commands, in a mount namespace in which the node's directories are the test's: a device for the job, and
-    the end of every lease with the daemon.
-    """
-    require(os.geteuid() == 0, "needs root: loop devices")
-    daemon = pod("daemonset.yaml", "DaemonSet")["containers"][0]
-    job = pod("job.yaml", "Job")["containers"][0]
-    for name, module in (("loopd", "daemon"), ("loopctl", "cli")):
-        program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from loopd.{module} import main; sys.exit(main())"
-        (tmp_path / name).write_text(f"#!{sys.executable} -IS\n{program}\n")
-        (tmp_path / name).chmod(0o755)
-    work = tmp_path / "work"
-    for folder in (work, tmp_path / "state"):
-        folder.mkdir()
-    prepare = f"""
-        mount -t tmpfs tmpfs /run
-        mkdir -p {SOCKET_DIRECTORY} /run/loopd
-        mount --bind -o ro {SOCKET_DIRECTORY} /run/loopd
-        mount --bind {tmp_path}/state /var/lib
-        PATH={tmp_path}:$PATH
-        exec "$@"
-    """
-    unshare = ["unshare", "--mount", "--propagation", "private", "sh", "-euc", prepare, "sh"]
-    with (tmp_path / "log").open("wb") as log, subprocess.Popen([*unshare, *daemon["command"]], stderr=log) as node:
-        try:
-            into = ["nsenter", f"--target={node.pid}", "--mount", "env", f"PATH={tmp_path}:{os.environ['PATH']}"]
-            sockets = Path(f"/proc/{node.pid}/root{SOCKET_DIRECTORY}/loopd.sock")
-            eventually(sockets.exists, "the socket is there")
-            subprocess.run([*into, *daemon["readinessProbe"]["exec"]["command"]], check=True, stdout=subprocess.PIPE)
-            # /dev has the host's nodes here, where a container's own would be empty.
-            script = job["command"][2].replace("/work/", f"{work}/").replace("run ", f"run --directory {work} ")
-            ran = subprocess.run([*into, "sh", "-euc", script], check=True, stdout=subprocess.PIPE)
-            assert ran.stdout == b""  # detached again
-            image = work / "disk.img"
-            checked = subprocess.run(["fsck.ext4", "-fn", image], check=False, capture_output=True)
-            assert checked.returncode == 0, checked.stdout
-            attach = [*into, "loopctl", "attach", "--directory", str(work), "--lifetime", str(os.getpid()), str(image)]
-            subprocess.run(attach, check=True, stdout=subprocess.PIPE)
-            assert len(bound_to(image)) == 1
-        finally:
-            node.send_signal(signal.SIGTERM)
-        assert node.wait(20) == 0
-    eventually(lambda: not bound_to(tmp_path), "the lease ended with the container")
-    assert [path.name for path in work.iterdir()] == ["disk.img"]
+    assert (terms.limits.devices, terms.limits.bytes) == (8, 100 << 30)

@@ -25,12 +25,14 @@ from loopd.daemon import policy
 from loopd.daemon.audit import Event
 from loopd.daemon.process import STATE_DIRECTORY
 from loopd.daemon.process import _options as options_of_loopd
+from loopd.deviceplugin import metrics as device_plugin_metrics
+from loopd.deviceplugin import options as device_plugin_options
 from loopd.protocol import wire
 from loopd.protocol.decode import decode
 from loopd.worker import grants
 
 MANUAL = ROOT / "docs/man"
-PAGES = ("loopctl.1", "loopd.8", "loopd.toml.5", "loopd-protocol.7", "loopd-losetup.8")
+PAGES = ("loopctl.1", "loopd.8", "loopd.toml.5", "loopd-protocol.7", "loopd-losetup.8", "loopd-device-plugin.8")
 SYSTEM_PYTHON = "/usr/bin/python3"
 SERVICE_MANAGER = {"LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
 
@@ -172,6 +174,34 @@ def test_loopd(page: dict[str, Page], capsys: pytest.CaptureFixture[str]) -> Non
         options_of_loopd(["--help"])
     known = set(re.findall(r"(?m)^  (-\w|--[a-z-]+)|(?<=, )(--[a-z-]+)", capsys.readouterr().out))
     assert page["loopd.8"].names("OPTIONS") == {short or long for short, long in known}
+
+
+def test_device_plugin(page: dict[str, Page]) -> None:
+    manual = page["loopd-device-plugin.8"]
+    parser = device_plugin_options.parser()
+    assert manual.names("OPTIONS") >= options(parser)
+    said = {name: entry for entry in manual.entries("OPTIONS") for name in entry.names}
+    for action in parser._actions:
+        if type(action.default) in (int, float, str) and action.default != argparse.SUPPRESS:
+            text = said[action.option_strings[-1]].text
+            default = action.default if type(action.default) is str else f"{action.default:g}"
+            assert f"Default {default}." in text, text
+    assert f"1 to {device_plugin_options.MOST}." in said["--count"].text
+    assert f"at most {device_plugin_options.LONGEST} characters" in said["--resource"].text
+    settings = {f"{name}=" for name in device_plugin_options.VALUES} | set(device_plugin_options.FLAGS)
+    items = manual.section("OPTIONS").iter("definition_list_item")
+    entry = next(item for item in items if "--resource" in _text(item[0]))
+    assert {_text(strong) for strong in entry[1].iter("strong")} == settings
+    assert manual.names("METRICS") == {name for name, _, _ in device_plugin_metrics.METRICS.values()}
+
+
+def test_example_of_the_device_plugin(page: dict[str, Page]) -> None:
+    (block,) = page["loopd-device-plugin.8"].section("EXAMPLES").findall("literal_block")
+    (value,) = re.findall(r"^OPTIONS=(.*)$", block.text or "", re.MULTILINE)
+    roots, others = device_plugin_options.parse(value.split()).resources
+    assert (roots.name, roots.capacity, roots.devices, roots.uid) == ("loopd.alt/loop", 16, 8, 0)
+    assert (others.name, others.capacity, others.devices, others.uid) == ("loopd.alt/team", 8, 1, 1000)
+    assert (others.socket, others.admin_socket) == ("/run/loopd-team/sock/loopd.sock", "/run/loopd-team/admin.sock")
 
 
 def test_losetup(page: dict[str, Page]) -> None:

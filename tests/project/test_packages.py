@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from support.daemon import ROOT, Daemon
-from support.install import files, imported, install, make, prefix_fixture  # noqa: F401
+from support.install import PLUGIN_MODULES, PLUGIN_PAGE, files, imported, install, make, prefix_fixture  # noqa: F401
 
 from loopd import __version__
 from loopd.cli import loopctl as cli
@@ -213,6 +213,25 @@ def test_what_the_deb_does_with_units(unpacked: Path) -> None:
     for line in prerm.splitlines():
         if line.startswith("if ") and "systemd" in line:
             assert '[ "$1" = remove ]' in line
+
+
+def test_the_device_plugin_is_a_package_of_its_own(deb: Path, tmp_path: Path) -> None:
+    """Without it nobody needs python3-grpcio."""
+    package = deb.with_name(deb.name.replace("loopd_", "loopd-device-plugin_"))
+    run("dpkg-deb", "--raw-extract", package, tmp_path)
+    found = {name for name in files(tmp_path) if not name.startswith(("DEBIAN/", "usr/share/"))}
+    unit = "usr/lib/systemd/system/loopd-device-plugin.service"
+    assert found == {*PLUGIN_MODULES, unit, "usr/sbin/loopd-device-plugin"}
+    assert (tmp_path / f"{PLUGIN_PAGE}.gz").exists()
+    version = run("dpkg-deb", "--field", deb, "Version").strip()
+    needs = run("dpkg-deb", "--field", package, "Depends")
+    assert f"loopd (= {version}), python3-grpcio" in needs
+    assert "grpc" not in run("dpkg-deb", "--field", deb, "Depends")
+    postinst = (tmp_path / "DEBIAN/postinst").read_text()
+    assert "deb-systemd-helper enable 'loopd-device-plugin.service'" in postinst
+    assert "py3compile -p loopd-device-plugin /usr/lib/loopd" in postinst
+    said = run("lintian", "--no-user-dirs", "--allow-root", "--fail-on=none", package)
+    assert [line for line in said.splitlines() if line.startswith("E: ")] == []
 
 
 # The RPM package ------------------------------------------------------------------------------------------------------

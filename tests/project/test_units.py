@@ -29,7 +29,9 @@ ROOT = Path(__file__).parents[2]
 MOUNT = r"run-loopd\x2ddev.mount"
 SERVICES = ("loopd.service", "loopd@.service")
 SOCKETS = ("loopd.socket", "loopd-admin.socket", "loopd@.socket", "loopd-admin@.socket")
-UNITS = (*SERVICES, *SOCKETS, MOUNT, "loopd-directory@.service", "loopd-metrics.service", "loopd-metrics.timer")
+PLUGIN = "loopd-device-plugin.service"
+METRICS = ("loopd-metrics.service", "loopd-metrics.timer")
+UNITS = (*SERVICES, *SOCKETS, MOUNT, "loopd-directory@.service", *METRICS, PLUGIN)
 EXPOSURE = 1.8
 EXPOSURE_WITHOUT_SYS_ADMIN = 1.3
 
@@ -53,7 +55,8 @@ def systemd_version() -> int:
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An installation that runs where it is; DESTDIR=/ keeps the running system out of it."""
     prefix = tmp_path_factory.mktemp("prefix")
-    done = run("make", "-s", "-C", ROOT, "install", "DESTDIR=/", f"PREFIX={prefix}", env={"MAKEFLAGS": ""})
+    targets = ("install", "install-device-plugin")
+    done = run("make", "-s", "-C", ROOT, *targets, "DESTDIR=/", f"PREFIX={prefix}", env={"MAKEFLAGS": ""})
     assert done.returncode == 0, done.stderr
     return prefix
 
@@ -107,7 +110,7 @@ def exposure(unit: Path) -> float:
     return float(found)
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", [*SERVICES, PLUGIN])
 def test_exposure(prefix: Path, service: str) -> None:
     assert exposure(prefix / "lib/systemd/system" / service) <= EXPOSURE
 
@@ -128,11 +131,13 @@ def test_exposure_without_sys_admin(prefix: Path, tmp_path: Path, service: str) 
 
 
 def test_every_capability_is_justified_and_none_is_left_over(prefix: Path) -> None:
-    unit = prefix / "lib/systemd/system/loopd.service"
-    (ambient,) = options(unit)["AmbientCapabilities"]
-    assert options(unit)["CapabilityBoundingSet"] == [ambient]
-    reasons = re.findall(r"^# ((?:CAP_\w+(?:, )?)+):", unit.read_text(), re.MULTILINE)
-    assert sorted(", ".join(reasons).split(", ")) == sorted(ambient.split())
+    for name in ("loopd.service", PLUGIN):
+        unit = prefix / "lib/systemd/system" / name
+        (bounding,) = options(unit)["CapabilityBoundingSet"]
+        if name != PLUGIN:  # which is root's
+            assert options(unit)["AmbientCapabilities"] == [bounding]
+        reasons = re.findall(r"^# ((?:CAP_\w+(?:, )?)+):", unit.read_text(), re.MULTILINE)
+        assert sorted(", ".join(reasons).split(", ")) == sorted(bounding.split())
 
 
 def test_unit_and_daemon_name_the_same_things(prefix: Path) -> None:

@@ -113,6 +113,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "force": st.just(False),
     "after": st.sampled_from(["", LIVE, "loop4096", "0-a"]),
     "devices": st.integers(1, wire.MAX_DEVICES),
+    "uid": st.integers(0, wire.NO_UID - 1),
 }
 
 # What each index mostly leads to.

@@ -10,6 +10,8 @@ import pytest
 from support.daemon import ROOT
 
 SYSTEM_PYTHON = "/usr/bin/python3"
+PLUGIN_MODULES = {f"usr/lib/loopd/{path.relative_to(ROOT)}" for path in (ROOT / "loopd/deviceplugin").glob("*.py")}
+PLUGIN_PAGE = "usr/share/man/man8/loopd-device-plugin.8"
 
 
 def make(*arguments: str, env: dict[str, str] | None = None, umask: int = -1) -> subprocess.CompletedProcess[str]:

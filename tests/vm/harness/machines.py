@@ -17,6 +17,9 @@ DISKS = (
     "qemu-utils"
 ).split()
 CONTAINERS = "podman crun uidmap passt slirp4netns fuse-overlayfs bubblewrap docker.io lxc".split()
+# What the device plugin needs, and beside it the stand-in for a kubelet.
+PLUGIN = ["python3-grpcio", "libre2-11"]  # debootstrap does not find the second, which the first needs by another name
+KUBELET = [*PLUGIN, "python3-protobuf"]
 BUILDERS = "fai-server fai-setup-storage debootstrap".split()
 
 # What is in /srv/container, the small root directory (no systemd, no kernel) that the tests' containers start from.
@@ -63,7 +66,7 @@ ALL = (*SYSTEM, *DISKS, *CONTAINERS, *BUILDERS)
 IMAGES = {
     image.name: image
     for image in (
-        Image("stable", "trixie", (*ALL, "docker-cli", "docker-compose", "rpm")),
+        Image("stable", "trixie", (*ALL, *KUBELET, "docker-cli", "docker-compose", "rpm"), (*CONTAINER, *PLUGIN)),
         Image(
             "kernels",
             "trixie",
@@ -79,7 +82,9 @@ IMAGES = {
 
 # What packages, documents, builders and containers do is a matter of programs, which are the same on each of these
 # machines; how sockets start services, of systemd.
-PROGRAMS = ("builders", "cdi", "containers", "doctor", "documents", "metrics", "package", "rootless", "zipapp")
+PROGRAMS = (
+    "builders", "cdi", "containers", "deviceplugin", "doctor", "documents", "metrics", "package", "rootless", "zipapp",
+)  # fmt: skip
 
 MACHINES = {
     machine.name: machine

@@ -64,13 +64,14 @@ def numbers() -> list[int]:
     return [node["minor"] for node in device["containerEdits"]["deviceNodes"]]
 
 
-def judge(told: str) -> None:
+def judge(told: str, own: list[int] | None = None) -> None:
     """What PROBE said: its own device opens by both names, and those of nobody else do."""
+    own = numbers() if own is None else own
     (path,) = re.findall("(?m)^device (.*)$", told)
     assert path.startswith("/dev/loopd/loop"), told
-    assert int(path.removeprefix("/dev/loopd/loop")) in numbers()
+    assert int(path.removeprefix("/dev/loopd/loop")) in own
     assert "\nopened\nmine\n" in told
-    assert re.findall(r"(?m)^/dev/loop(\d+)$", told) == [str(number) for number in sorted(numbers())]
+    assert re.findall(r"(?m)^/dev/loop(\d+)$", told) == [str(number) for number in sorted(own)]
     assert re.findall("(?m)open.*/tmp/other.*: (.*)$", told) == ["Operation not permitted"], told
     assert re.findall("(?m)open.*/srv/image-node.*: (.*)$", told) == ["Operation not permitted"], told
     assert "SECRET" not in told

@@ -92,7 +92,7 @@ def package(request: pytest.FixtureRequest) -> Iterator[Package]:
         assert not node.exists(), "leases end, and their nodes go"
         assert not bound()
     shutil.rmtree(STATE.parent, ignore_errors=True)
-    (built,) = (PROJECT / "build").glob(f"loopd[-_]*.{request.param}")
+    (built,) = (PROJECT / "build").glob(f"loopd[_-][0-9]*.{request.param}")
     package = Package(request.param, built, traces())
     try:
         build, install, *enable, _ = recipe(SECTION[package.kind], page="packages.md").splitlines()
@@ -143,7 +143,7 @@ def next_version(package: Package, folder: Path) -> Path:
         (old,) = re.findall(r"^loopd-(.*)-1\.noarch\.rpm$", package.path.name)
         run("make", "-s", "-C", tree, "rpm", f"VERSION={old}+next", timeout=250)
         run("mv", *(tree / "build").glob("*.rpm"), folder)
-    (built,) = folder.glob(f"loopd*+next*.{package.kind}")
+    (built,) = folder.glob(f"loopd[_-][0-9]*+next*.{package.kind}")
     return built
 
 
