@@ -48,6 +48,7 @@ COLUMNS: dict[str, Callable[[LeaseInfo], str]] = {
     "UID": lambda lease: _optional(lease.uid),
     "PID": lambda lease: _optional(lease.pid),
     "REF": lambda lease: lease.ref or "-",
+    "WINDOW": lambda lease: lease.window or "-",
     "UNIT": lambda lease: lease.unit or "-",
     "OWNER": lambda lease: _optional(lease.account),
     "OPEN-IN": lambda lease: ", ".join(lease.openers or ()) or "-",

@@ -81,7 +81,8 @@ NEXT = {
 
 
 class Lease:
-    """One binding and what belongs to it. `kept_by` says what the keeper fd is: "reply", "sender", "pidfd", "socket".
+    """One binding and what belongs to it. `kept_by` says what the keeper is: "reply", "sender", "pidfd", "socket"; of a
+    window it is "disk", the lease of that.
 
     `nodes` are the nodes of the lease; unless `sure`, others may have been made, or some removed. `names` are the
     partitions, where the lease has no directory. `turn` is for jobs on the lease: two workers at once in one directory

@@ -61,7 +61,7 @@ _loopctl() {
         --lifetime) word='container parent detach' ;;
         --output)
             # The columns behind a comma, too.
-            for word in all NAME SIZE RO DIO SECTOR OFFSET SIZELIMIT AGE STATE LEASE UID PID REF UNIT OWNER OPEN-IN BACK-FILE; do
+            for word in all NAME SIZE RO DIO SECTOR OFFSET SIZELIMIT AGE STATE LEASE UID PID REF WINDOW UNIT OWNER OPEN-IN BACK-FILE; do
                 [[ $cur == *,* ]] && word=${cur%,*},$word
                 [[ $word == "$cur"* ]] && COMPREPLY+=("$word")
             done

@@ -34,7 +34,7 @@ for verb in attach run
 end
 complete -c loopctl -n '__fish_seen_subcommand_from attach' -l lifetime -x -a 'container parent detach' -d 'what ends the device'
 complete -c loopctl -n '__fish_seen_subcommand_from attach list directory doctor hello' -l json -d 'print JSON'
-set -l columns all NAME SIZE RO DIO SECTOR OFFSET SIZELIMIT AGE STATE LEASE UID PID REF UNIT OWNER OPEN-IN BACK-FILE
+set -l columns all NAME SIZE RO DIO SECTOR OFFSET SIZELIMIT AGE STATE LEASE UID PID REF WINDOW UNIT OWNER OPEN-IN BACK-FILE
 complete -c loopctl -n '__fish_seen_subcommand_from list' -s o -l output -x -a "(__fish_append , $columns)" -d 'the columns to print'
 complete -c loopctl -n '__fish_seen_subcommand_from list' -s n -l noheadings -d 'leave out the names of the columns'
 
