@@ -50,7 +50,7 @@ FOR_DEMO = e2fsck:e2fsprogs python3:python3 setpriv:util-linux systemd-socket-ac
 SYSTEMD_PYTHON = systemd.daemon:python3-systemd
 FOR_VENV = ensurepip:python3-venv venv:python3-venv $(SYSTEMD_PYTHON)
 FOR_CHECK = $(FOR_DEMO) $(FOR_BENCH) $(FOR_DEB) $(FOR_RPM) bwrap:bubblewrap lintian:lintian mkfs.btrfs:btrfs-progs \
-	mkfs.xfs:xfsprogs modprobe:kmod rpmlint:rpmlint secilc:secilc sfdisk:fdisk strace:strace \
+	mkfs.xfs:xfsprogs modprobe:kmod prometheus-node-exporter:prometheus-node-exporter rpmlint:rpmlint secilc:secilc sfdisk:fdisk strace:strace \
 	udevadm:udev
 FOR_BENCH = cc:build-essential fio:fio losetup:mount systemd-socket-activate:systemd
 

@@ -44,7 +44,7 @@ VERBS: dict[str, Verb] = {
     "resize": Verb("have a device take over the size of its image, and print it", verbs.resize, options.device_option),
     "doctor": Verb("look for what keeps devices from here, and say what helps", verbs.doctor, options.json_option),
     "hello": Verb("show what the daemon is and offers", verbs.hello, options.json_option),
-    "metrics": Verb("on the host: print what the daemon counts, as OpenMetrics text", verbs.metrics, options.no_option),
+    "metrics": Verb("on the host: print what the daemon counts, for Prometheus", verbs.metrics, options.metrics),
 }
 
 

@@ -177,6 +177,10 @@ def no_option(_: argparse.ArgumentParser) -> None:
     pass
 
 
+def metrics(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--openmetrics", action="store_true", help="in the format OpenMetrics 1.0")
+
+
 def list_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(

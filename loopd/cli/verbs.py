@@ -298,5 +298,20 @@ def hello(args: argparse.Namespace) -> int:
 
 def metrics(args: argparse.Namespace) -> int:
     # The daemon answers this to the administrator alone, so the default is his socket.
-    put(client.Client(args.socket or client.ADMIN_SOCKET, args.timeout).metrics().rstrip("\n"))
+    text = client.Client(args.socket or client.ADMIN_SOCKET, args.timeout).metrics().rstrip("\n")
+    put(text if args.openmetrics else prometheus(text))
     return 0
+
+
+def prometheus(openmetrics: str) -> str:
+    """The same in Prometheus's text format, as node_exporter's textfile collector reads it: there the name of a counter
+    ends with _total, and what is _created would be a series of its own.
+    """
+    lines = []
+    for line in openmetrics.splitlines():
+        name = line.split(" ", 3)[2] if line.startswith("# ") and line != "# EOF" else line.partition("{")[0]
+        if line == "# EOF" or line.startswith("# UNIT ") or name.endswith("_created"):
+            continue
+        counter = line.startswith("# ") and f"# TYPE {name} counter" in openmetrics
+        lines.append(line.replace(f" {name} ", f" {name}_total ", 1) if counter else line)
+    return "\n".join(lines)

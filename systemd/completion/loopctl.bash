@@ -14,7 +14,7 @@ _loopctl() {
         [resize]=''
         [doctor]='--json'
         [hello]='--json'
-        [metrics]=''
+        [metrics]='--openmetrics'
     )
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}
     # "=" is a word of its own to bash.

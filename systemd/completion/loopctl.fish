@@ -18,6 +18,7 @@ complete -c loopctl -n "not __fish_seen_subcommand_from $verbs" -a resize -d 'ta
 complete -c loopctl -n "not __fish_seen_subcommand_from $verbs" -a doctor -d 'look for what keeps devices from here'
 complete -c loopctl -n "not __fish_seen_subcommand_from $verbs" -a hello -d 'show what the daemon is and offers'
 complete -c loopctl -n "not __fish_seen_subcommand_from $verbs" -a metrics -d 'print what the daemon counts'
+complete -c loopctl -n '__fish_seen_subcommand_from metrics' -l openmetrics -d 'in the format OpenMetrics 1.0'
 
 for verb in attach run
     complete -c loopctl -n "__fish_seen_subcommand_from $verb" -F

@@ -48,7 +48,7 @@ _loopctl() {
         'resize:have a device take over the size of its image'
         'doctor:look for what keeps devices from here'
         'hello:show what the daemon is and offers'
-        'metrics:print what the daemon counts, as OpenMetrics text'
+        'metrics:print what the daemon counts, for Prometheus'
     )
     _arguments -C $common '(-)--version[print the version]' '1:verb:->verb' '*::argument:->argument' && return
     case $state in
@@ -74,7 +74,7 @@ _loopctl() {
                         '--losetup[with the stand-ins for losetup and mount]' '--force[also where max_loop is not in force]' \
                         '1:name:' ;;
                 rescan|resize) _arguments $common '1:device:_loopctl_devices' ;;
-                metrics) _arguments $common ;;
+                metrics) _arguments $common '--openmetrics[in the format OpenMetrics 1.0]' ;;
             esac ;;
     esac
 }

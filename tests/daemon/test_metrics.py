@@ -7,12 +7,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from support.install import install
 from support.untouched import pair, send
 from support.world import Served
 
+from loopd.cli import verbs
 from loopd.client import api as client
 from loopd.daemon.numbers import Numbers
 from loopd.loop import Loop, LoopControl
@@ -222,12 +225,48 @@ def test_a_helper_that_hangs(start_served: Callable[..., Served], tmp_path: Path
                 os.kill(pid, signal.SIGCONT)
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as client_socket:
+        return client_socket.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_node_exporter_reads_it(served: Served, image: int, directory: int, tmp_path: Path) -> None:
+    """Debian's own: every family has its help and its type, and there is nothing besides."""
+    program = shutil.which("prometheus-node-exporter")
+    require(program, "needs prometheus-node-exporter")
+    served.attach(image, directory)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/loopd-admin.prom").write_text(verbs.prometheus(text(served)) + "\n")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [str(program), f"--collector.textfile.directory={tmp_path}/files", "--collector.disable-defaults"]
+    command += ["--collector.textfile", f"--web.listen-address=127.0.0.1:{port}"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as exporter:
+        try:
+            eventually(lambda: listens(port), "it listens", 30)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+                scraped = answer.read().decode()
+        finally:
+            exporter.terminate()
+    families = {
+        family.name: family for family in older.text_string_to_metric_families(scraped)
+        if family.name.startswith("loopd_")
+    }  # fmt: skip
+    assert {family.type for family in families.values()} == {"gauge", "counter", "histogram"}
+    assert not [name for name in families if name.endswith("_created")]
+    assert not [family.name for family in families.values() if "Metric read from" in family.documentation]
+    assert {(s.name, s.value) for s in families["loopd_attaches"].samples} == {("loopd_attaches_total", 1.0)}
+    assert "node_textfile_scrape_error 0" in scraped
+
+
 def test_only_the_administrator_is_told(served: Served) -> None:
     assert served.ask(wire.Metrics(0), []).code == "not-permitted"
     command = [sys.executable, "-m", "loopd.cli", "--socket", served.admin, "metrics"]
-    printed = subprocess.check_output(command, cwd=ROOT, text=True)
+    printed = subprocess.check_output([*command, "--openmetrics"], cwd=ROOT, text=True)
     assert parsed(printed)
     assert printed.splitlines() == text(served).splitlines()
+    printed = subprocess.check_output(command, cwd=ROOT, text=True)
+    assert printed.splitlines() == verbs.prometheus(text(served)).splitlines()
     with pytest.raises(client.NotPermitted):
         client.Client(served.path).metrics()
     offered = [client.Client(path).hello().operations for path in (served.admin, served.path)]
@@ -321,8 +360,11 @@ def test_the_unit_writes_a_file_for_each_socket(served: Served, tmp_path: Path) 
     assert write() == 0
     assert sorted(os.listdir(files)) == ["loopd-admin.prom", "loopd-team.prom", "other.prom"]
     for name in ("loopd-admin", "loopd-team"):
-        assert parsed((files / f"{name}.prom").read_text())
+        assert (files / f"{name}.prom").read_text().startswith("# HELP loopd_build_info ")
         assert stat.S_IMODE((files / f"{name}.prom").stat().st_mode) == 0o644
+    files.rename(tmp_path / "no collector")
+    assert write() == 0, "there is nobody to write for"
+    (tmp_path / "no collector").rename(files)
     (files / "loopd-admin.prom").unlink()
     (files / "loopd-admin.prom").symlink_to(tmp_path)
     (files / "loopd-team.prom").unlink()
