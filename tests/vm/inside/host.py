@@ -21,6 +21,7 @@ DROP_IN = Path("/run/systemd/system/loopd.service.d/test.conf")
 OPTIONS = Path("/run/loopd-test-options")
 FIRST_NUMBER = 4096
 KERNEL = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+POLICY = Path("/etc/loopd/loopd.toml")
 
 
 def run(*command: str | Path, timeout: float = 90, check: bool = True, text: str = "", cwd: Path | None = None) -> str:
@@ -183,3 +184,16 @@ class Journal:
 
     def records(self, *arguments: str) -> list[dict[str, str]]:
         return [json.loads(line) for line in self.text("--output=json", *arguments).splitlines()]
+
+
+@contextmanager
+def policy(text: str) -> Iterator[None]:
+    """The administrator's configuration."""
+    POLICY.parent.mkdir(exist_ok=True)
+    POLICY.write_text(f"{text}\n")
+    run("systemctl", "try-reload-or-restart", SERVICE)
+    try:
+        yield
+    finally:
+        POLICY.unlink()
+        run("systemctl", "try-reload-or-restart", SERVICE)

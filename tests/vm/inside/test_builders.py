@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from host import SERVICE, bound, leases, loopctl, run, wait_for
+from host import bound, leases, loopctl, policy, run, wait_for
 
 HERE = Path(__file__).parent
 BIN = "/usr/local/lib/loopd/bin"
 REAL = "/usr/sbin/losetup"
-POLICY = Path("/etc/loopd/loopd.toml")
 
 
 def container(work: Path, *command: str, options: tuple[str, ...] = ()) -> str:
@@ -31,19 +30,6 @@ def container(work: Path, *command: str, options: tuple[str, ...] = ()) -> str:
     given += [f"--volume={BIN}/{name}:/usr/local/sbin/{name}:ro" for name in ("losetup", "mount")]
     given += [f"--volume={work}:/srv/work", "--workdir=/srv/work", *options]
     return run("podman", "run", *given, "--rootfs", "/:O", *command, timeout=400)
-
-
-@contextmanager
-def policy(text: str) -> Iterator[None]:
-    """The administrator's configuration."""
-    POLICY.parent.mkdir(exist_ok=True)
-    POLICY.write_text(f"{text}\n")
-    run("systemctl", "try-reload-or-restart", SERVICE)
-    try:
-        yield
-    finally:
-        POLICY.unlink()
-        run("systemctl", "try-reload-or-restart", SERVICE)
 
 
 @contextmanager

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from host import findings, loopctl, run
+from host import findings, loopctl, policy, run
 from recipes import recipe
-from test_builders import policy
 from test_containers import ROOTFS
 
 MODPROBE = Path("/usr/local/lib/modprobe.d/loopd.conf")

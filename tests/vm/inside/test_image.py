@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from host import SERVICE, Journal, attach, bound, leases, loopctl, name, prop, run, wait_for
+from host import SERVICE, Journal, attach, bound, leases, loopctl, name, policy, prop, run, wait_for
 
 BIN = "/usr/local/lib/loopd/bin"
 REAL = "/usr/sbin/losetup"
@@ -174,6 +174,16 @@ def test_a_container_beside_the_real_losetup(folder: Path, delivery: tuple[str, 
     assert ours == real
     wait_for("nothing is attached", lambda: not bound() and not leases())
     wait_for("the real one has nothing", lambda: run(REAL, "-n", "-O", "NAME", "-j", folder / "real/disk.img") == "")
+
+
+@pytest.mark.deadline(300)
+def test_the_kernels_partitions_beside_the_real_losetup(folder: Path) -> None:
+    """Where the administrator gives these, and the device cgroup allows them."""
+    real = beside(folder, PARTITIONS)
+    with policy("allow.kernel_partitions = true"):
+        ours = contained(folder, PARTITIONS, "--device-cgroup-rule=b 259:* rw")
+    assert ours == real
+    wait_for("nothing is attached", lambda: not bound() and not leases())
 
 
 # mount names the device -------------------------------------------------------------------------------------------
