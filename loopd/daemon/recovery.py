@@ -169,6 +169,7 @@ class Recovery:
         there = disk is not None and disk.binding.devname not in released
         if disk is not None and there and stored.bound and devices.still_bound(window.binding):
             disk.adopt(window)
+            start(self._arrangements.restore(window))  # a worker may have been killed between the bind and the node
         else:
             start(self._releases.release(window, "failed"))
 

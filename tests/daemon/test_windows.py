@@ -252,6 +252,22 @@ def test_windows_outlive_the_daemon(kept: Box) -> None:
     daemon.end()
 
 
+def test_a_window_without_its_node_gets_it(kept: Box) -> None:
+    """A worker that is killed between the bind and the node has left the window as it is here."""
+    daemon = kept.daemon
+    assert isinstance(daemon, Kept)
+    device = kept.attach("-P", kept.folder / "image")
+    add(device, 1, MIB, MIB)
+    name, path = window(kept, device, 1), node(kept, device, 1)
+    grant = kept.folder.parent / "grants/0-box"  # which the box has read-only
+    with daemon.outage():
+        (grant / path.name if path.parent.name == "loopd" else path).unlink()
+    assert window(kept, device, 1) == name
+    assert kept.losetup("-d", device).code == 0
+    eventually(lambda: not path.exists(), "the node goes with the window")
+    daemon.end()
+
+
 def test_on_a_device_attached_without_partscan(kept: Box) -> None:
     """They come once somebody asks, and go on coming after a restart."""
     daemon = kept.daemon
