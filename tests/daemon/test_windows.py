@@ -20,6 +20,7 @@ from support.daemon import Daemon, Reply, bound_to, configured, eventually, exis
 from support.kept import Kept, start_kept_fixture  # noqa: F401
 from support.processes import stays
 
+from loopd.deviceplugin.front import Front
 from loopd.loop import Loop
 from loopd.protocol import wire
 
@@ -158,6 +159,18 @@ def test_a_window_is_listed_and_goes_with_its_disk_alone(granted: Box) -> None:
     refused = detached(granted, name)
     assert (refused.code, "goes with its disk" in refused.fields["error"]["message"]) == (wire.Code.INVALID, True)
     assert of_grant(granted, lambda grant: wire.Resize(name, 1, dir_fd=grant)).code == wire.Code.INVALID
+
+
+def test_the_device_plugin_ends_disks_alone(start_kept: Callable[..., Kept], stand_ins: Path, tmp_path: Path) -> None:
+    """Also where a window has a number below that of its disk, and so comes first in the list."""
+    with contextlib.contextmanager(make_box)(start_kept, tmp_path, stand_ins, grant=True) as box:
+        numbers = tuple(box.daemon.ask(wire.Directory("box", 0), []).fields["numbers"])
+        first, *_, device = (box.attach("-P", box.folder / "image") for _ in numbers)
+        assert box.losetup("-d", first).code == 0
+        add(device, 1, MIB, MIB)
+        assert window(box, device, 1) == Path(first).name
+        Front(f"{box.daemon.path}.admin").end(numbers)
+        eventually(lambda: not bound_to(box.folder), "nothing is left")
 
 
 def test_windows_are_as_their_disk(granted: Box) -> None:
