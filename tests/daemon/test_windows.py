@@ -21,7 +21,7 @@ from support.kept import Kept, start_kept_fixture  # noqa: F401
 from support.processes import stays
 
 from loopd.deviceplugin.front import Front
-from loopd.loop import Loop
+from loopd.loop import Loop, backing_file
 from loopd.protocol import wire
 
 
@@ -129,8 +129,11 @@ def test_detach_waits_for_windows_in_use(granted: Box) -> None:
     assert granted("sh", "-ec", f"mkfs.ext4 -q {inside}; mkdir m; mount {inside} m").code == 0
     assert detached(granted, Path(device).name).fields["state"] == "busy"
     assert not node(granted, device, 1).exists()
+    disk = Path(device).name
+    eventually(lambda: "parked" in (backing_file(int(disk[4:])) or ""), "the host is not given the disk's device")
     assert granted("umount", "m").code == 0
     eventually(lambda: not bound_to(granted.folder), "nothing is left")
+    eventually(lambda: not exists(disk), "nor the disk's device")
 
 
 def of_grant(box: Box, request: Callable[[int], wire.Request]) -> Reply:
