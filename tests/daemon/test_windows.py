@@ -225,6 +225,15 @@ def test_the_kernels_partitions_where_the_administrator_allows_them(make: Callab
     assert os.major(path.stat().st_rdev) != 7
 
 
+def test_root_of_the_host_in_a_user_namespace(granted: Box) -> None:
+    """It has CAP_DAC_OVERRIDE for root's nodes, whatever their mode is."""
+    unshare = ["unshare", "--user", "--map-root-user"]
+    done = granted(*unshare, granted.programs / "losetup", "-f", "--show", "-P", granted.folder / "image")
+    device = done.out.strip()
+    add(device, 1, MIB, MIB)
+    window(granted, device, 1)
+
+
 def test_windows_are_there_with_the_answer(box: Box) -> None:
     """Of a kernel that reads tables; of another none is there, and none is made up."""
     image = box.folder / "image"
