@@ -157,11 +157,24 @@ def test_a_window_is_listed_and_goes_with_its_disk_alone(granted: Box) -> None:
     assert [(row["devname"], row.get("window")) for row in rows] == [
         (Path(device).name, None), (name, f"{Path(device).name}p1")
     ]  # fmt: skip
-    assert rows[0]["partitions"] == [f"{Path(device).name}p1"]
+    assert [row["partitions"] for row in rows] == [[f"{Path(device).name}p1"], []]
     assert granted.losetup("-n", "-O", "NAME").out.split() == [device], "losetup shows disks"
     refused = detached(granted, name)
     assert (refused.code, "goes with its disk" in refused.fields["error"]["message"]) == (wire.Code.INVALID, True)
     assert of_grant(granted, lambda grant: wire.Resize(name, 1, dir_fd=grant)).code == wire.Code.INVALID
+
+
+def test_a_window_that_its_client_unbinds_is_no_partition_any_more(granted: Box) -> None:
+    device = granted.attach("-P", granted.folder / "image")
+    add(device, 1, MIB, MIB)
+    name = window(granted, device, 1)
+    with Loop(int(name[4:])) as loop:
+        loop.clear_fd()
+    eventually(lambda: not exists(name), "it is gone")
+    (row,) = of_grant(granted, lambda grant: wire.Leases(1, dir_fd=grant)).fields["leases"]
+    assert row["partitions"] == []
+    add(device, 2, 2 * MIB, MIB)
+    window(granted, device, 1)
 
 
 def test_the_device_plugin_ends_disks_alone(start_kept: Callable[..., Kept], stand_ins: Path, tmp_path: Path) -> None:
