@@ -306,6 +306,32 @@ def test_a_window_without_its_node_gets_it(kept: Box) -> None:
     daemon.end()
 
 
+def test_two_windows_of_one_partition(kept: Box) -> None:
+    """A daemon was killed while the first could not be let go of, and the second was there. One of the two stays."""
+    daemon = kept.daemon
+    assert isinstance(daemon, Kept)
+    device = kept.attach("-P", kept.folder / "image")
+    add(device, 1, MIB, MIB)
+    name, path = window(kept, device, 1), node(kept, device, 1)
+    other = Path(kept.attach(kept.folder / "image")).name
+    with daemon.outage():
+        for record in daemon.records_in_store():
+            if record.fields["binding"]["devname"] == other:
+                record.fields["kept_by"] = "disk"
+                record.fields["binding"]["window"] = path.name
+                for fd in [record.fds.pop(each) for each in ("keeper", "reply", "cgroup") if each in record.fds]:
+                    os.close(fd)
+                record.fields["fds"] = [*record.fds]
+                record.write()
+            record.close()
+            record.slot.close()
+    eventually(lambda: len(daemon.leases()) == 2, "the disk and one window")
+    eventually(lambda: not (exists(other) and exists(name)), "the device of the other")
+    eventually(lambda: window(kept, device, 1) in daemon.leases(), "its node leads to it")
+    assert kept.losetup("-d", device).code == 0
+    daemon.end()
+
+
 def test_on_a_device_attached_without_partscan(kept: Box) -> None:
     """They come once somebody asks, and go on coming after a restart."""
     daemon = kept.daemon
