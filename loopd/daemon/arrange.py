@@ -78,7 +78,7 @@ class Arrangements:
         if lease.state is not State.BOUND:
             return None
         holder, others = lease.holder, lease.account.partitions - lease.charged
-        limits = self._books.policy.terms(self._books.instance, holder.account, holder.uid, holder.gid).limits
+        limits = self._books.terms(holder.account, holder.uid, holder.gid).limits
         room = limits.room(others)
         job = Arrange(lease.binding, holder.client, lease.nodes, lease.sure, lease.table, room, look, rescan)
         answer = await self._books.work(lease, job)

@@ -9,12 +9,12 @@ from typing import Any
 
 from loopd.children.flow import Promise
 from loopd.children.pool import ENDED, HUNG, Job, Pool
-from loopd.daemon.accounts import Accounts, Membership
+from loopd.daemon.accounts import SHARED, Accounts, Membership
 from loopd.daemon.audit import Audit, Event
 from loopd.daemon.leases import Lease, Leases
 from loopd.daemon.metrics import Metrics
 from loopd.daemon.numbers import Numbers
-from loopd.daemon.policy import Policy
+from loopd.daemon.policy import Policy, Terms
 from loopd.daemon.slots import Slots
 from loopd.kernel.poller import Poller
 from loopd.protocol.wire import Code
@@ -48,6 +48,11 @@ class Books:
         self.leases = Leases()
         self.warned: set[str] = set()
         """What the administrator was warned of."""
+
+    def terms(self, account: str, uid: int, gid: int) -> Terms:
+        """What a client may do and have."""
+        terms = self.policy.terms(self.instance, account, uid, gid)
+        return terms.for_strangers() if account == SHARED else terms
 
     def warn(self, what: str, text: str, **details: object) -> None:
         """Tell the administrator, once."""

@@ -153,8 +153,9 @@ class Lease:
     def partitions(self) -> tuple[str, ...]:
         """Names of the partition nodes that are there; of the partitions, where the lease has no directory."""
         if self.binding.windows:
-            return tuple(sorted(self.windows, key=lambda name: int(name.rpartition("p")[2])))
-        return self.names or tuple(node.name for node in self.nodes if node.name != self.binding.devname)
+            there = (name for name, window in self.windows.items() if window.state is State.BOUND)
+            return tuple(sorted(there, key=lambda name: int(name.rpartition("p")[2])))
+        return self.names or tuple(node.name for node in self.nodes if node.name != self.binding.node)
 
     @property
     def bytes(self) -> int:

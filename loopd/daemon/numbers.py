@@ -80,6 +80,10 @@ class Removals:
         self.under_way[number] = owner
         self.ask(number)
 
+    def hold(self, number: int) -> None:
+        """Have the device of a used number parked until the number is removed."""
+        self._send("hold", number)
+
     def ask(self, number: int) -> None:
         """Have the child remove a number that is under way."""
         self._send("remove last" if self.stopping else "remove", number)

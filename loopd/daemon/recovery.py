@@ -167,8 +167,11 @@ class Recovery:
         """The window goes on with its disk; without the disk it ends."""
         disk = self._books.leases.get(window.binding.window.rpartition("p")[0])
         there = disk is not None and disk.binding.devname not in released
+        # Two of one partition: the first was let go of, and the worker that did so hung.
+        there = there and disk is not None and window.binding.window not in disk.windows
         if disk is not None and there and stored.bound and devices.still_bound(window.binding):
             disk.adopt(window)
+            start(self._arrangements.restore(window))  # a worker may have been killed between the bind and the node
         else:
             start(self._releases.release(window, "failed"))
 

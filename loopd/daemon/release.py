@@ -15,6 +15,7 @@ from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
 from loopd.daemon.leases import Lease, State
 from loopd.daemon.watches import Watches
+from loopd.loop import backing_file
 from loopd.worker import devices
 from loopd.worker.messages import Clear, Displace, Displaced, Unbind, Unbound
 
@@ -66,9 +67,12 @@ class Releases:
                 await self._books.change(window, HELD_CHECK)
 
     async def _end_of(self, window: Lease, disk: Lease) -> None:
-        """Wait until the kernel has let go of a window: its disk is in use until then."""
+        """Wait until the kernel has let go of a window: its disk is in use until then. The disk's device is free, and
+        idle the host could be given it, or a client that has kept its node bind it.
+        """
         while window.state is not State.RELEASED:
-            disk.become(State.HELD)
+            if disk.become(State.HELD) or backing_file(disk.binding.number) is None:
+                self._books.numbers.removals.hold(disk.binding.number)
             await self._books.change(window, HELD_CHECK)
 
     async def resume(self, lease: Lease) -> None:

@@ -167,9 +167,8 @@ class Service:
             # The sender is gone, or the socket attests nothing: there is nobody to charge and nobody to answer.
             self._drop(index, sender, member, account, "their senders had ended or are unknown", run=False)
             return
-        terms = self._books.policy.terms(self._books.instance, member.account, sender.uid, sender.gid)
+        terms = self._books.terms(member.account, sender.uid, sender.gid)
         if member.account == accounts.SHARED:
-            terms = terms.for_strangers()
             self._books.warn("shared", SHARED_WARNING)
         if _unwanted(account, terms.limits):
             self._drop(index, sender, member, account, "too many of its requests are under way or hang", run=True)

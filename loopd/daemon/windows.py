@@ -54,7 +54,7 @@ class Windows:
         """Attach a window. Raises Refusal."""
         books, account = self._books, disk.account
         holder = disk.holder._replace(since=time.time(), id=None, deliver=())
-        limits = books.policy.terms(books.instance, holder.account, holder.uid, holder.gid).limits
+        limits = books.terms(holder.account, holder.uid, holder.gid).limits
         mine, number = self._reservations.make(account, holder.person, limits, tuple(holder.numbers))
         assert mine.slot is not None
         message = OpenWindow(disk.binding, extent, number, holder.client, holder._asdict(), mine.slot.row)

@@ -56,6 +56,6 @@ class Front(client.Client):
         """End what is attached by these numbers. A device that is open stays until its last close."""
         names = {f"loop{number}" for number in numbers}
         for lease in self._listed(None):  # a detach of what is not there would be a refusal in the journal
-            if lease.devname in names and lease.state == "bound":
+            if lease.devname in names and lease.state == "bound" and not lease.window:  # a window goes with its disk
                 with suppress(client.NotFound, client.ImageIncomplete):  # the journal has the second
                     self.detach(lease.devname, force=True, diskseq=lease.diskseq)

@@ -91,7 +91,9 @@ class Grants:
 
     def _all(self) -> list[GrantInfo]:
         own = f"{PREFIX}.{self.resource.key}."
-        return [grant for grant in self.front.directories() if grant.name.startswith(own) and _id(grant.name)]
+        # Any user of the node may take such a name. Root's: of this program before it was given another --uid.
+        found = (grant for grant in self.front.directories() if grant.uid in (0, self.resource.uid))
+        return [grant for grant in found if grant.name.startswith(own) and _id(grant.name)]
 
     def _end(self, grant: GrantInfo) -> bool:
         """End a grant; False where a device of it is still open somewhere, and keeps it for now."""

@@ -141,7 +141,7 @@ class Service:
         try:
             self.grants.discard(ident)
         except client.Error as error:  # it goes when the id is allocated again
-            self._say(f"{id}: not taken back: {error}")
+            self._say(f"{ident}: not taken back: {error}")
 
     def _refused(self, error: Exception) -> Refused:
         text = str(error).removeprefix("--cdi: ")

@@ -43,6 +43,12 @@ def in_hosts_user_namespace(pid: int) -> bool:
     return read(f"/proc/{pid}/uid_map").split() == [b"0", b"0", b"4294967295"]
 
 
+def knows(pid: int, uid: int) -> bool:
+    """Whether a uid of the host's has one in the user namespace of process `pid`. OSError as `read`: it is gone."""
+    ranges = [line.split() for line in read(f"/proc/{pid}/uid_map").splitlines()]
+    return any(int(first) <= uid < int(first) + int(count) for _, first, count in ranges)
+
+
 def lines(path: str) -> Iterator[bytes]:
     """The lines of a mount table, without the newline. OSError as open(2) and read(2); `TooLong`.
 

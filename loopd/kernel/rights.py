@@ -68,9 +68,11 @@ def can_make_nodes(pid: int) -> bool:
 
 
 def may_count(pid: int) -> bool:
-    """Whether capabilities of process `pid` count on the host: it is in the host's user namespace, or gone."""
+    """Whether capabilities of process `pid` count for what is loopd's own: its user namespace knows loopd's uid, as the
+    host's does and one that root has made with root in it; or it is gone.
+    """
     try:
-        return proc.in_hosts_user_namespace(pid)
+        return proc.knows(pid, os.geteuid())
     except OSError:
         return True
 

@@ -103,7 +103,7 @@ class Attaching:
         """Whether the client gets windows in place of nodes of the kernel's partitions.
 
         The kernel gives the number of a partition that is gone to the next one of whatever disk. A node of loopd's is
-        closed by then (mode 0), which stops a client in a user namespace of its own, but neither who has
+        closed by then (mode 0), which stops a client in a user namespace of its own without root, but neither who has
         CAP_DAC_OVERRIDE on the host nor who owns the node. Root of the host itself can open every device as it is.
         """
         if self._terms.kernel_partitions or (mounts.on_host and self._client.uid == 0):

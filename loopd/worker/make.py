@@ -159,8 +159,14 @@ def _park(access: Access, number: int) -> None:
         _parked[number] = Loop.from_fd(os.dup(loop.fd))
 
 
+def _hold(control: LoopControl, access: Access, number: int) -> None:
+    """Park a device that nobody may have before it is removed."""
+    _park(access, number)
+
+
 _OPERATIONS: dict[str, Callable[[LoopControl, Access, int], object]] = {
     "add": _add,
+    "hold": _hold,
     "remove": _remove,
     "remove last": _remove_patiently,
     "low": _keep_low_free,

@@ -239,8 +239,9 @@ def find(directory: Directory, name: str, wanted: dict[str, Numbers], *, whole: 
     """The nodes of a device that a worker or daemon which ended may have left in the directory: the node `name`, and if
     `whole` those of its partitions.
 
-    In a directory of loopd's own these are all nodes of such a name, also of a partition that has gone meanwhile. In a
-    client's, where such a node may be the client's, these are the `wanted` ones.
+    In a directory of loopd's own these are all nodes of a partition's name, also of one that has gone meanwhile. Else
+    these are the `wanted` ones: in a client's directory such a node may be the client's, and that of a window the next
+    window's.
     """
     found = []
     with directory.rights():
@@ -250,7 +251,8 @@ def find(directory: Directory, name: str, wanted: dict[str, Numbers], *, whole: 
             with contextlib.suppress(OSError):
                 status = os.stat(found_name, dir_fd=directory.fd, follow_symlinks=False)
                 node = Node(found_name, os.major(status.st_rdev), os.minor(status.st_rdev), status.st_ino)
-                if stat.S_ISBLK(status.st_mode) and (directory.own or wanted[found_name] == (node.major, node.minor)):
+                of_any = directory.own and found_name != name
+                if stat.S_ISBLK(status.st_mode) and (of_any or wanted[found_name] == (node.major, node.minor)):
                     found.append(node)
     return found
 

@@ -151,6 +151,27 @@ def test_a_flood_is_taken_out_up_to_the_next_one(option: str, monkeypatch: pytes
         assert transport.drop(listener, me, 16) == 0
 
 
+class Late(socket.socket):
+    """A listener whose thread is not run for a while after its look, as on a busy machine: it is written off."""
+
+    late = False
+
+    def recvmsg(self, *arguments: Any) -> Any:
+        found = super().recvmsg(*arguments)
+        self.late = True
+        return found
+
+
+def test_a_thread_that_is_late_takes_nothing() -> None:
+    """By then the head of the queue may be another's."""
+    sender, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with sender, other, Late(fileno=other.detach()) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        sender.send(b"flood")
+        assert transport.drop(listener, os.getpid(), 1, lambda: not listener.late) == 0
+        assert listener.recv(100) == b"flood"
+
+
 def test_who_waits_for_room_gets_it(daemon: Daemon, other: tuple[Callable[[], None], str]) -> None:
     """The queue is full all the time: another sender is not kept from it until the flood is over."""
     enter, _ = other

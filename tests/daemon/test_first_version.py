@@ -17,6 +17,8 @@ from support.daemon import Daemon, ask, bound_to, eventually, exists, require
 from support.untouched import elsewhere
 
 from loopd.daemon.accounts import NOBODY, SHARED, Owner, owner_of, whose
+from loopd.kernel import libc
+from loopd.loop import Loop
 from loopd.protocol import wire
 
 HIERARCHY = Path("/sys/fs/cgroup/systemd")
@@ -114,6 +116,25 @@ def test_their_limits_are_strict(
     for enter in two:
         assert elsewhere(lambda: request(daemon, wire.Hello(0)), enter)["limits"]["devices"] == 64
     assert daemon.hello().fields["limits"]["devices"] == 256
+
+
+def test_windows_are_within_their_limits(
+    daemon: Daemon, image: int, directory: int, devices: Path, two: tuple[Callable[[], None], Callable[[], None]]
+) -> None:
+    def prepare() -> None:
+        two[0]()
+        libc.call("unshare", 0x00020000)  # CLONE_NEWNS: root of a container
+
+    def act() -> dict[str, Any]:
+        return request(daemon, wire.Attach(0, 1, 3, 2, partscan=True), image, directory, os.pidfd_open(os.getppid()))
+
+    name = elsewhere(act, prepare)["devname"]
+    with Loop(int(name[4:])) as loop:
+        for number in range(1, 65):
+            loop.add_partition(number, number * 4096, 4096)
+    eventually((devices / f"{name}p63").exists, "a window", 30)
+    eventually(lambda: "its limit is 64" in daemon.log(), "there is no room for the last")
+    assert not (devices / f"{name}p64").exists()
 
 
 def test_a_host_without_the_second_version(

@@ -20,7 +20,8 @@ from support.daemon import Daemon, Reply, bound_to, configured, eventually, exis
 from support.kept import Kept, start_kept_fixture  # noqa: F401
 from support.processes import stays
 
-from loopd.loop import Loop
+from loopd.deviceplugin.front import Front
+from loopd.loop import Loop, backing_file
 from loopd.protocol import wire
 
 
@@ -128,8 +129,11 @@ def test_detach_waits_for_windows_in_use(granted: Box) -> None:
     assert granted("sh", "-ec", f"mkfs.ext4 -q {inside}; mkdir m; mount {inside} m").code == 0
     assert detached(granted, Path(device).name).fields["state"] == "busy"
     assert not node(granted, device, 1).exists()
+    disk = Path(device).name
+    eventually(lambda: "parked" in (backing_file(int(disk[4:])) or ""), "the host is not given the disk's device")
     assert granted("umount", "m").code == 0
     eventually(lambda: not bound_to(granted.folder), "nothing is left")
+    eventually(lambda: not exists(disk), "nor the disk's device")
 
 
 def of_grant(box: Box, request: Callable[[int], wire.Request]) -> Reply:
@@ -153,11 +157,36 @@ def test_a_window_is_listed_and_goes_with_its_disk_alone(granted: Box) -> None:
     assert [(row["devname"], row.get("window")) for row in rows] == [
         (Path(device).name, None), (name, f"{Path(device).name}p1")
     ]  # fmt: skip
-    assert rows[0]["partitions"] == [f"{Path(device).name}p1"]
+    assert [row["partitions"] for row in rows] == [[f"{Path(device).name}p1"], []]
     assert granted.losetup("-n", "-O", "NAME").out.split() == [device], "losetup shows disks"
     refused = detached(granted, name)
     assert (refused.code, "goes with its disk" in refused.fields["error"]["message"]) == (wire.Code.INVALID, True)
     assert of_grant(granted, lambda grant: wire.Resize(name, 1, dir_fd=grant)).code == wire.Code.INVALID
+
+
+def test_a_window_that_its_client_unbinds_is_no_partition_any_more(granted: Box) -> None:
+    device = granted.attach("-P", granted.folder / "image")
+    add(device, 1, MIB, MIB)
+    name = window(granted, device, 1)
+    with Loop(int(name[4:])) as loop:
+        loop.clear_fd()
+    eventually(lambda: not exists(name), "it is gone")
+    (row,) = of_grant(granted, lambda grant: wire.Leases(1, dir_fd=grant)).fields["leases"]
+    assert row["partitions"] == []
+    add(device, 2, 2 * MIB, MIB)
+    window(granted, device, 1)
+
+
+def test_the_device_plugin_ends_disks_alone(start_kept: Callable[..., Kept], stand_ins: Path, tmp_path: Path) -> None:
+    """Also where a window has a number below that of its disk, and so comes first in the list."""
+    with contextlib.contextmanager(make_box)(start_kept, tmp_path, stand_ins, grant=True) as box:
+        numbers = tuple(box.daemon.ask(wire.Directory("box", 0), []).fields["numbers"])
+        first, *_, device = (box.attach("-P", box.folder / "image") for _ in numbers)
+        assert box.losetup("-d", first).code == 0
+        add(device, 1, MIB, MIB)
+        assert window(box, device, 1) == Path(first).name
+        Front(f"{box.daemon.path}.admin").end(numbers)
+        eventually(lambda: not bound_to(box.folder), "nothing is left")
 
 
 def test_windows_are_as_their_disk(granted: Box) -> None:
@@ -209,6 +238,15 @@ def test_the_kernels_partitions_where_the_administrator_allows_them(make: Callab
     assert os.major(path.stat().st_rdev) != 7
 
 
+def test_root_of_the_host_in_a_user_namespace(granted: Box) -> None:
+    """It has CAP_DAC_OVERRIDE for root's nodes, whatever their mode is."""
+    unshare = ["unshare", "--user", "--map-root-user"]
+    done = granted(*unshare, granted.programs / "losetup", "-f", "--show", "-P", granted.folder / "image")
+    device = done.out.strip()
+    add(device, 1, MIB, MIB)
+    window(granted, device, 1)
+
+
 def test_windows_are_there_with_the_answer(box: Box) -> None:
     """Of a kernel that reads tables; of another none is there, and none is made up."""
     image = box.folder / "image"
@@ -248,6 +286,48 @@ def test_windows_outlive_the_daemon(kept: Box) -> None:
     daemon.kill()
     add(device, 2, 2 * MIB, MIB)
     window(kept, device, 2)
+    assert kept.losetup("-d", device).code == 0
+    daemon.end()
+
+
+def test_a_window_without_its_node_gets_it(kept: Box) -> None:
+    """A worker that is killed between the bind and the node has left the window as it is here."""
+    daemon = kept.daemon
+    assert isinstance(daemon, Kept)
+    device = kept.attach("-P", kept.folder / "image")
+    add(device, 1, MIB, MIB)
+    name, path = window(kept, device, 1), node(kept, device, 1)
+    grant = kept.folder.parent / "grants/0-box"  # which the box has read-only
+    with daemon.outage():
+        (grant / path.name if path.parent.name == "loopd" else path).unlink()
+    assert window(kept, device, 1) == name
+    assert kept.losetup("-d", device).code == 0
+    eventually(lambda: not path.exists(), "the node goes with the window")
+    daemon.end()
+
+
+def test_two_windows_of_one_partition(kept: Box) -> None:
+    """A daemon was killed while the first could not be let go of, and the second was there. One of the two stays."""
+    daemon = kept.daemon
+    assert isinstance(daemon, Kept)
+    device = kept.attach("-P", kept.folder / "image")
+    add(device, 1, MIB, MIB)
+    name, path = window(kept, device, 1), node(kept, device, 1)
+    other = Path(kept.attach(kept.folder / "image")).name
+    with daemon.outage():
+        for record in daemon.records_in_store():
+            if record.fields["binding"]["devname"] == other:
+                record.fields["kept_by"] = "disk"
+                record.fields["binding"]["window"] = path.name
+                for fd in [record.fds.pop(each) for each in ("keeper", "reply", "cgroup") if each in record.fds]:
+                    os.close(fd)
+                record.fields["fds"] = [*record.fds]
+                record.write()
+            record.close()
+            record.slot.close()
+    eventually(lambda: len(daemon.leases()) == 2, "the disk and one window")
+    eventually(lambda: not (exists(other) and exists(name)), "the device of the other")
+    eventually(lambda: window(kept, device, 1) in daemon.leases(), "its node leads to it")
     assert kept.losetup("-d", device).code == 0
     daemon.end()
 

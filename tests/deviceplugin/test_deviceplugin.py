@@ -27,6 +27,8 @@ from support.kept import Kept, start_kept_fixture  # noqa: F401  # a fixture
 from support.node import KIND, Container, Node
 
 from loopd.cli import cdi
+from loopd.deviceplugin import options
+from loopd.deviceplugin.grants import Grants, Places
 from loopd.protocol import wire
 
 UID = 54321
@@ -372,6 +374,20 @@ def test_directories_of_others_are_left_alone(node: Node) -> None:
     node.pods([])
     time.sleep(1)
     assert {row["name"] for row in node.grants().values()} == set(names)
+
+
+def test_a_user_of_the_node_ends_no_grant(start_kept: Callable[..., Kept], tmp_path: Path) -> None:
+    """By a directory of the user's own, whose name says that it is the newest of a pod's."""
+    (resource,) = options.parse(["--count=1"]).resources
+    with grants_at(tmp_path / "grants") as grants:
+        daemon = start_kept(f"--grant-directory={grants}")
+        pods = Grants(resource._replace(admin_socket=f"{daemon.path}.admin"), Places(str(tmp_path), str(tmp_path)), 60)
+        for uid, name in ((resource.uid, "k8s.loop.0.1"), (UID, "k8s.loop.0.2")):
+            assert daemon.admin(wire.Directory(name, 0, devices=1, uid=uid)).code is None
+        assert pods.sweep(frozenset({"loop-0"})) == 1
+        assert (grants / f"{resource.uid}-k8s.loop.0.1").exists()
+        assert (grants / f"{UID}-k8s.loop.0.2").exists()
+        daemon.end()
 
 
 # Counting ------------------------------------------------------------------------------------------------------------
