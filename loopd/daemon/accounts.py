@@ -156,8 +156,16 @@ class Bucket:
     @property
     def half_spent(self) -> bool:
         """Whether more than half of the burst is spent now."""
-        back = max(0.0, time.monotonic() - self.at) * self._per_second
-        return self._spent - back > self._burst / 2
+        return self._now > self._burst / 2
+
+    @property
+    def spent(self) -> bool:
+        """Whether any of the burst is spent now."""
+        return self._now > 0
+
+    @property
+    def _now(self) -> float:
+        return self._spent - max(0.0, time.monotonic() - self.at) * self._per_second
 
     def unspend(self, count: int = 1) -> None:
         """Give the charge of so many back."""

@@ -73,6 +73,10 @@ class Arrangements:
             lease.wanted_looks.discard(table)
             await self._arrange(lease, look=table)
 
+    def look_again(self, lease: Lease) -> None:
+        """Look at the nodes once more: what was in the way may be over."""
+        start(self._look(lease, 0, table=False))
+
     async def _arrange(self, lease: Lease, *, rescan: bool = False, look: bool = False) -> Refusal | None:
         """Have a worker do it; the lease's turn is the caller's."""
         if lease.state is not State.BOUND:

@@ -13,7 +13,7 @@ from loopd.children.pool import Job
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
 from loopd.daemon.exchange import Answers, Exchange
-from loopd.daemon.leases import Holder, Lease
+from loopd.daemon.leases import Holder, Lease, State
 from loopd.daemon.policy import Allow
 from loopd.daemon.recovery import attached
 from loopd.daemon.release import Releases
@@ -90,6 +90,8 @@ class Attaches:
                 async with lease.turn:
                     missing = await self._windows.arrange(lease, done.extents)
                 warnings += () if missing is None else (missing.message,)
+                if lease.state is not State.BOUND:
+                    raise Refusal(Code.UNDELIVERABLE, "the lease ended before the device was delivered")
             # Of a daemon that ends between the two notes nobody knows whether it answered: the next one answers again.
             records.note_answer(lease.slot.fd, "sending")
             if self._answers.send(exchange, attached(lease, warnings), tuple(fds)):

@@ -9,6 +9,7 @@ from typing import Any
 
 from loopd.children.flow import start
 from loopd.children.pool import Job
+from loopd.daemon.accounts import Bucket
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
 from loopd.daemon.counter import BLOCK, Exhausted
@@ -41,6 +42,13 @@ class Granting:
 
     def __init__(self, books: Books) -> None:
         self._books = books
+        self._users: dict[int, Bucket] = {}
+        """The numbers that the grants of each user but root have taken: a user has a new account with each login."""
+
+    @property
+    def burning(self) -> bool:
+        """Whether what a user has taken just now counts still: forgotten, the user could go on at once."""
+        return any(bucket.spent for bucket in self._users.values())
 
     async def perform(self, exchange: Exchange, asked: Change | Survey, job: Job) -> Reply:
         """From the worker's first message to the reply. Raises Refusal."""
@@ -62,29 +70,43 @@ class Granting:
             return wire.Granted(message.path, (), numbers.remade)
         if reserved and message.numbers != reserved:  # another request made the directory meanwhile
             numbers.fresh.put_back(reserved)
-            if not exchange.admin:
-                exchange.account.numbers.unspend(len(reserved))
+            self._unspend(exchange, len(reserved))
         return wire.Granted(message.path, message.numbers, numbers.remade)
 
     def _reserve(self, exchange: Exchange, count: int) -> tuple[int, ...]:
         """Numbers for a new grant, charged to the account: one that makes and removes grants would use up all. The
         administrator may: a device plugin of Kubernetes makes a grant for each container.
         """
-        account, limits = exchange.account, exchange.terms.limits
-        a_second = limits.new_numbers_per_minute / 60
-        if not exchange.admin and not account.numbers.spend(limits.new_numbers, a_second, count):
+        limits = exchange.terms.limits
+        if not exchange.admin and not self._spend(exchange, count):
             limit = f"{limits.new_numbers} and {limits.new_numbers_per_minute:g} a minute"
             reason = f"a directory with {count} device numbers is more than this account may have now: {limit}"
             raise Refusal(Code.QUOTA, reason)
         try:
             return self._books.numbers.fresh.take_some(count)
         except (Exhausted, OSError) as error:
-            if not exchange.admin:
-                account.numbers.unspend(count)
+            self._unspend(exchange, count)
             text = f"There are no {count} new device numbers for a directory: {error}"
             self._books.audit.record(Event.WARNED, text, code=Code.NO_DEVICE.value)
             reason = f"no {count} device numbers are free; the journal of the host says more"
             raise Refusal(Code.NO_DEVICE, reason) from error
+
+    def _spend(self, exchange: Exchange, count: int) -> bool:
+        """Charge the user and the account."""
+        burst, a_second = exchange.terms.limits.new_numbers, exchange.terms.limits.new_numbers_per_minute / 60
+        self._users = {uid: bucket for uid, bucket in self._users.items() if bucket.spent}
+        user = Bucket() if exchange.sender.uid == 0 else self._users.setdefault(exchange.sender.uid, Bucket())
+        if not user.spend(burst, a_second, count):
+            return False
+        if not exchange.account.numbers.spend(burst, a_second, count):
+            user.unspend(count)
+            return False
+        return True
+
+    def _unspend(self, exchange: Exchange, count: int) -> None:
+        if not exchange.admin:
+            exchange.account.numbers.unspend(count)
+            self._users.get(exchange.sender.uid, Bucket()).unspend(count)
 
     async def _listed(self, exchange: Exchange, found: Surveyed) -> wire.GrantList:
         listing = exchange.account.listing

@@ -91,9 +91,9 @@ class Lease:
     """
 
     __slots__ = (
-        "_changed", "account", "binding", "charged", "cleared", "holder", "keeper", "kept_by", "lost", "names",
-        "nodes", "reason", "revoking", "slot", "state", "sure", "table", "told", "turn", "wanted_looks", "watch",
-        "windows",
+        "_changed", "account", "binding", "charged", "cleared", "holder", "keeper", "kept_by", "leaving", "lost",
+        "names", "nodes", "pause", "reason", "retrying", "revoking", "slot", "state", "sure", "table", "told", "turn",
+        "wanted_looks", "watch", "windows",
     )  # fmt: skip
 
     def __init__(
@@ -119,6 +119,12 @@ class Lease:
         """Closing of nodes: wanted (True), under way (False), neither (None)."""
         self.windows: dict[str, Lease] = {}
         """Its windows, by the names of the partitions."""
+        self.leaving: list[Lease] = []
+        """Windows on what is a partition no more, which may still be in use."""
+        self.pause = 0.0
+        """Seconds after which it is tried again to make windows that failed; 0 where none did."""
+        self.retrying = False
+        """Whether that is due."""
         self.charged = 0
         """Partitions that its account is charged with."""
         self.told = False

@@ -149,10 +149,11 @@ class Daemon:
         releases.watches = self._arrangements.watches = self._watches
         self._releases = releases
         self._foreign = Foreign(books, releases, bindings)
-        granting = Granting(books)
+        self._granting = granting = Granting(books)
         self._recovery = Recovery(books, self._watches, releases, self._arrangements, bindings, granting)
         reservations = Reservations(books, self._recovery.abandon)
         windows = self._arrangements.windows = Windows(books, reservations, releases)
+        windows.look = self._arrangements.look_again
         answers = Answers(books, sockets, by_hand=os.geteuid() == 0)
         self._dropping = Dropping(self._children, sockets)
         self._operations = Operations(books, releases, self._arrangements, lambda: self._hanging)
@@ -265,7 +266,8 @@ class Daemon:
         """Whether there is anything to hold, to do or to remember."""
         numbers = self._books.numbers
         at_work = self._service.under_way or len(self._books.leases) or self._pool.busy or numbers.busy
-        return bool(at_work or numbers.removals.lingering or self._books.accounts.burning or self._audit.waiting)
+        burning = self._books.accounts.burning or self._granting.burning
+        return bool(at_work or numbers.removals.lingering or burning or self._audit.waiting)
 
     def _idle_check(self) -> None:
         collect_garbage()

@@ -131,6 +131,9 @@ class Recovery:
                 if lease.binding.window and not stored.released:
                     self._carry_on_window(lease, stored, released)
                 else:
+                    disk = self._books.leases.get(lease.binding.disk)
+                    if disk is not None:
+                        disk.leaving.append(lease)
                     self._carry_on(lease, stored, fds.get("reply", lease.keeper))
         with contextlib.suppress(OSError):  # an attach that needs a slot is told
             self._books.slots.top_up()
@@ -165,7 +168,7 @@ class Recovery:
 
     def _carry_on_window(self, window: Lease, stored: Stored, released: set[str]) -> None:
         """The window goes on with its disk; without the disk it ends."""
-        disk = self._books.leases.get(window.binding.window.rpartition("p")[0])
+        disk = self._books.leases.get(window.binding.disk)
         there = disk is not None and disk.binding.devname not in released
         # Two of one partition: the first was let go of, and the worker that did so hung.
         there = there and disk is not None and window.binding.window not in disk.windows

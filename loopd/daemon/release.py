@@ -53,7 +53,7 @@ class Releases:
             text = f"has lost data: the image lacks what was written to it: {lease.lost}"
             self._books.record(Event.LOST, lease, text, error=lease.lost)
         await self._wait_until_unbound(lease, bound=bound)
-        for window in windows:
+        for window in (*windows, *lease.leaving):
             await self._end_of(window, lease)
         await self._finish(lease)
 
@@ -82,6 +82,8 @@ class Releases:
         if devices.still_bound(lease.binding):
             lease.become(State.HELD)
         await self._wait_until_unbound(lease, bound=True)
+        for window in lease.leaving:
+            await self._end_of(window, lease)
         await self._finish(lease)
 
     async def _let_go(self, lease: Lease) -> bool:

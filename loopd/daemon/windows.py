@@ -6,6 +6,7 @@ A window is a lease of its own, which its disk's lease keeps. Each flow here has
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from loopd.children.flow import start
 from loopd.children.pool import Job
@@ -19,6 +20,9 @@ from loopd.worker.devices import Extent
 from loopd.worker.messages import OpenWindow
 from loopd.worker.window import DISK
 
+FIRST_PAUSE, LAST_PAUSE = 1.0, 64.0
+"""Seconds until windows that failed are tried again; each time it takes twice as long."""
+
 
 class Windows:
     """Keeps the windows of a disk in line with its partitions."""
@@ -27,6 +31,8 @@ class Windows:
         self._books = books
         self._reservations = reservations
         self._releases = releases
+        self.look: Callable[[Lease], None]
+        """Looks at the partitions once more. Set later: the looks need the windows, too."""
 
     async def arrange(self, disk: Lease, extents: tuple[Extent, ...]) -> Refusal | None:
         """Have one window on each partition; why that is not so in the end. A window stays where its partition has not
@@ -36,6 +42,7 @@ class Windows:
         leaving = [window for name, window in disk.windows.items() if not _is_on(window, disk, wanted.get(name))]
         for window in leaving:
             del disk.windows[window.binding.window]
+        disk.leaving = [window for window in disk.leaving if window.state is not State.RELEASED] + leaving
         await self._releases.let_go_of(leaving, "gone")
         for name, extent in wanted.items():
             if name in disk.windows or disk.state is not State.BOUND:
@@ -47,8 +54,23 @@ class Windows:
                 if not disk.told:
                     disk.told = True
                     self._books.record(Event.WARNED, disk, f"has a partition without a device: {text}")
+                self._retry(disk)
                 return Refusal(refusal.code, text)
+        disk.pause = 0.0
         return None
+
+    def _retry(self, disk: Lease) -> None:
+        """Try again in a while; one try answers all that has failed before it."""
+        if disk.retrying:
+            return
+
+        def look() -> None:
+            disk.retrying = False
+            self.look(disk)
+
+        disk.retrying = True
+        disk.pause = min(2 * disk.pause or FIRST_PAUSE, LAST_PAUSE)
+        self._books.poller.later(disk.pause, look)
 
     async def _open(self, disk: Lease, extent: Extent) -> None:
         """Attach a window. Raises Refusal."""

@@ -109,7 +109,8 @@ class Attaching:
         if self._terms.kernel_partitions or (mounts.on_host and self._client.uid == 0):
             return False
         own = self._directory is not None and self._directory.own
-        return not own or rights.may_count(self._packet.sender.pid)
+        # Root of a rootful container can ask from a user namespace that it makes with other ids.
+        return not own or self._grant.startswith("0-") or rights.may_count(self._packet.sender.pid)
 
     def _bind(self, request: bind.Request, fds: dict[str, int | None]) -> Bound:
         def prepare(expected: Binding, lock_fd: int) -> dict[str, int | None]:

@@ -57,6 +57,11 @@ class Binding(NamedTuple):
         return self.window or self.devname
 
     @property
+    def disk(self) -> str:
+        """The name of the disk that a window is on; empty for other devices."""
+        return self.window.rpartition("p")[0]
+
+    @property
     def whole(self) -> bool:
         """Whether the nodes of the kernel's partitions belong to it, too."""
         return not (self.windows or self.window)

@@ -401,3 +401,50 @@ def test_a_window_has_a_number_of_its_grant(granted: Box) -> None:
     again = granted.attach("-P", granted.folder / "image")
     add(again, 1, MIB, MIB)
     assert {int(window(granted, again, 1)[4:]), int(Path(again).name[4:])} <= own
+
+
+def test_a_window_that_was_gone_and_is_in_use_keeps_the_disk_busy(granted: Box) -> None:
+    device = granted.attach("-P", granted.folder / "image")
+    add(device, 1, MIB, 2 * MIB)
+    window(granted, device, 1)
+    inside = f"/dev/loopd/{Path(device).name}p1"
+    assert granted("sh", "-ec", f"mkfs.ext4 -q {inside}; mkdir m; mount {inside} m").code == 0
+    delete(device, 1)
+    eventually(lambda: not node(granted, device, 1).exists(), "the node")
+    assert detached(granted, Path(device).name).fields["state"] == "busy"
+    assert granted("umount", "m").code == 0
+    eventually(lambda: not bound_to(granted.folder), "nothing is left")
+    eventually(lambda: not exists(Path(device).name), "nor the disk's device")
+
+
+def test_a_window_that_failed_is_tried_again(make: Callable[[str], Box]) -> None:
+    """The second disk has the last number; when the first is gone there is one for its partition."""
+    box = make("limits.devices = 2\n")
+    (box.folder / "other").write_bytes(bytes(4 * MIB))
+    first, second = box.attach(box.folder / "image"), box.attach("-P", box.folder / "other")
+    add(second, 1, MIB, MIB)
+
+    def told() -> bool:
+        return any("partition without a device" in record["MESSAGE"] for record in box.daemon.records("warned"))
+
+    eventually(told, "there is no room for its window")
+    assert box.losetup("-d", first).code == 0
+    window(box, second, 1)
+
+
+def test_a_disk_waits_for_its_windows_over_a_restart(kept: Box) -> None:
+    daemon = kept.daemon
+    assert isinstance(daemon, Kept)
+    device = kept.attach("-P", kept.folder / "image")
+    add(device, 1, MIB, 2 * MIB)
+    name = window(kept, device, 1)
+    inside = str(node(kept, device, 1)).replace(f"/proc/{kept.pid}/root", "")
+    assert kept("sh", "-ec", f"mkfs.ext4 -q {inside}; mkdir m; mount {inside} m; echo text >m/text").code == 0
+    assert kept.losetup("-d", device).code == 0
+    both = {Path(device).name: "held", name: "held"}
+    eventually(lambda: {each: row["state"] for each, row in daemon.leases().items()} == both, "both are held")
+    daemon.kill()
+    eventually(lambda: {each: row["state"] for each, row in daemon.leases().items()} == both, "and after the restart")
+    assert kept("umount", "m").code == 0
+    eventually(lambda: not daemon.leases(), "nothing is left")
+    daemon.end()
