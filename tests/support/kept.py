@@ -172,6 +172,7 @@ class Kept(Daemon):
     @contextlib.contextmanager
     def outage(self) -> Iterator[None]:
         """The daemon is killed, and the next one starts at the end of the block."""
+        eventually(self._has_stored, "the manager has the slots, and not only the message that brings them")
         os.kill(self.manager, signal.SIGSTOP)
         try:
             eventually(self._killed, "the daemon and its helpers have ended")
