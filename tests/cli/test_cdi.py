@@ -432,3 +432,13 @@ def test_a_tree_is_no_installation(world: World) -> None:
     done = world.ctl("directory", "--cdi", "--cdi-dir", world.folder / "cdi", "--force", "build", check=False)
     assert done.returncode == 1
     assert "`make install`, or a package" in done.stderr
+
+
+def test_the_home_of_another_user(world: World) -> None:
+    """As setpriv(1) leaves it."""
+    home = world.work / "roots"
+    (home / ".config").mkdir(parents=True)
+    home.chmod(0o700)
+    os.chown(home, 0, 0)
+    done = world.run([*as_user(UID), "loopctl", "directory", "plain"], HOME=str(home), XDG_CONFIG_HOME="")
+    assert done.stdout.strip().endswith(f"/{UID}-plain")

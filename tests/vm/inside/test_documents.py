@@ -36,7 +36,8 @@ def test_install_as_the_readme_has_it() -> None:
     assert prop("loopd.socket", "ActiveEnterTimestampMonotonic") == before, "the socket was started again"
     assert loopctl("--timeout", "90", "hello").startswith("loopd ")
     pages = [path.name for path in Path("/usr/local/share/man").rglob("loop*.*")]
-    assert sorted(pages) == sorted(path.stem for path in (DOCS / "man").iterdir())
+    plugin = {"loopd-device-plugin.8"}  # of a package of its own
+    assert set(pages) == {path.stem for path in (DOCS / "man").iterdir()} - plugin
 
 
 @pytest.mark.deadline(240)
