@@ -230,7 +230,7 @@ def _partitions(place: _Place, trial: Trial) -> Finding:
         return Finding("FAIL", "partitions", partition.said)
     if partition.device is None:
         text = "the kernel has found no partition: it cannot read such a table (CONFIG_MSDOS_PARTITION)"
-        remedy = "attach a part of the image, with --offset and --sizelimit (docs/containers.md, By offset)"
+        remedy = "attach a part of the image, with --offset and --sizelimit"
         return Finding("WARN", "partitions", text, remedy)
     if partition.obstacle is not None:
         text = f"{partition.path} cannot be opened: {partition.obstacle.reason}"

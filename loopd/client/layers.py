@@ -33,9 +33,9 @@ SELINUX = (
 )
 """The remedy where SELinux is what denies it."""
 KERNEL_PARTITION = (
-    "a rule for their major would let in NVMe disks too: attach the part of the image with --offset and --sizelimit "
-    "(docs/containers.md, By offset); without allow.kernel_partitions in loopd.toml, a container without a user "
-    "namespace of its own gets nodes of loop devices"
+    "a rule for their major would let in NVMe disks too: attach the part of the image with --offset and --sizelimit; "
+    "without allow.kernel_partitions in loopd.toml, a container without a user namespace of its own gets nodes of loop "
+    "devices (docs/containers.md, Partitions)"
 )
 """The remedy where the device cgroup denies the kernel's partitions."""
 
