@@ -80,19 +80,21 @@ class Books:
 
         A worker that ended, most likely killed because memory ran out, may have done part of the job.
         """
-        account = lease.account
         for _ in range(self.TRIES):
-            await account.turns.take()
-            hangs = lambda: self.stuck(lease)  # noqa: E731
-            job = Job(message, [lease.slot.fd], patience or self.policy.request_timeout, account.jobs, hangs)
-            self.pool.submit(job)
-            job.over.then(account.turns.give)
-            answer = await job.done()
+            answer = await (await self.submit(lease, message, [lease.slot.fd], patience)).done()
             if answer is not ENDED:
                 return None if answer is HUNG else answer
             if "sure" in message._fields:
                 message = message._replace(sure=False)
         return None
+
+    async def submit(self, lease: Lease, message: Any, fds: list[int], patience: float | None = None) -> Job:
+        """Give a worker a job on a lease, in a turn of its account's, which the job has until it is over."""
+        account = lease.account
+        await account.turns.take()
+        job = Job(message, fds, patience or self.policy.request_timeout, account.jobs, lambda: self.stuck(lease))
+        job.over.then(account.turns.give)
+        return self.pool.submit(job)
 
     def partitioned(self, lease: Lease, count: int, excess: int) -> tuple[str, ...]:
         """The device has so many partitions, and `excess` more than it may have; the warnings of that."""

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 
 from loopd.children.flow import start
-from loopd.children.pool import Job
 from loopd.daemon.audit import Event
 from loopd.daemon.books import Books
 from loopd.daemon.leases import Lease, State
@@ -80,11 +79,7 @@ class Windows:
         mine, number = self._reservations.make(account, holder.person, limits, tuple(holder.numbers))
         assert mine.slot is not None
         message = OpenWindow(disk.binding, extent, number, holder.client, holder._asdict(), mine.slot.row)
-        fds = [disk.slot.fd, mine.slot.fd]
-        await account.turns.take()
-        job = Job(message, fds, books.policy.request_timeout, account.jobs, lambda: books.stuck(disk))
-        job.over.then(account.turns.give)
-        books.pool.submit(job)
+        job = await books.submit(disk, message, [disk.slot.fd, mine.slot.fd])
         try:
             done, _ = await self._reservations.bind(mine, job)
             if done.refusal is not None:
