@@ -169,14 +169,16 @@ class Recovery:
     def _carry_on_window(self, window: Lease, stored: Stored, released: set[str]) -> None:
         """The window goes on with its disk; without the disk it ends."""
         disk = self._books.leases.get(window.binding.disk)
-        there = disk is not None and disk.binding.devname not in released
-        # Two of one partition: the first was let go of, and the worker that did so hung.
-        there = there and disk is not None and window.binding.window not in disk.windows
-        if disk is not None and there and stored.bound and devices.still_bound(window.binding):
+        if (
+            disk is None
+            or disk.binding.devname in released
+            or window.binding.window in disk.windows  # the first of two was let go of, and the worker that did so hung
+            or not (stored.bound and devices.still_bound(window.binding))
+        ):
+            start(self._releases.release(window, "failed"))
+        else:
             disk.adopt(window)
             start(self._arrangements.restore(window))  # a worker may have been killed between the bind and the node
-        else:
-            start(self._releases.release(window, "failed"))
 
     def _answer_again(self, lease: Lease, reply: int | None) -> None:
         """Answer an attach once more: the daemon ended just when it answered. A client that has the answer ignores
