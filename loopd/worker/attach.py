@@ -152,7 +152,7 @@ class Attaching:
             raise
         fds = list(client)
         client.release()
-        names = tuple(devices.partitions(binding.devname, room)) if directory is None and room else ()
+        names = tuple(devices.partition_names(binding.devname, room)) if directory is None and room else ()
         extents = devices.extents(binding.devname, room) if binding.windows and room else ()
         done = Done(
             None, binding, tuple(made), (), watch, table, grant, names, partitions=count, excess=excess, extents=extents
@@ -192,11 +192,11 @@ def add_watch(watches: int, directory: Directory, binding: Binding) -> int | Non
 
 def limit_partitions(device: Loop, room: int) -> tuple[int, int]:
     """Delete the partitions beyond `room`. How many there are now, and how many were too many."""
-    count = len(devices.partitions(device.devname))
+    count = len(devices.partition_names(device.devname))
     if count <= room:
         return count, 0
     bind.delete_partitions(device, room)
-    return len(devices.partitions(device.devname)), count - room
+    return len(devices.partition_names(device.devname)), count - room
 
 
 def wanted_nodes(binding: Binding, room: int) -> dict[str, nodes.Numbers]:

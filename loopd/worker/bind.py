@@ -17,7 +17,7 @@ from loopd.kernel.transport import FdSet
 from loopd.loop import Loop, LoopControl, UnexpectedDevice
 from loopd.protocol.wire import Attach, Code, Refusal
 from loopd.worker.access import Access, lock, reopen
-from loopd.worker.devices import Binding, Number, partitions
+from loopd.worker.devices import Binding, Number, partition_names
 from loopd.worker.files import Backing
 
 ATTEMPTS = 256
@@ -50,7 +50,7 @@ def delete_partitions(loop: Loop, keep: int = 0) -> None:
     """Delete the partitions of a device but the first `keep`, so that none reads the next file's data. A partition that
     is open stays. Needs CAP_SYS_ADMIN.
     """
-    for name in list(partitions(loop.devname))[keep:]:
+    for name in partition_names(loop.devname)[keep:]:
         with contextlib.suppress(OSError):
             loop.delete_partition(int(name.rpartition("p")[2]))
 

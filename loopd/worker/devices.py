@@ -111,15 +111,21 @@ MOST_PARTITIONS = 256
 """The kernel makes no more on one disk (DISK_MAX_PARTS)."""
 
 
-def partitions(devname: str, most: int = MOST_PARTITIONS) -> dict[str, tuple[int, int]]:
-    """Names and device numbers of the partitions that the kernel has for `devname` now, the first so many."""
-    found = {}
+def partition_names(devname: str, most: int = MOST_PARTITIONS) -> list[str]:
+    """Names of the partitions that the kernel has for `devname` now, the first so many."""
+    found: list[str] = []
     with _gone():
-        for name in os.listdir(f"{lo.sysfs}/block/{devname}"):
-            if name.startswith(f"{devname}p"):
-                with _gone():
-                    found[name] = device_number(name, devname)
-    return dict(sorted(found.items(), key=lambda item: int(item[0].rpartition("p")[2]))[:most])
+        found += (name for name in os.listdir(f"{lo.sysfs}/block/{devname}") if name.startswith(f"{devname}p"))
+    return sorted(found, key=lambda name: int(name.rpartition("p")[2]))[:most]
+
+
+def partitions(devname: str, most: int = MOST_PARTITIONS) -> dict[str, tuple[int, int]]:
+    """The same with their device numbers."""
+    found = {}
+    for name in partition_names(devname, most):
+        with _gone():
+            found[name] = device_number(name, devname)
+    return found
 
 
 class Extent(NamedTuple):
@@ -131,9 +137,9 @@ class Extent(NamedTuple):
 
 
 def extents(devname: str, most: int) -> tuple[Extent, ...]:
-    """Where the partitions lie that the kernel has for `devname` now, the first so many."""
+    """Where these partitions lie."""
     found = []
-    for name in partitions(devname, most):
+    for name in partition_names(devname, most):
         with _gone():
             start, size = (_sectors(f"{lo.sysfs}/block/{devname}/{name}/{which}") for which in ("start", "size"))
             found.append(Extent(name, start * 512, size * 512))

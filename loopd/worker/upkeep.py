@@ -222,7 +222,7 @@ def _arrange(tools: Tools, job: Arrange, directory: Directory | None, file: int 
             # Most likely a partition is in use. The next close of the node has the table looked at again.
             refusal, table = (error, UNREAD) if job.rescan else (None, job.table)
     if directory is None:
-        found = tuple(devices.partitions(binding.devname, room))
+        found = tuple(devices.partition_names(binding.devname, room))
         return Arranged(refusal, (), None, table, found, *_limit(tools, binding, job.room))
     wanted = wanted_nodes(binding, room)
     there = nodes.prune(directory, there, wanted)
@@ -249,7 +249,7 @@ def _limit(tools: Tools, binding: Binding, room: int) -> tuple[int, int]:
     """Delete the partitions beyond those that the device may have, also where the client has looked for partitions
     itself without partscan. How many there are now, and how many were too many.
     """
-    count = len(devices.partitions(binding.devname))
+    count = len(devices.partition_names(binding.devname))
     # Opened only then: an open of loopd's may keep a client's close from being the last.
     if count > room:
         with _device(tools, binding) as loop:
