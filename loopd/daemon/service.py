@@ -257,7 +257,7 @@ class Service:
         message: Recognised = answered(await job.done())
         if message.refusal is not None:
             raise message.refusal
-        exchange.grant, exchange.numbers = message.grant, message.numbers or ()
+        exchange.grant, exchange.numbers = message.grant, message.numbers
 
     def _stuck(self, exchange: Exchange) -> None:
         """Record that the worker hangs, most likely on one of the client's own files."""

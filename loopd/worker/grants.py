@@ -71,11 +71,11 @@ class Grants:
             found = next((entry.name for entry in entries if entry.inode() == inode), "")
         return "" if found.startswith(".") else found
 
-    def numbers(self, name: str) -> tuple[int, ...] | None:
-        """The device numbers that a grant owns; None for a grant of an earlier loopd."""
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """The device numbers that a grant owns; a grant of an earlier loopd owns none."""
         status = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
         if not status.st_mode & OWNER:
-            return None
+            return ()
         numbers = self._links.read(status.st_ino)
         if numbers is None:
             raise Refusal(Code.NO_DEVICE, "dir_fd: not made to its end; on the host, make it with loopctl once more")

@@ -213,13 +213,13 @@ class Taken(NamedTuple):
 
 
 class Recognised(NamedTuple):
-    """Which directory of loopd's was sent along, and the numbers that it owns; None for a grant of an earlier loopd. To
-    find out may have taken long, so `Taken` did not wait for it.
+    """Which directory of loopd's was sent along, and the numbers that it owns. To find out may have taken long,
+    so `Taken` did not wait for it.
     """
 
     refusal: Refusal | None
     grant: str
-    numbers: tuple[int, ...] | None
+    numbers: tuple[int, ...]
 
 
 class NumberPlease(NamedTuple):

@@ -53,7 +53,7 @@ class _Taking:
         self._lease: int | None = None
         self._kept_by = ""
         self._grant = ""
-        self._numbers: tuple[int, ...] | None = None
+        self._numbers: tuple[int, ...] = ()
 
     @property
     def _all_harmless(self) -> bool:
@@ -127,7 +127,7 @@ class _Taking:
         assert self._job.directory is not None
         try:
             self._grant = self._grants.recognise(self._packet.fds.borrow(self._job.directory))
-            self._numbers = self._grants.numbers(self._grant) if self._grant else None
+            self._numbers = self._grants.numbers(self._grant) if self._grant else ()
         except Refusal as refusal:
             return refusal
         except OSError as error:
@@ -186,7 +186,7 @@ class _Taking:
         keeper = {"reply": self._reply, "sender": self._pidfd}.get(self._kept_by, self._lease)
         fds = {"keeper": keeper, "reply": None if keeper == self._reply else self._reply, "cgroup": events}
         attaching = Attaching(self._worker, self._job, self._packet, self._pidfd, self._own.borrow(0))
-        done, client = attaching.run(self._grant, self._kept_by, fds, self._numbers or ())
+        done, client = attaching.run(self._grant, self._kept_by, fds, self._numbers)
         with FdSet(client):
             self._harmless |= attaching.harmless
             last = self._all_harmless and not client
