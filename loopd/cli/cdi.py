@@ -15,6 +15,7 @@ from typing import Any, Iterator, NamedTuple
 
 from loopd.cli.output import Failure
 from loopd.client import api as client
+from loopd.client.layers import LOOP_MAJOR
 from loopd.protocol.wire import Granted
 
 DOMAIN = "loopd.alt"
@@ -25,7 +26,6 @@ STAND_INS = "/usr/local/sbin"
 """Where the container has the stand-ins: first in the PATH of most images, and of their sudo. ``env`` of a
 specification sets a whole value, so it cannot put a folder in front of an image's own PATH.
 """
-LOOP_MAJOR = 7
 BOUND = ("bind", "ro", "nosuid")
 """Options of every mount; `nodev` and `noexec` are added where no device is opened or nothing is run."""
 

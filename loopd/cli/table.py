@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Callable, Mapping, Sequence
 
 from loopd.cli.output import clean
+from loopd.protocol import ranges
 from loopd.protocol.wire import GrantInfo, LeaseInfo
 
 SUFFIXES = "KMGTPE"
@@ -57,23 +58,12 @@ COLUMNS: dict[str, Callable[[LeaseInfo], str]] = {
 """Of ``loopctl list``. Names of any length come last."""
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """As 4096-4103,4160."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
-
-
 GRANTS: dict[str, Callable[[GrantInfo], str]] = {
     "NAME": lambda grant: grant.name,
     "UID": lambda grant: str(grant.uid),
     "DEVICES": lambda grant: str(len(grant.numbers)),
     "IN-USE": lambda grant: str(grant.in_use),
-    "NUMBERS": lambda grant: _ranges(grant.numbers) or "-",
+    "NUMBERS": lambda grant: ranges.text(grant.numbers) or "-",
     "PATH": lambda grant: grant.path,
 }
 """Of ``loopctl directory``."""

@@ -10,6 +10,8 @@ import contextlib
 import os
 from collections.abc import Iterable
 
+from loopd.protocol import ranges
+
 PLACE = ".numbers"
 """No grant's name begins with a dot."""
 
@@ -23,7 +25,7 @@ class Links:
     def read(self, inode: int) -> tuple[int, ...] | None:
         """The numbers of a directory; None where none were written for it."""
         try:
-            return _numbers(os.readlink(f"{PLACE}/{inode}", dir_fd=self._root))
+            return ranges.numbers(os.readlink(f"{PLACE}/{inode}", dir_fd=self._root))
         except FileNotFoundError:
             return None
 
@@ -32,8 +34,9 @@ class Links:
         with contextlib.suppress(FileExistsError):
             os.mkdir(PLACE, 0o700, dir_fd=self._root)
         with contextlib.suppress(FileExistsError):
-            os.symlink(_text(numbers), f"{PLACE}/{inode}", dir_fd=self._root)
-        return _numbers(os.readlink(f"{PLACE}/{inode}", dir_fd=self._root))
+            # Up to 127 bytes a tmpfs keeps in the inode, and longer ones take a page.
+            os.symlink(ranges.text(numbers), f"{PLACE}/{inode}", dir_fd=self._root)
+        return ranges.numbers(os.readlink(f"{PLACE}/{inode}", dir_fd=self._root))
 
     def remove(self, inode: int) -> None:
         """The directory is gone."""
@@ -50,19 +53,3 @@ class Links:
             return {int(name) for name in os.listdir(place)}
         finally:
             os.close(place)
-
-
-def _text(numbers: Iterable[int]) -> str:
-    """As ``4096-4102,4160``: up to 127 bytes a tmpfs keeps in the inode, and longer ones take a page."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    runs = (run.partition("-") for run in text.split(","))
-    return tuple(number for first, _, last in runs for number in range(int(first), int(last or first) + 1))
