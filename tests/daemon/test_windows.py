@@ -42,6 +42,11 @@ def node(box: Box, device: str, number: int) -> Path:
     return folder / f"{Path(device).name}p{number}"
 
 
+def within(box: Box, path: Path) -> str:
+    """The same path, seen from inside."""
+    return str(path).replace(f"/proc/{box.pid}/root", "")
+
+
 def window(box: Box, device: str, number: int) -> str:
     """The device behind the node of a partition, once that is there."""
     path = node(box, device, number)
@@ -50,6 +55,15 @@ def window(box: Box, device: str, number: int) -> str:
     assert stat.S_ISBLK(status.st_mode)
     assert os.major(status.st_rdev) == 7, "a loop device, not the kernel's partition"
     return Path(f"/sys/dev/block/7:{os.minor(status.st_rdev)}").resolve().name
+
+
+def mounted(box: Box, device: str) -> str:
+    """Have the box mount its first partition, with a file in it, on `m`; the device behind the node."""
+    add(device, 1, MIB, 2 * MIB)
+    name = window(box, device, 1)
+    path = within(box, node(box, device, 1))
+    assert box("sh", "-ec", f"mkfs.ext4 -q {path}; mkdir m; mount {path} m; echo text >m/text").code == 0
+    return name
 
 
 def attribute(device: str, name: str) -> int:
@@ -74,7 +88,7 @@ def test_disk_window_and_file_agree(box: Box) -> None:
     (box.folder / "text").write_bytes(b"by the window".ljust(4096, b"."))
     script = "dd if=text of=$0 conv=notrunc; cmp -n 4096 text $0; cmp -n 4096 -i 0:1M text $1; "
     script += "cmp -n 4096 -i 0:1M text image"
-    inside = str(node(box, device, 1)).replace(f"/proc/{box.pid}/root", "")
+    inside = within(box, node(box, device, 1))
     done = box("sh", "-ec", script, inside, device)
     assert (done.code, done.out) == (0, ""), done.err
     script = "tr a-z A-Z <text | dd of=$1 seek=2048 conv=notrunc; dd if=$0 count=8 | head -c 13; "
@@ -103,10 +117,7 @@ def test_windows_come_go_and_stay(box: Box) -> None:
 
 def test_a_window_in_use_goes_at_its_last_close(granted: Box) -> None:
     device = granted.attach("-P", granted.folder / "image")
-    add(device, 1, MIB, 2 * MIB)
-    name = window(granted, device, 1)
-    inside = f"/dev/loopd/{Path(device).name}p1"
-    assert granted("sh", "-ec", f"mkfs.ext4 -q {inside}; mkdir m; mount {inside} m; echo text >m/text").code == 0
+    name = mounted(granted, device)
     delete(device, 1)
     eventually(lambda: not node(granted, device, 1).exists(), "the node")
     assert granted("cat", "m/text").out == "text\n"
@@ -123,10 +134,7 @@ def test_a_window_in_use_goes_at_its_last_close(granted: Box) -> None:
 def test_detach_waits_for_windows_in_use(granted: Box) -> None:
     """As it does for a partition: the disk counts as in use."""
     device = granted.attach("-P", granted.folder / "image")
-    add(device, 1, MIB, 2 * MIB)
-    window(granted, device, 1)
-    inside = f"/dev/loopd/{Path(device).name}p1"
-    assert granted("sh", "-ec", f"mkfs.ext4 -q {inside}; mkdir m; mount {inside} m").code == 0
+    mounted(granted, device)
     assert detached(granted, Path(device).name).fields["state"] == "busy"
     assert not node(granted, device, 1).exists()
     disk = Path(device).name
@@ -405,10 +413,7 @@ def test_a_window_has_a_number_of_its_grant(granted: Box) -> None:
 
 def test_a_window_that_was_gone_and_is_in_use_keeps_the_disk_busy(granted: Box) -> None:
     device = granted.attach("-P", granted.folder / "image")
-    add(device, 1, MIB, 2 * MIB)
-    window(granted, device, 1)
-    inside = f"/dev/loopd/{Path(device).name}p1"
-    assert granted("sh", "-ec", f"mkfs.ext4 -q {inside}; mkdir m; mount {inside} m").code == 0
+    mounted(granted, device)
     delete(device, 1)
     eventually(lambda: not node(granted, device, 1).exists(), "the node")
     assert detached(granted, Path(device).name).fields["state"] == "busy"
@@ -436,10 +441,7 @@ def test_a_disk_waits_for_its_windows_over_a_restart(kept: Box) -> None:
     daemon = kept.daemon
     assert isinstance(daemon, Kept)
     device = kept.attach("-P", kept.folder / "image")
-    add(device, 1, MIB, 2 * MIB)
-    name = window(kept, device, 1)
-    inside = str(node(kept, device, 1)).replace(f"/proc/{kept.pid}/root", "")
-    assert kept("sh", "-ec", f"mkfs.ext4 -q {inside}; mkdir m; mount {inside} m; echo text >m/text").code == 0
+    name = mounted(kept, device)
     assert kept.losetup("-d", device).code == 0
     both = {Path(device).name: "held", name: "held"}
     eventually(lambda: {each: row["state"] for each, row in daemon.leases().items()} == both, "both are held")
