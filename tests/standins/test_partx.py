@@ -49,6 +49,14 @@ $P -s -o NR,START,END disk.img; $P -s -g -o NR,SECTORS --nr 2 disk.img; $P --sho
 d=$($L -f --show disk.img); $P -s -o NR,START $d; $P -l $d 2>/dev/null; $L -d $d
 $P; echo $?; $P -x 2>/dev/null; echo $?
 """,
+    "bytes after every close": """
+d=$($L -P -f --show disk.img); $P -u $d; sums() { echo $1; for f in disk.img $d ${d}p1 ${d}p2; do cksum <$f; done; }
+sums fresh; seq 9999 | dd of=${d}p1 conv=notrunc status=none; echo $?; sums partition
+seq 500 3000 | dd of=$d bs=512 seek=4100 conv=notrunc status=none; echo $?; sums disk
+seq 7000 9000 | dd of=disk.img bs=512 seek=20500 conv=notrunc status=none; sums file
+E2FSPROGS_FAKE_TIME=1 mkfs.ext4 -q -U clear -E hash_seed=11111111-1111-1111-1111-111111111111 ${d}p2; echo $?; sums mkfs
+dd if=/dev/zero of=${d}p1 bs=1M 2>/dev/null; echo $?; sums full; $P -d $d; $L -d $d; echo $?; cksum <disk.img
+""",
     "a partition in use": """
 d=$($L -P -f --show disk.img); $P -u $d; mkfs.ext4 -q ${d}p2; mkdir m; /usr/bin/mount ${d}p2 m; $B $d; echo $?
 echo text >m/text; $P -u $d; echo $?; cat m/text; umount m; $P -d $d; echo $?; $L -d $d
